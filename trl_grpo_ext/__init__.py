@@ -1,0 +1,25 @@
+"""TRL's GRPOTrainer with the hooks it lacks."""
+
+from .callbacks import GRPOCallback, RolloutBatch
+from .clipping import RewardClipCallback
+from .config import AdaptiveGRPOConfig
+from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
+from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .resampling import DynamicSamplingCallback
+from .trainer import AdaptiveGRPOTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveGRPOConfig",
+    "AdaptiveGRPOTrainer",
+    "DynamicSamplingCallback",
+    "GRPOCallback",
+    "OnlineCurriculumCallback",
+    "RewardClipCallback",
+    "RolloutBatch",
+    "StagedCurriculumCallback",
+    "TargetCurriculumCallback",
+    "ThresholdGroupSizeCallback",
+    "VarianceGroupSizeCallback",
+]

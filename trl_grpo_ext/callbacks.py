@@ -1,0 +1,163 @@
+"""The hook protocol: [`GRPOCallback`], and the record that travels through it, [`RolloutBatch`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+@dataclass
+class RolloutBatch:
+    """
+    One generation batch: what was sampled, how it scored, what it is worth.
+
+    All tensors are on the CPU and cover **all** processes, in rank order, so a callback that keeps state keeps the
+    same state on every rank. Only `rows` is this process's own. Axis suffixes: `N` rows (completions), `P` groups
+    (prompts), `K` reward functions.
+
+    Args:
+        step (`int`):
+            Optimizer step at which the batch was sampled.
+        group_ids (`torch.Tensor` of shape `(N,)`):
+            Group of each row.
+        group_sizes (`torch.Tensor` of shape `(P,)`):
+            Number of rows of each group.
+        prompt_index (`torch.Tensor` of shape `(P,)`, *optional*):
+            Row of the training dataset behind each group. `None` when TRL's own sampler chose the prompts, which is so
+            as long as no callback asks for prompts, group sizes or resampling.
+        rewards_per_func (`torch.Tensor` of shape `(N, K)`):
+            Reward of each function after the `on_rewards` hooks, NaN where it does not apply.
+        raw_rewards_per_func (`torch.Tensor` of shape `(N, K)`):
+            The same as the functions returned it.
+        reward_names (`list[str]`):
+            Names of the `K` reward functions.
+        rewards (`torch.Tensor` of shape `(N,)`):
+            Weighted total; there from `on_total_rewards` on.
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Advantages; there from `on_advantages` on.
+        completion_lengths (`torch.Tensor` of shape `(N,)`):
+            Completion lengths in tokens; there from `on_advantages` on.
+        rows (`list[dict]`):
+            This process's dataset rows, one per completion.
+        is_shaped (`bool`):
+            Whether a hook changed the rewards.
+        discarded ([`RolloutBatch`], *optional*):
+            Groups that were sampled and then replaced (dynamic sampling). They are scored but never trained on.
+        metrics (`dict[str, float]`):
+            What a callback puts here is logged with the training metrics. Setting a key again overwrites it.
+    """
+
+    step: int
+    group_ids: Tensor
+    group_sizes: Tensor
+    prompt_index: Tensor | None
+    rewards_per_func: Tensor
+    raw_rewards_per_func: Tensor
+    reward_names: list[str]
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    completion_lengths: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    is_shaped: bool = False
+    discarded: "RolloutBatch | None" = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_groups(self) -> int:
+        return self.group_sizes.numel()
+
+    def select(self, groups: Tensor) -> "RolloutBatch":
+        """The groups that are `True` in `groups`, shape `(P,)`, renumbered; without `rows` and `metrics`."""
+        rows = groups[self.group_ids]
+        new_id = groups.long().cumsum(0) - 1
+        return RolloutBatch(
+            step=self.step,
+            group_ids=new_id[self.group_ids[rows]],
+            group_sizes=self.group_sizes[groups],
+            prompt_index=None if self.prompt_index is None else self.prompt_index[groups],
+            rewards_per_func=self.rewards_per_func[rows],
+            raw_rewards_per_func=self.raw_rewards_per_func[rows],
+            reward_names=self.reward_names,
+            rewards=self.rewards[rows],
+        )
+
+    def append(self, other: "RolloutBatch") -> None:
+        """Add the groups of another batch behind those of this one."""
+        self.group_ids = torch.cat([self.group_ids, other.group_ids + self.num_groups])
+        for name in ("group_sizes", "prompt_index", "rewards_per_func", "raw_rewards_per_func", "rewards"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+
+class GRPOCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] with hooks into the life of a generation batch.
+
+    Every hook is optional. A hook that returns a tensor replaces the value for those after it; `None` keeps it. Hooks
+    run in the order of the callbacks, on every process, with the same global tensors: decide from those (never from
+    one process's own rows) and all ranks agree without talking. `args`, `state` and `control` are what every
+    transformers callback gets.
+
+    Example: train only on completions that end in time.
+
+    ```python
+    >>> import torch
+    >>> from trl_grpo_ext import GRPOCallback
+
+
+    >>> class IgnoreLong(GRPOCallback):
+    ...     def on_advantages(self, args, state, control, batch, **kwargs):
+    ...         too_long = batch.completion_lengths >= args.max_completion_length
+    ...         batch.metrics["too_long"] = too_long.float().mean().item()
+    ...         return batch.advantages.masked_fill(too_long, 0.0)
+
+    ```
+    """
+
+    def on_setup(self, args, state, control, trainer, **kwargs) -> None:
+        """Called once, when the trainer is complete: check the dataset and options here, and raise `ValueError`."""
+
+    def on_prompt_weights(self, args, state, control, weights: Tensor, **kwargs) -> Tensor | None:
+        """
+        Which prompts: return weights of shape `(D,)`, one per row of the dataset, float32, on the CPU.
+
+        Prompts are drawn without replacement with probabilities proportional to the weights. Without any such hook,
+        the dataset is walked in shuffled epochs.
+        """
+
+    def on_group_sizes(self, args, state, control, prompt_index: Tensor, num_rows: int, **kwargs) -> Tensor | None:
+        """
+        How many completions each: return the wished size of each candidate prompt, shape `(C,)` or shorter.
+
+        `prompt_index` holds the candidates in the order of their draw. The trainer takes as many as fill `num_rows`
+        and rescales the wishes so that they add up to it within `min_group_size` and `max_group_size`. Return a shorter
+        tensor to use only the first candidates.
+        """
+
+    def on_rewards(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
+        """Shape the rewards of each function: return `(N, K)`. May run several times on one batch (resampling)."""
+
+    def on_total_rewards(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
+        """Shape the total reward: return `(N,)`. May run several times on one batch (resampling)."""
+
+    def on_resample(self, args, state, control, batch: RolloutBatch, round: int, **kwargs) -> Tensor | None:
+        """Which groups to throw away and replace by fresh prompts: return a boolean `(P,)`. `round` counts from 0."""
+
+    def on_advantages(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
+        """Change the advantages: return `(N,)`."""
+
+    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs) -> None:
+        """Look at the finished batch: keep statistics, log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to put into a checkpoint: tensors, numbers, strings, and lists and dicts of them."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what [`state_dict`] gave."""
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Whether this class defines the hook."""
+        return getattr(cls, hook) is not getattr(GRPOCallback, hook)

@@ -1,0 +1,171 @@
+"""[`AdaptiveGRPOConfig`]: what a YAML file or a command line can set."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .clipping import check_clipping
+
+GROUP_SIZES = ("fixed", "threshold", "variance")
+CURRICULA = ("none", "staged", "online", "target")
+
+
+@dataclass
+class AdaptiveGRPOConfig(GRPOConfig):
+    """
+    Configuration of [`AdaptiveGRPOTrainer`].
+
+    Holds only what [`~trl.GRPOConfig`] does not have; all of that is accepted too. With nothing set, training is bit
+    for bit that of TRL. Finer knobs are arguments of the callbacks, which can be passed to the trainer instead.
+
+    Parameters:
+        group_size (`str`, *optional*, defaults to `"fixed"`):
+            How many completions a prompt gets: `"fixed"` gives each `num_generations`; `"threshold"` one more at its
+            next visit if its rewards varied by more than `group_std_threshold`, else one fewer; `"variance"` gives
+            uncertain prompts more of the same number of rows, from a decayed posterior per prompt.
+        min_group_size (`int`, *optional*):
+            Smallest group. Defaults to half of `num_generations`, at least 2.
+        max_group_size (`int`, *optional*):
+            Largest group. Defaults to twice `num_generations`.
+        group_std_threshold (`float`, *optional*, defaults to `0.1`):
+            For `group_size="threshold"`: the standard deviation above which a group grows, in units of the reward.
+        dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
+            Largest number of rounds in which groups with equal rewards are replaced by fresh prompts.
+        reward_clip_range (`list[float]`, *optional*):
+            Smallest and largest reward, such as `[-10, 10]`.
+        reward_clip_quantiles (`list[float]`, *optional*):
+            Quantiles of the batch to clip rewards to, such as `[0.05, 0.95]`. Applied after `reward_clip_range`.
+        reward_clip_on (`str`, *optional*, defaults to `"each"`):
+            What is clipped: `"each"` reward function, or the `"total"`.
+        curriculum (`str`, *optional*, defaults to `"none"`):
+            Which prompts: `"none"` walks the dataset in shuffled epochs; `"staged"` goes from easy to hard by
+            `difficulty_column`; `"online"` draws prompts whose rewards vary now; `"target"` draws prompts near a
+            difficulty that rises with the reward.
+        difficulty_column (`str`, *optional*):
+            Dataset column with the difficulty, as numbers or level names.
+        difficulty_levels (`list[str]`, *optional*, defaults to `["easy", "medium", "hard"]`):
+            Level names from easy to hard. Numbers are cut into as many levels.
+        curriculum_goal (`float`, *optional*, defaults to `0.5`):
+            For `curriculum="target"`: the mean reward at which the target difficulty rests.
+        curriculum_exploration (`float`, *optional*, defaults to `0.1`):
+            Share of the prompts that any curriculum draws from the whole dataset.
+    """
+
+    group_size: str = field(
+        default="fixed",
+        metadata={
+            "help": "How many completions a prompt gets: 'fixed' (num_generations), 'threshold' (one more or one fewer "
+            "at its next visit, by the standard deviation of its rewards) or 'variance' (uncertain prompts get more of "
+            "the same number of rows).",
+            "choices": list(GROUP_SIZES),
+        },
+    )
+    min_group_size: int | None = field(
+        default=None,
+        metadata={"help": "Smallest group. Defaults to half of num_generations, at least 2."},
+    )
+    max_group_size: int | None = field(
+        default=None,
+        metadata={"help": "Largest group. Defaults to twice num_generations."},
+    )
+    group_std_threshold: float = field(
+        default=0.1,
+        metadata={
+            "help": "For group_size='threshold': the standard deviation above which a group grows, in units of the "
+            "reward."
+        },
+    )
+    dynamic_sampling_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Largest number of rounds in which groups with equal rewards are replaced by fresh prompts."
+        },
+    )
+    reward_clip_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Smallest and largest reward, such as -10 10."},
+    )
+    reward_clip_quantiles: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Quantiles of the batch to clip rewards to, such as 0.05 0.95. Applied after reward_clip_range."
+        },
+    )
+    reward_clip_on: str = field(
+        default="each",
+        metadata={"help": "What is clipped: 'each' reward function, or the 'total'.", "choices": ["each", "total"]},
+    )
+    curriculum: str = field(
+        default="none",
+        metadata={
+            "help": "Which prompts: 'none' (shuffled epochs), 'staged' (easy to hard by difficulty_column), 'online' "
+            "(prompts whose rewards vary now) or 'target' (prompts near a difficulty that rises with the reward).",
+            "choices": list(CURRICULA),
+        },
+    )
+    difficulty_column: str | None = field(
+        default=None,
+        metadata={"help": "Dataset column with the difficulty, as numbers or level names."},
+    )
+    difficulty_levels: list[str] = field(
+        default_factory=lambda: ["easy", "medium", "hard"],
+        metadata={"help": "Level names from easy to hard. Numbers are cut into as many levels."},
+    )
+    curriculum_goal: float = field(
+        default=0.5,
+        metadata={"help": "For curriculum='target': the mean reward at which the target difficulty rests."},
+    )
+    curriculum_exploration: float = field(
+        default=0.1,
+        metadata={"help": "Share of the prompts that any curriculum draws from the whole dataset."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_choice("group_size", self.group_size, GROUP_SIZES)
+        _check_choice("curriculum", self.curriculum, CURRICULA)
+        check_clipping(self.reward_clip_range, self.reward_clip_quantiles, self.reward_clip_on)
+
+        if self.min_group_size is None:
+            self.min_group_size = max(2, self.num_generations // 2)
+        if self.max_group_size is None:
+            self.max_group_size = 2 * self.num_generations
+        if self.min_group_size < 2:
+            raise ValueError(
+                f"min_group_size={self.min_group_size} is below 2: a group of one has no baseline, use at least 2"
+            )
+        if self.min_group_size > self.max_group_size:
+            raise ValueError(
+                f"min_group_size={self.min_group_size} exceeds max_group_size={self.max_group_size}: lower one of them"
+            )
+        if self.group_size != "fixed":
+            if not self.min_group_size <= self.num_generations <= self.max_group_size:
+                raise ValueError(
+                    f"num_generations={self.num_generations} is outside min_group_size={self.min_group_size} to "
+                    f"max_group_size={self.max_group_size}: it is the mean group size, so set it between them"
+                )
+            if self.generation_batch_size < 2 * self.min_group_size:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} rows cannot hold two groups of "
+                    f"min_group_size={self.min_group_size}, and one group has nothing to trade with: raise "
+                    "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps, or lower "
+                    "min_group_size"
+                )
+        if self.group_std_threshold < 0:
+            raise ValueError(f"group_std_threshold={self.group_std_threshold} must not be negative: try 0.1")
+        if self.dynamic_sampling_rounds < 0:
+            raise ValueError(
+                f"dynamic_sampling_rounds={self.dynamic_sampling_rounds} must not be negative: use 0 to switch it off"
+            )
+        if self.curriculum in ("staged", "target") and self.difficulty_column is None:
+            raise ValueError(
+                f"curriculum={self.curriculum!r} needs difficulty_column, the dataset column with the difficulty: set "
+                "it, or use curriculum='online', which needs none"
+            )
+        if not 0 <= self.curriculum_exploration <= 1:
+            raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,349 @@
+"""Curricula: easy prompts first, prompts where learning is possible now, or a difficulty that moves with the reward."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .callbacks import GRPOCallback, RolloutBatch
+from .group_size import PromptPosterior
+
+
+def staged_weights(levels: Tensor, num_levels: int, progress: float, smoothing: float = 0.5) -> Tensor:
+    """
+    Weights of prompts when training moves from the lowest to the highest difficulty level.
+
+    Level `l` is in the middle of its stage at progress `(l + 1/2) / L`; around it, weights fall off as a Gaussian whose
+    width is `smoothing` levels. A level's weight is shared by its prompts, so a level with many prompts gets no more.
+
+    Args:
+        levels (`torch.Tensor` of shape `(D,)`):
+            Level of each prompt, integers in `[0, L)`.
+        num_levels (`int`):
+            Number of levels `L`.
+        progress (`float`):
+            Position in training, from 0 to 1.
+        smoothing (`float`, *optional*, defaults to `0.5`):
+            Width of the transition in levels. 0 switches at once.
+
+    Returns:
+        `torch.Tensor` of shape `(D,)`:
+            Weights that add up to 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> levels = torch.tensor([0, 0, 1, 2])
+    >>> [round(w, 2) for w in staged_weights(levels, num_levels=3, progress=0.0, smoothing=0.5).tolist()]
+    [0.44, 0.44, 0.12, 0.0]
+
+    ```
+    """
+    position = min(max(num_levels * progress - 0.5, 0.0), num_levels - 1.0)
+    distance = (torch.arange(num_levels) - position).abs()
+    if smoothing > 0:
+        weight_of_level = torch.exp(-0.5 * (distance / smoothing) ** 2)
+    else:
+        weight_of_level = torch.zeros(num_levels)
+        weight_of_level[int(distance.argmin())] = 1.0
+    count = torch.bincount(levels, minlength=num_levels)
+    weight_of_level = torch.where(count > 0, weight_of_level / count, 0.0)
+    if weight_of_level.sum() == 0:  # the stage of a level without prompts
+        weight_of_level = (count > 0) / count.clamp(min=1)
+    weights = weight_of_level[levels]
+    return weights / weights.sum()
+
+
+def move_target(
+    target: float, reward: float, goal: float, step_size: float, sensitivity: float, low: float, high: float
+) -> float:
+    """
+    AdaRFT's moving target difficulty, `clip(T + eta * tanh(alpha * (reward - beta)))` (arXiv 2504.05520).
+
+    Args:
+        target (`float`):
+            Current target `T`, in units of difficulty.
+        reward (`float`):
+            Mean reward of the batch.
+        goal (`float`):
+            Reward `beta` at which the target rests.
+        step_size (`float`):
+            Largest move `eta`, in units of difficulty.
+        sensitivity (`float`):
+            Slope `alpha`.
+        low (`float`):
+            Smallest difficulty.
+        high (`float`):
+            Largest difficulty.
+
+    Returns:
+        `float`:
+            The next target.
+
+    Example:
+
+    ```python
+    >>> move_target(50.0, reward=0.5, goal=0.5, step_size=5.0, sensitivity=2.0, low=0.0, high=100.0)
+    50.0
+    >>> round(move_target(50.0, reward=1.0, goal=0.5, step_size=5.0, sensitivity=2.0, low=0.0, high=100.0), 2)
+    53.81
+
+    ```
+    """
+    return min(max(target + step_size * math.tanh(sensitivity * (reward - goal)), low), high)
+
+
+def with_exploration(weights: Tensor, exploration: float) -> Tensor:
+    """
+    Mix weights with the uniform distribution, so that every prompt keeps a chance.
+
+    Args:
+        weights (`torch.Tensor` of shape `(D,)`):
+            Non-negative weights.
+        exploration (`float`):
+            Share of the uniform distribution, in `[0, 1]`.
+
+    Returns:
+        `torch.Tensor` of shape `(D,)`:
+            Weights that add up to 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> with_exploration(torch.tensor([3.0, 0.0]), exploration=0.5).tolist()
+    [0.75, 0.25]
+
+    ```
+    """
+    total = weights.sum().item()
+    if not total > 0:
+        return torch.full_like(weights, 1 / weights.numel())
+    return weights.mul((1 - exploration) / total).add_(exploration / weights.numel())
+
+
+class _Curriculum(GRPOCallback):
+    """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
+
+    exploration: float
+    difficulty: Tensor | None = None
+
+    def _check(self) -> None:
+        if not 0 <= self.exploration <= 1:
+            raise ValueError(
+                f"exploration={self.exploration} must be between 0 (never leave the curriculum) and 1 (no curriculum): "
+                "try 0.1"
+            )
+
+    def _read_column(self, trainer, column: str | None, level_names: Sequence[str] | None) -> list[Any]:
+        dataset = trainer.train_dataset
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"difficulty_column={column!r} is not a column of the training dataset, which has "
+                f"{dataset.column_names}: name one of them, or use curriculum='online', which needs none"
+            )
+        values = list(dataset[column])
+        known = set(level_names or ())
+        for row, value in enumerate(values):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not (value in known if isinstance(value, str) else is_number):
+                rule = f"one of the levels {list(level_names)}" if level_names else "a number"
+                raise ValueError(
+                    f"Row {row} has {column}={value!r}, which is not {rule}: correct it, or name your levels from easy "
+                    "to hard in `difficulty_levels`"
+                )
+        if len({isinstance(value, str) for value in values}) > 1:
+            raise ValueError(f"Column {column!r} mixes names and numbers: use one kind")
+        return values
+
+    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
+        if self.difficulty is not None:
+            drawn = self.difficulty[batch.prompt_index].float()
+            batch.metrics["curriculum/difficulty"] = drawn.mean().item()
+
+
+class StagedCurriculumCallback(_Curriculum):
+    """
+    Easy prompts first, then medium, then hard ones, with a smooth transition and a floor of exploration.
+
+    Logs `curriculum/position` (0 easiest level, 1 hardest) and `curriculum/difficulty`, the mean level of the prompts
+    drawn.
+
+    Args:
+        column (`str`):
+            Dataset column with the difficulty: level names, or numbers, which are cut into levels of equal size.
+        levels (`Sequence[str]`, *optional*, defaults to `("easy", "medium", "hard")`):
+            Names from easy to hard. Their number is also the number of levels that numbers are cut into.
+        smoothing (`float`, *optional*, defaults to `0.5`):
+            Width of the transition, in levels. 0 switches at once.
+        exploration (`float`, *optional*, defaults to `0.1`):
+            Share of the prompts drawn from the whole dataset.
+    """
+
+    def __init__(
+        self,
+        column: str,
+        levels: Sequence[str] = ("easy", "medium", "hard"),
+        smoothing: float = 0.5,
+        exploration: float = 0.1,
+    ):
+        self.column = column
+        self.levels = list(levels)
+        self.smoothing = smoothing
+        self.exploration = exploration
+        self._check()
+        if smoothing < 0:
+            raise ValueError(f"smoothing={smoothing} must not be negative: use 0 to switch levels at once")
+        if len(set(self.levels)) != len(self.levels) or len(self.levels) < 2:
+            raise ValueError(
+                f"difficulty_levels={self.levels} must be at least two different names, from easy to hard"
+            )
+
+    def on_setup(self, args, state, control, trainer, **kwargs):
+        values = self._read_column(trainer, self.column, self.levels)
+        if isinstance(values[0], str):
+            rank = {name: level for level, name in enumerate(self.levels)}
+            self.difficulty = torch.tensor([rank[value] for value in values])
+        else:
+            numbers = torch.tensor(values, dtype=torch.float64)
+            # Equal difficulties share a level: count how many prompts are strictly easier.
+            easier = torch.searchsorted(numbers.sort().values, numbers)
+            self.difficulty = easier * len(self.levels) // numbers.numel()
+
+    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+        progress = state.global_step / state.max_steps
+        mine = staged_weights(self.difficulty, len(self.levels), progress, self.smoothing)
+        return weights * with_exploration(mine, self.exploration)
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        super().on_rollouts(args, state, control, batch, **kwargs)
+        last = len(self.levels) - 1
+        position = (state.global_step / state.max_steps * (last + 1) - 0.5) / last
+        batch.metrics["curriculum/position"] = min(max(position, 0.0), 1.0)
+
+
+class OnlineCurriculumCallback(_Curriculum):
+    """
+    Draw the prompts on which learning is possible now: those whose rewards vary.
+
+    Keeps a decayed posterior of the reward variance of each prompt ([`PromptPosterior`]) and draws prompts with
+    probability proportional to a power of it. A prompt that always fails or always succeeds is drawn less and less, and
+    comes back through the floor of exploration. Logs `curriculum/effective_prompts`, the number of prompts over which
+    the draw spreads, `1 / sum(p^2)` for probabilities `p`.
+
+    Args:
+        power (`float`, *optional*, defaults to `3.0`):
+            Exponent. 0 is uniform; the larger, the sharper.
+        exploration (`float`, *optional*, defaults to `0.1`):
+            Share of the prompts drawn from the whole dataset.
+        decay (`float`, *optional*, defaults to `0.5`):
+            Weight of the old evidence at each visit of a prompt.
+        prior (`float`, *optional*, defaults to `2.0`):
+            Weight of the pool's average, in completions.
+    """
+
+    def __init__(self, power: float = 3.0, exploration: float = 0.1, decay: float = 0.5, prior: float = 2.0):
+        self.power = power
+        self.exploration = exploration
+        self.decay = decay
+        self.prior = prior
+        self._check()
+
+    def on_setup(self, args, state, control, trainer, **kwargs):
+        self.posterior = PromptPosterior(len(trainer.train_dataset), self.decay, self.prior)
+
+    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+        mine = with_exploration(self.posterior.variance().pow_(self.power), self.exploration)
+        self._effective = 1 / mine.square().sum().item()
+        return weights * mine
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.posterior.observe(batch)
+        batch.metrics["curriculum/effective_prompts"] = self._effective
+
+    def state_dict(self):
+        return self.posterior.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.posterior.load_state_dict(state_dict)
+
+
+class TargetCurriculumCallback(_Curriculum):
+    """
+    AdaRFT (arXiv 2504.05520): draw prompts near a target difficulty that rises while the reward is above a goal.
+
+    The source takes the prompts nearest to the target, which repeats the same ones; here they are drawn with weights
+    that fall off as a Gaussian around the target, with a floor of exploration. Difficulties are scaled to 0..1. Logs
+    `curriculum/position` (the target) and `curriculum/difficulty` (mean of the prompts drawn).
+
+    Args:
+        column (`str`):
+            Dataset column with the difficulty: numbers, or level names.
+        levels (`Sequence[str]`, *optional*, defaults to `("easy", "medium", "hard")`):
+            Names from easy to hard.
+        goal (`float`, *optional*, defaults to `0.5`):
+            Mean reward at which the target rests, in units of the reward.
+        step_size (`float`, *optional*, defaults to `0.05`):
+            Largest move per generation batch, as a share of the range of difficulty.
+        sensitivity (`float`, *optional*, defaults to `2.0`):
+            How fast the move saturates with the distance from the goal.
+        width (`float`, *optional*, defaults to `0.15`):
+            Width of the weights around the target, as a share of the range of difficulty.
+        exploration (`float`, *optional*, defaults to `0.1`):
+            Share of the prompts drawn from the whole dataset.
+    """
+
+    def __init__(
+        self,
+        column: str,
+        levels: Sequence[str] = ("easy", "medium", "hard"),
+        goal: float = 0.5,
+        step_size: float = 0.05,
+        sensitivity: float = 2.0,
+        width: float = 0.15,
+        exploration: float = 0.1,
+    ):
+        self.column = column
+        self.levels = list(levels)
+        self.goal = goal
+        self.step_size = step_size
+        self.sensitivity = sensitivity
+        self.width = width
+        self.exploration = exploration
+        self.target = 0.0
+        self._check()
+        if width <= 0:
+            raise ValueError(f"width={width} must be positive: try 0.15")
+
+    def on_setup(self, args, state, control, trainer, **kwargs):
+        values = self._read_column(trainer, self.column, self.levels)
+        rank = {name: level for level, name in enumerate(self.levels)}
+        numbers = torch.tensor([rank[v] if isinstance(v, str) else v for v in values], dtype=torch.float64)
+        spread = (numbers.max() - numbers.min()).item()
+        if spread == 0:
+            raise ValueError(
+                f"All prompts have {self.column}={values[0]!r}: a curriculum needs different difficulties"
+            )
+        self.difficulty = ((numbers - numbers.min()) / spread).float()
+
+    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+        mine = torch.exp(-0.5 * ((self.difficulty - self.target) / self.width) ** 2)
+        return weights * with_exploration(mine, self.exploration)
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        super().on_rollouts(args, state, control, batch, **kwargs)
+        reward = batch.rewards.nanmean().item()
+        if not math.isnan(reward):
+            self.target = move_target(
+                self.target, reward, self.goal, self.step_size, self.sensitivity, low=0.0, high=1.0
+            )
+        batch.metrics["curriculum/position"] = self.target
+
+    def state_dict(self):
+        return {"target": self.target}
+
+    def load_state_dict(self, state_dict):
+        self.target = state_dict["target"]

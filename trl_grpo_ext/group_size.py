@@ -1,0 +1,188 @@
+"""Adaptive group size: spend a fixed number of completions where the outcome is uncertain."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .advantages import group_mean_std
+from .callbacks import GRPOCallback, RolloutBatch
+from .sampler import fit_group_sizes
+
+
+class PromptPosterior:
+    """
+    What is known of each prompt's rewards: a decayed mean and within-group variance, shrunk towards the pool's.
+
+    At each visit the old evidence is multiplied by `decay`, so that the estimate follows the policy. A prompt with
+    evidence `c` and observed variance `v` has the posterior variance `(c * v + prior * v_pool) / (c + prior)`; one
+    that was never drawn has `v_pool`, the decayed average over the groups seen lately. For 0/1 rewards the variance is `p(1 - p)`,
+    the quantity that decides how much a group can teach (arXiv 2602.01601); nothing here assumes 0/1.
+
+    Args:
+        num_prompts (`int`):
+            Size of the dataset `D`. Memory is 12 bytes a prompt.
+        decay (`float`, *optional*, defaults to `0.5`):
+            Weight of the old evidence at each visit, in `[0, 1]`.
+        prior (`float`, *optional*, defaults to `2.0`):
+            Weight of the pool, in completions.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> posterior = PromptPosterior(num_prompts=3)
+    >>> posterior.update(torch.tensor([0, 1]), torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.5]), torch.tensor([4, 4]))
+    >>> [round(v, 3) for v in posterior.variance().tolist()]  # always fails, uncertain, unseen
+    [0.042, 0.208, 0.125]
+
+    ```
+    """
+
+    def __init__(self, num_prompts: int, decay: float = 0.5, prior: float = 2.0):
+        self.decay = decay
+        self.prior = prior
+        self.count = torch.zeros(num_prompts)
+        self._mean = torch.zeros(num_prompts)
+        self._variance = torch.zeros(num_prompts)
+        # Pool: sums of weight, mean and variance over the groups seen lately.
+        self.pool = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, prompt_index: Tensor, mean: Tensor, std: Tensor, count: Tensor) -> None:
+        """
+        Take in the groups of one batch.
+
+        Args:
+            prompt_index (`torch.Tensor` of shape `(P,)`):
+                Dataset row of each group. A row that occurs twice is taken in twice.
+            mean (`torch.Tensor` of shape `(P,)`):
+                Mean reward.
+            std (`torch.Tensor` of shape `(P,)`):
+                Standard deviation of the rewards.
+            count (`torch.Tensor` of shape `(P,)`):
+                Number of rewards. Groups with fewer than two tell nothing about the variance and are left out.
+        """
+        known = (count >= 2) & ~mean.isnan()
+        index, count = prompt_index[known], count[known].float()
+        mean, variance = mean[known].float(), std[known].float() ** 2
+        if index.numel() == 0:
+            return
+        self.pool *= 0.9
+        self.pool += torch.stack([count.sum(), (count * mean).sum(), (count * variance).sum()]).double()
+        touched, slot = torch.unique(index, return_inverse=True)
+        zeros = torch.zeros(touched.numel())
+        old = self.decay * self.count[touched]
+        new = zeros.index_add(0, slot, count)
+        self._mean[touched] = (old * self._mean[touched] + zeros.index_add(0, slot, count * mean)) / (old + new)
+        self._variance[touched] = (old * self._variance[touched] + zeros.index_add(0, slot, count * variance)) / (
+            old + new
+        )
+        self.count[touched] = old + new
+
+    def observe(self, batch: RolloutBatch) -> None:
+        """Take in a finished batch, the groups that were thrown away included."""
+        for part in (batch, batch.discarded):
+            if part is not None and part.prompt_index is not None:
+                mean, std, count = group_mean_std(part.rewards, part.group_ids, part.num_groups)
+                self.update(part.prompt_index, mean, std, count)
+
+    def variance(self, prompt_index: Tensor | None = None) -> Tensor:
+        """Posterior variance of the reward of one completion, shape `(P,)`, or `(D,)` for all prompts."""
+        return self._posterior(self._variance, 2, prompt_index)
+
+    def mean(self, prompt_index: Tensor | None = None) -> Tensor:
+        """Posterior mean reward, shape `(P,)`, or `(D,)` for all prompts."""
+        return self._posterior(self._mean, 1, prompt_index)
+
+    def _posterior(self, values: Tensor, moment: int, prompt_index: Tensor | None) -> Tensor:
+        pool = (self.pool[moment] / self.pool[0]).item() if self.pool[0] > 0 else float(moment == 2)
+        index = slice(None) if prompt_index is None else prompt_index
+        return torch.addcmul(torch.tensor(self.prior * pool), self.count[index], values[index]).div_(
+            self.count[index] + self.prior
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self._mean, "variance": self._variance, "pool": self.pool}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["count"].shape != self.count.shape:
+            raise ValueError(
+                f"The checkpoint knows {state_dict['count'].numel()} prompts and the dataset has {self.count.numel()}: "
+                "resume with the dataset of the interrupted run"
+            )
+        self.count, self._mean = state_dict["count"], state_dict["mean"]
+        self._variance, self.pool = state_dict["variance"], state_dict["pool"]
+
+
+class ThresholdGroupSizeCallback(GRPOCallback):
+    """
+    One more completion at the next visit of a prompt whose reward varies, one fewer for one whose reward does not.
+
+    Each prompt starts at `num_generations`. After a visit its size grows by one if the standard deviation of its
+    rewards exceeds `std_threshold`, and shrinks by one otherwise, within `min_group_size` and `max_group_size`. The
+    number of rows stays fixed: when groups shrink, a batch holds more prompts.
+
+    Args:
+        std_threshold (`float`, *optional*, defaults to `0.1`):
+            Threshold in units of the reward.
+    """
+
+    def __init__(self, std_threshold: float = 0.1):
+        self.std_threshold = std_threshold
+        self.sizes = torch.zeros(0)
+
+    def on_setup(self, args, state, control, trainer, **kwargs):
+        self.bounds = (args.min_group_size, args.max_group_size)
+        self.sizes = torch.full((len(trainer.train_dataset),), args.num_generations, dtype=torch.int16)
+
+    def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+        return self.sizes[prompt_index].float()
+
+    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
+        for part in (batch, batch.discarded):
+            if part is not None:
+                _, std, _ = group_mean_std(part.rewards, part.group_ids, part.num_groups)
+                step = torch.where(std > self.std_threshold, 1, -1)
+                self.sizes[part.prompt_index] = (self.sizes[part.prompt_index] + step).clamp(*self.bounds).short()
+
+    def state_dict(self):
+        return {"sizes": self.sizes}
+
+    def load_state_dict(self, state_dict):
+        self.sizes = state_dict["sizes"]
+
+
+class VarianceGroupSizeCallback(GRPOCallback):
+    """
+    Larger groups for prompts with an uncertain outcome, smaller ones for the rest, from a decayed posterior.
+
+    The sizes of a batch are fixed before anything is sampled, so the group mean stays an unbiased baseline. Sizes are
+    proportional to the posterior variance within `min_group_size` and `max_group_size`. The batch holds as many prompts
+    as with a fixed size.
+
+    Args:
+        decay (`float`, *optional*, defaults to `0.5`):
+            Weight of the old evidence at each visit of a prompt.
+        prior (`float`, *optional*, defaults to `2.0`):
+            Weight of the pool's average, in completions.
+    """
+
+    def __init__(self, decay: float = 0.5, prior: float = 2.0):
+        self.decay = decay
+        self.prior = prior
+
+    def on_setup(self, args, state, control, trainer, **kwargs):
+        self.posterior = PromptPosterior(len(trainer.train_dataset), self.decay, self.prior)
+
+    def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+        variance = self.posterior.variance(prompt_index[: num_rows // args.num_generations])
+        return fit_group_sizes(variance, num_rows, args.min_group_size, args.max_group_size)
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.posterior.observe(batch)
+
+    def state_dict(self):
+        return self.posterior.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.posterior.load_state_dict(state_dict)

@@ -1,0 +1,111 @@
+"""Turns the wishes of the callbacks into the plan of a generation batch, the same on every rank."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerControl, TrainerState
+
+from .callbacks import GRPOCallback
+from .config import AdaptiveGRPOConfig
+from .sampler import PromptSampler, RolloutPlan, fit_group_sizes, num_groups_that_fit
+
+
+class Planner:
+    """
+    Asks the callbacks for prompt weights and group sizes, draws prompts, and fits the sizes to the number of rows.
+
+    Everything it uses (callback state, step, seed, counters) is the same on every rank, so the plans are too, and no
+    rank talks to another.
+
+    Args:
+        args ([`AdaptiveGRPOConfig`]):
+            Configuration.
+        dataset ([`~datasets.Dataset`]):
+            Training dataset.
+
+    Raises:
+        `ValueError`: when the dataset cannot be planned over.
+    """
+
+    def __init__(self, args: AdaptiveGRPOConfig, dataset: Dataset):
+        check_plannable(args, dataset)
+        self.args = args
+        self.sampler = PromptSampler(len(dataset), args.seed, args.shuffle_dataset)
+
+    def plan(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> RolloutPlan:
+        """The plan of the next generation batch."""
+        num_rows = self.args.generation_batch_size
+        chooses_sizes = any(callback.overrides("on_group_sizes") for callback in callbacks)
+        fewest = self.args.min_group_size if chooses_sizes else self.args.num_generations
+        count = min(num_rows // fewest, self.sampler.num_prompts)
+        candidates = self.sampler.draw(count, self._weights(callbacks, state, control))
+        if not chooses_sizes:
+            return RolloutPlan(RolloutPlan.equal(num_rows, fewest).group_sizes, candidates)
+        wishes = torch.full((num_rows // self.args.num_generations,), float(self.args.num_generations))
+        for callback in callbacks:
+            sizes = callback.on_group_sizes(self.args, state, control, prompt_index=candidates, num_rows=num_rows)
+            wishes = wishes if sizes is None else sizes
+        bounds = (self.args.min_group_size, self.args.max_group_size)
+        num_groups = num_groups_that_fit(wishes, num_rows, *bounds)
+        self.sampler.keep(num_groups)
+        return RolloutPlan(fit_group_sizes(wishes[:num_groups], num_rows, *bounds), candidates[:num_groups])
+
+    def replace(
+        self,
+        callbacks: list[GRPOCallback],
+        plan: RolloutPlan,
+        replaced: Tensor,
+        state: TrainerState,
+        control: TrainerControl,
+    ) -> RolloutPlan:
+        """The same plan with fresh prompts in the groups that are `True` in `replaced`, shape `(P,)`."""
+        fresh = self.sampler.draw(
+            int(replaced.sum()), self._weights(callbacks, state, control), exclude=plan.prompt_index
+        )
+        return RolloutPlan(plan.group_sizes, plan.prompt_index.masked_scatter(replaced, fresh))
+
+    def _weights(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> Tensor | None:
+        choosers = [callback for callback in callbacks if callback.overrides("on_prompt_weights")]
+        if not choosers:
+            return None
+        weights = torch.ones(self.sampler.num_prompts)
+        for callback in choosers:
+            new = callback.on_prompt_weights(self.args, state, control, weights=weights)
+            weights = weights if new is None else new
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state_dict)
+
+
+def plans(callbacks: list[GRPOCallback]) -> bool:
+    """Whether any callback chooses prompts or group sizes, so that TRL's sampler has to step back."""
+    hooks = ("on_prompt_weights", "on_group_sizes", "on_resample")
+    return any(callback.overrides(hook) for callback in callbacks for hook in hooks)
+
+
+def check_plannable(args: AdaptiveGRPOConfig, dataset: Any) -> None:
+    """Raise `ValueError` for a dataset from which prompts and group sizes cannot be chosen."""
+    features = "group_size, curriculum and dynamic_sampling_rounds"
+    if dataset is None:
+        raise ValueError(
+            f"{features} choose rows of a training dataset, and there is none (the environment owns the data): pass "
+            "train_dataset, or leave them off"
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{features} choose rows of the training dataset, which a {type(dataset).__name__} does not allow: pass a "
+            "datasets.Dataset (such as load_dataset(..., streaming=False)), or leave them off"
+        )
+    num_prompts = args.generation_batch_size // args.num_generations
+    if len(dataset) < num_prompts:
+        raise ValueError(
+            f"train_dataset has {len(dataset)} rows and one generation batch holds {num_prompts} prompts "
+            f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}): add "
+            "prompts, or make the batch smaller"
+        )

@@ -1,0 +1,134 @@
+"""Leaves of the reward algebra: rewards that compute their own values, and `as_reward`, which makes one of anything."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .base import Reward, Value, is_async
+from .scoring import Memory, begin, settle
+
+
+@dataclass(frozen=True, repr=False)
+class Leaf(Reward):
+    """
+    A reward that computes its own values in `score`, and the place where they are checked, cached and counted.
+
+    Args:
+        name (`str`):
+            Name in the logs.
+        errors (`str`, *optional*, defaults to `"raise"`):
+            Set by [`~Reward.on_error`].
+        cache_size (`int`, *optional*):
+            Set by [`~Reward.cached`].
+    """
+
+    name: str = field(default="reward", kw_only=True)
+    errors: str = field(default="raise", kw_only=True)
+    cache_size: int | None = field(default=None, kw_only=True)
+    _memory: Memory = field(default_factory=Memory, init=False, compare=False)
+
+    # A property, so that `Leaf.__name__` is still the name of the class.
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def score(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
+        """Values for the rows, one each; what a subclass writes."""
+        raise NotImplementedError
+
+    def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
+        return self.evaluate(
+            {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
+        )
+
+    def evaluate(self, call: dict[str, Any]) -> Any:
+        """Checked values for TRL's keyword arguments `call`."""
+        job = begin(self, call)
+        return settle(self, call, job, job.run(self.score))
+
+    def leaves(self) -> list["Leaf"]:
+        return [self]
+
+    def map_leaves(self, change: Callable[["Leaf"], "Leaf"]) -> "Leaf":
+        return change(self)
+
+    def _constructor(self) -> str:
+        options = ("errors", "cache_size")  # shown as the methods that set them
+        shown = [(f, getattr(self, f.name)) for f in fields(self) if f.init and f.name not in options]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={v!r}' for f, v in shown if v != f.default)})"
+
+    def __repr__(self) -> str:
+        cached = "" if self.cache_size is None else f".cached(max_size={self.cache_size})"
+        return self._constructor() + cached + ("" if self.errors == "raise" else f".on_error({self.errors!r})")
+
+
+@dataclass(frozen=True, repr=False)
+class FunctionReward(Leaf):
+    """A leaf around a TRL reward function; made by [`as_reward`]."""
+
+    function: Callable
+
+    def score(self, prompts, completions, completion_ids=None, **kwargs):
+        return self.function(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
+
+    def _constructor(self) -> str:
+        name = callable_name(self.function)
+        return f"as_reward({name})" if self.name == name else f"as_reward({name}, name={self.name!r})"
+
+
+@dataclass(frozen=True, repr=False)
+class AsyncFunctionReward(FunctionReward):
+    """A leaf around an `async` TRL reward function; made by [`as_reward`]."""
+
+    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
+        return await super().__call__(prompts, completions, completion_ids, **kwargs)
+
+    async def evaluate(self, call: dict[str, Any]) -> list[Value]:
+        job = begin(self, call)
+        return settle(self, call, job, await job.run_async(self.score))
+
+
+def callable_name(function: Callable) -> str:
+    """The name TRL's logs use for a reward function: that of the function, or of the class of a callable object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def as_reward(x: Any, name: str | None = None) -> Reward:
+    """
+    Make a [`Reward`] of anything that TRL takes as a reward.
+
+    Args:
+        x (`Callable`, `str`, [`~transformers.PreTrainedModel`], `torch.nn.Module` or [`Reward`]):
+            A reward function with TRL's signature (sync or async; a function, a `functools.partial` or an object with
+            `__call__`), a model with a scalar head, or such a model's hub id or folder. See [`RewardModel`].
+        name (`str`, *optional*):
+            Name in the logs; defaults to that of the function, or the last part of the model's id.
+
+    Returns:
+        [`Reward`]
+
+    Example:
+    ```python
+    >>> def shout(completions, **kwargs):
+    ...     return [float(text.isupper()) for text in completions]
+    >>> reward = as_reward(shout)
+    >>> reward.__name__, reward(prompts=[""], completions=["YES"])
+    ('shout', [1.0])
+
+    ```
+    """
+    if isinstance(x, Reward):
+        return x if name is None else x.named(name)
+    if isinstance(x, type):
+        raise TypeError(f"{x.__name__} is a class: make an object of it first, {x.__name__}(...)")
+    if isinstance(x, str) or hasattr(x, "named_parameters"):  # a model, without importing torch to ask
+        from .models import RewardModel
+
+        return RewardModel(x, name=name)
+    if not callable(x):
+        raise TypeError(f"{x!r} is no reward: pass a reward function, a model, or a model's hub id or folder")
+    kind = AsyncFunctionReward if is_async(x) else FunctionReward
+    return kind(x, name=callable_name(x) if name is None else name)

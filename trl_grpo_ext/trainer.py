@@ -1,0 +1,337 @@
+"""[`AdaptiveGRPOTrainer`]: TRL's trainer with hooks. The seams and the hook calls, nothing else."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.trainer.utils import get_config_model_id, nanstd
+
+from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
+from .callbacks import GRPOCallback, RolloutBatch
+from .clipping import RewardClipCallback
+from .config import AdaptiveGRPOConfig
+from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
+from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .planner import Planner, check_plannable, plans
+from .resampling import (
+    DynamicSamplingCallback,
+    global_positions,
+    put_logs,
+    replace_rows,
+    rows_to_regenerate,
+    take_logs,
+)
+from .sampler import RolloutPlan
+
+logger = get_logger(__name__)
+
+STATE_FILE = "grpo_callbacks.pt"
+ROLLOUTS_FILE = "grpo_rollouts_{rank}.pt"
+
+
+class AdaptiveGRPOTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] with hooks into the life of a generation batch, and the features built on them.
+
+    Takes what [`~trl.GRPOTrainer`] takes. Features are switched on in [`AdaptiveGRPOConfig`] or by passing a
+    [`GRPOCallback`] in `callbacks`. Without any, training is bit for bit that of TRL.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to train.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            Reward functions; their names must differ.
+        args ([`AdaptiveGRPOConfig`], *optional*):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Prompts. Features that choose prompts or group sizes need a [`~datasets.Dataset`].
+        eval_dataset (*optional*):
+            As in [`~trl.GRPOTrainer`]. Evaluation always runs as in TRL.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks; each [`GRPOCallback`] among them gets the hooks, after those of the configuration.
+        **kwargs:
+            Everything else that [`~trl.GRPOTrainer`] takes.
+
+    Raises:
+        `ValueError`: for options, data or callbacks that cannot work together, with the remedy.
+    """
+
+    args: AdaptiveGRPOConfig
+    _tag_names = ["trl", "grpo", "trl-grpo-ext"]  # noqa: RUF012 (TRL's idiom)
+
+    def __init__(
+        self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, *, callbacks=None, **kwargs
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = AdaptiveGRPOConfig(f"{name.split('/')[-1]}-GRPO")
+        if not isinstance(args, AdaptiveGRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: use AdaptiveGRPOConfig, which takes the same arguments")
+        # A callback may be passed as a class, as in transformers.
+        given = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
+        callbacks = _callbacks_of(args) + given
+        if plans([callback for callback in callbacks if isinstance(callback, GRPOCallback)]):
+            check_plannable(args, train_dataset)
+        elif isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise ValueError("train_dataset is empty: pass at least one prompt")
+        self._is_set_up = False
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks=callbacks, **kwargs)
+        duplicates = sorted({name for name in self.reward_func_names if self.reward_func_names.count(name) > 1})
+        if duplicates:
+            raise ValueError(
+                f"Reward functions share the name {duplicates[0]!r}, so their metrics would mix: rename one, for "
+                "example with as_reward(func).named('other')"
+            )
+        self._raw_rewards: Tensor | None = None
+        self._num_rollouts = 0
+        self._set_up(self.grpo_callbacks)
+
+    @property
+    def grpo_callbacks(self) -> list[GRPOCallback]:
+        """The callbacks with hooks, in the order in which they run."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, GRPOCallback)]
+
+    def add_callback(self, callback):
+        super().add_callback(callback)
+        added = self.callback_handler.callbacks[-1]
+        if self._is_set_up and isinstance(added, GRPOCallback):
+            self._set_up([added])
+
+    def _set_up(self, callbacks: list[GRPOCallback]) -> None:
+        self._is_set_up = True
+        if plans(callbacks):
+            self._planner = Planner(self.args, self.train_dataset)
+        for callback in callbacks:
+            callback.on_setup(self.args, self.state, self.control, trainer=self)
+
+    # TRL's seams
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._raw_rewards
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training or not self.grpo_callbacks:
+            return super()._generate_and_score_completions(inputs)
+        if plans(self.grpo_callbacks):
+            plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
+            inputs = self._rows_of(plan)
+        else:
+            plan = RolloutPlan.equal(self.args.generation_batch_size, self.num_generations)
+        ragged = not plan.all_of_size(self.num_generations)
+        output, rewards = self._sample(inputs, ragged)
+        batch = self._score(plan, rewards, inputs)
+        output, batch, num_rounds = self._resample(plan, output, batch)
+
+        batch.completion_lengths = self.accelerator.gather(output["completion_mask"].sum(1)).cpu()
+        if ragged or num_rounds > 0 or batch.is_shaped:
+            batch.advantages = self._advantages(batch)
+        else:
+            batch.advantages = torch.tensor(list(self._logs["advantages"]))  # TRL's own, of all ranks
+        self._apply("on_advantages", batch, "advantages")
+        self._apply("on_rollouts", batch)
+        local = batch.advantages.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        output["advantages"] = local.to(output["advantages"])
+        self._log_batch(batch, num_rounds)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if not self.grpo_callbacks or self.args.save_only_model:
+            return
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            state = {
+                "callbacks": [(type(callback).__name__, callback.state_dict()) for callback in self.grpo_callbacks],
+                "planner": self._planner.state_dict() if plans(self.grpo_callbacks) else {},
+                "num_rollouts": self._num_rollouts,
+            }
+            torch.save(state, os.path.join(folder, STATE_FILE))
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            # Between two generations, the rollouts still to be trained on are part of the state.
+            os.makedirs(folder, exist_ok=True)
+            rollouts = {"step": self._step, "inputs": self._buffered_inputs}
+            torch.save(rollouts, os.path.join(folder, ROLLOUTS_FILE.format(rank=self.accelerator.process_index)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.grpo_callbacks:
+            return
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.exists(path):
+            logger.warning(f"{checkpoint} has no {STATE_FILE}: the callbacks start from scratch")
+            return
+        state = torch.load(path, weights_only=True)
+        self._num_rollouts = state["num_rollouts"]
+        if plans(self.grpo_callbacks) and state["planner"]:
+            self._planner.load_state_dict(state["planner"])
+        for callback in self.grpo_callbacks:
+            name = type(callback).__name__
+            found = next((entry for entry in state["callbacks"] if entry[0] == name), None)
+            if found is None:
+                logger.warning(f"{checkpoint} has no state of {name}: it starts from scratch")
+            else:
+                state["callbacks"].remove(found)
+                callback.load_state_dict(found[1])
+        path = os.path.join(checkpoint, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
+        if os.path.exists(path):
+            rollouts = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+            self._step, self._buffered_inputs = rollouts["step"], rollouts["inputs"]
+
+    # The life of a batch
+
+    def _apply(self, hook: str, batch: RolloutBatch, field: str | None = None) -> None:
+        """Call a hook of every callback; what it returns becomes `batch.<field>` for the next."""
+        for callback in self.grpo_callbacks:
+            value = getattr(callback, hook)(self.args, self.state, self.control, batch=batch)
+            if field is not None and value is not None:
+                setattr(batch, field, value)
+
+    def _rows_of(self, plan: RolloutPlan, positions: Tensor | None = None) -> list[dict[str, Any]]:
+        """This rank's dataset rows (or those at `positions` among them), a copy for each completion."""
+        index = plan.prompt_index[plan.group_ids].view(self.accelerator.num_processes, -1)
+        index = index[self.accelerator.process_index]
+        index = index if positions is None else index[positions]
+        dataset = self.train_dataset
+        if self.args.remove_unused_columns:
+            dataset = self._remove_unused_columns(dataset, description="training")
+        prompts, copies = torch.unique(index, return_inverse=True)
+        fetched = dataset.__getitems__(prompts.tolist())
+        return [dict(fetched[i]) for i in copies.tolist()]
+
+    def _sample(self, rows: list[dict[str, Any]], ragged: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Let TRL generate and score: its rollout batch, and the rewards `(N, K)` of all ranks on the CPU."""
+        num_generations = self.num_generations
+        # One completion per row: TRL then neither strides over the prompts (vLLM) nor reshapes rewards into groups.
+        self.num_generations = 1 if ragged else num_generations
+        try:
+            output = super()._generate_and_score_completions(rows)
+        finally:
+            self.num_generations = num_generations
+        self._num_rollouts += self._raw_rewards.size(0)
+        return output, self._raw_rewards.float().cpu()
+
+    def _score(self, plan: RolloutPlan, rewards: Tensor, rows: list[dict[str, Any]]) -> RolloutBatch:
+        """Run the reward hooks, from raw rewards per function to the total."""
+        batch = RolloutBatch(
+            step=self.state.global_step,
+            group_ids=plan.group_ids,
+            group_sizes=plan.group_sizes,
+            prompt_index=plan.prompt_index,
+            rewards_per_func=rewards,
+            raw_rewards_per_func=rewards,
+            reward_names=self.reward_func_names,
+            rows=rows,
+        )
+        self._apply("on_rewards", batch, "rewards_per_func")
+        batch.rewards = total = total_rewards(batch.rewards_per_func, self.reward_weights.cpu())
+        self._apply("on_total_rewards", batch, "rewards")
+        batch.is_shaped = batch.rewards_per_func is not rewards or batch.rewards is not total
+        return batch
+
+    def _resample(
+        self, plan: RolloutPlan, output: dict[str, Tensor], batch: RolloutBatch
+    ) -> tuple[dict[str, Tensor], RolloutBatch, int]:
+        """Replace groups as long as a callback asks for it. Every rank generates the same number of rows."""
+        discarded: RolloutBatch | None = None
+        num_rounds = 0
+        while True:
+            replaced = torch.zeros(batch.num_groups, dtype=torch.bool)
+            for callback in self.grpo_callbacks:
+                mask = callback.on_resample(self.args, self.state, self.control, batch=batch, round=num_rounds)
+                replaced = replaced if mask is None else replaced | mask
+            if not replaced.any():
+                break
+            num_rounds += 1
+            if discarded is None:
+                discarded = batch.select(replaced)
+            else:
+                discarded.append(batch.select(replaced))
+            plan = self._planner.replace(self.grpo_callbacks, plan, replaced, self.state, self.control)
+            positions, count = rows_to_regenerate(replaced, plan.group_ids, self.accelerator.num_processes)
+            mine = positions[self.accelerator.process_index]
+            logged = take_logs(self._logs)
+            padded = torch.cat([mine, mine.new_zeros(count - mine.numel())])
+            fresh, fresh_rewards = self._sample(self._rows_of(plan, padded), ragged=True)
+            output = replace_rows(output, fresh, mine, self._tokenizer.pad_token_id)
+            where, source = global_positions(positions, batch.group_ids.numel(), count)
+            put_logs(self._logs, logged, where, source)
+            rewards = batch.raw_rewards_per_func.index_copy(0, where, fresh_rewards[source])
+            batch = self._score(plan, rewards, self._rows_of(plan))
+        if discarded is not None:
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+            batch.discarded = discarded
+        return output, batch, num_rounds
+
+    def _advantages(self, batch: RolloutBatch) -> Tensor:
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            weights = self.reward_weights.cpu()
+            return normalize_then_sum(batch.rewards_per_func, weights, batch.group_ids, batch.num_groups)[1]
+        return group_advantages(batch.rewards, batch.group_ids, batch.num_groups, self.scale_rewards)
+
+    def _log_batch(self, batch: RolloutBatch, num_rounds: int) -> None:
+        """Correct what TRL logged before the hooks ran, and log what they add."""
+        metrics = self._metrics["train"]
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(batch.advantages.tolist())
+        flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
+        corrected = {"frac_reward_zero_std": flat.float().mean().item()}
+        if num_rounds > 0:
+            raw = batch.raw_rewards_per_func
+            total = total_rewards(raw, self.reward_weights.cpu())
+            corrected |= {"reward": total.nanmean().item(), "reward_std": nanstd(total).item()}
+            for k, name in enumerate(self.reward_func_names):
+                corrected[f"rewards/{name}/mean"] = raw[:, k].nanmean().item()
+                corrected[f"rewards/{name}/std"] = nanstd(raw[:, k]).item()
+        for name, value in corrected.items():
+            # TRL appended one value per round.
+            metrics[name][-num_rounds - 1 :] = [value]
+        for name, value in batch.metrics.items():
+            metrics[name].append(value)
+        sizes = batch.group_sizes.float()
+        if sizes.min() != sizes.max() or sizes[0] != self.num_generations:
+            metrics["group_size/mean"].append(sizes.mean().item())
+            metrics["group_size/min"].append(sizes.min().item())
+            metrics["group_size/max"].append(sizes.max().item())
+        if any(callback.overrides("on_resample") for callback in self.grpo_callbacks):
+            discarded = 0 if batch.discarded is None else batch.discarded.group_ids.numel()
+            metrics["dynamic_sampling/rounds"].append(float(num_rounds))
+            metrics["dynamic_sampling/discarded"].append(float(discarded))
+        metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
+
+
+def _callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
+    """The callbacks behind the options. They have no access that a user's callback does not have."""
+    callbacks: list[GRPOCallback] = []
+    if args.curriculum == "staged":
+        callbacks.append(
+            StagedCurriculumCallback(
+                args.difficulty_column, args.difficulty_levels, exploration=args.curriculum_exploration
+            )
+        )
+    elif args.curriculum == "target":
+        callbacks.append(
+            TargetCurriculumCallback(
+                args.difficulty_column,
+                args.difficulty_levels,
+                goal=args.curriculum_goal,
+                exploration=args.curriculum_exploration,
+            )
+        )
+    elif args.curriculum == "online":
+        callbacks.append(OnlineCurriculumCallback(exploration=args.curriculum_exploration))
+    if args.group_size == "threshold":
+        callbacks.append(ThresholdGroupSizeCallback(args.group_std_threshold))
+    elif args.group_size == "variance":
+        callbacks.append(VarianceGroupSizeCallback())
+    if args.reward_clip_range is not None or args.reward_clip_quantiles is not None:
+        callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
+    if args.dynamic_sampling_rounds > 0:
+        callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
+    return callbacks
