@@ -1,6 +1,7 @@
 """A model small enough to train in a second, and the data that go with it."""
 
 import os
+import string
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,7 +10,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl_grpo_ext import AdaptiveGRPOConfig
 
@@ -22,10 +23,11 @@ CHAT_TEMPLATE = (
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", " ", "user", "assistant", "system"]
-    words += list("abcdefghijklmnopqrstuvwxyz0123456789+-=?.!")
+    words += ["\n", *(c for c in string.printable.strip())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    pattern = Regex(r"<\|im_start\|>|<\|im_end\|>|user|assistant|system|.")
+    pattern = Regex(r"<\|im_start\|>|<\|im_end\|>|user|assistant|system|[\s\S]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

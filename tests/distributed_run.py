@@ -1,0 +1,56 @@
+"""Started by tests/test_distributed.py under torchrun: one training run, its plans and weights written to a file."""
+
+import json
+import sys
+
+import torch
+from conftest import config_kwargs, has_answer
+from datasets import Dataset
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+
+
+class Record(GRPOCallback):
+    """What each rank believes about each batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        discarded = [] if batch.discarded is None else batch.discarded.prompt_index.tolist()
+        self.batches.append(
+            {
+                "prompts": batch.prompt_index.tolist(),
+                "sizes": batch.group_sizes.tolist(),
+                "rewards": batch.rewards.tolist(),
+                "advantages": batch.advantages.tolist(),
+                "lengths": batch.completion_lengths.tolist(),
+                "own_prompts": [row["prompt"] for row in batch.rows],
+                "discarded": discarded,
+            }
+        )
+
+
+def main(model_path: str, out: str, options: str) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    dataset = Dataset.from_dict({"prompt": [f"say {a}" for a in letters], "answer": list(letters)})
+    options = json.loads(options)
+    resume = options.pop("resume", None)
+    record = Record()
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=has_answer,
+        args=AdaptiveGRPOConfig(**config_kwargs(f"{out}/run", **options)),
+        train_dataset=dataset,
+        callbacks=[record],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    weights = {
+        name: p.detach().clone() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
+    states = [callback.state_dict() for callback in trainer.grpo_callbacks]
+    saved = {"batches": record.batches, "weights": weights, "states": states, "logs": trainer.state.log_history}
+    torch.save(saved, f"{out}/rank{trainer.accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

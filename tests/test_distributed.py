@@ -1,0 +1,84 @@
+"""Two real processes (gloo on the CPU): the ranks agree on plans, numbers and weights without talking about them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+HERE = Path(__file__).parent
+
+
+def launch(model_path: str, out: Path, **options) -> list[dict]:
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    result = subprocess.run(
+        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(HERE / "distributed_run.py")]
+        + [model_path, str(out), json.dumps(options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def assert_ranks_agree(first: dict, second: dict) -> None:
+    for one, two in zip(first["batches"], second["batches"], strict=True):
+        assert {k: v for k, v in one.items() if k != "own_prompts"} == {
+            k: v for k, v in two.items() if k != "own_prompts"
+        }
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+
+
+@pytest.mark.parametrize("dynamic_sampling_rounds", [0, 2])
+def test_ranks_agree_and_groups_straddle_them(model_path, tmp_path, dynamic_sampling_rounds):
+    ranks = launch(
+        model_path,
+        tmp_path / "out",
+        group_size="variance",
+        curriculum="online",
+        reward_clip_range=[-1, 1],
+        dynamic_sampling_rounds=dynamic_sampling_rounds,
+        max_steps=4,
+        per_device_train_batch_size=10,
+        num_generations=5,
+        min_group_size=3,
+    )
+    assert_ranks_agree(*ranks)
+    batches = ranks[0]["batches"]
+    assert all(sum(batch["sizes"]) == 20 for batch in batches)
+    # Rows of a group on both sides of the border between rank 0 (rows 0 to 9) and rank 1.
+    borders = [10 not in torch.tensor(batch["sizes"]).cumsum(0).tolist() for batch in batches]
+    assert any(borders)
+    for index, batch in enumerate(batches):
+        expected = [p for p, n in zip(batch["prompts"], batch["sizes"], strict=True) for _ in range(n)]
+        own = ranks[0]["batches"][index]["own_prompts"] + ranks[1]["batches"][index]["own_prompts"]
+        assert own == [f"say {chr(ord('a') + p)}" for p in expected]
+    discarded = sum(len(batch["discarded"]) for batch in batches)
+    assert (discarded > 0) == (dynamic_sampling_rounds > 0)
+
+
+def test_resume_on_two_ranks(model_path, tmp_path):
+    options = {
+        "group_size": "variance",
+        "curriculum": "online",
+        "dynamic_sampling_rounds": 1,
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    whole = launch(model_path, tmp_path / "whole", **options)
+    checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-3")
+    resumed = launch(model_path, tmp_path / "resumed", **options, resume=checkpoint)
+    assert_ranks_agree(*resumed)
+    assert resumed[0]["batches"] == whole[0]["batches"][3:]
+    for name, value in whole[0]["weights"].items():
+        assert torch.equal(resumed[0]["weights"][name], value)

@@ -1,0 +1,102 @@
+"""An interrupted run ends where the run that was never interrupted ends: weights, plans, callback state."""
+
+import pytest
+import torch
+from conftest import config_kwargs, has_answer
+from transformers import TrainerCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+
+
+class Plans(GRPOCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.seen.append((batch.prompt_index.tolist(), batch.group_sizes.tolist(), batch.rewards.tolist()))
+
+
+class Interrupt(TrainerCallback):
+    """Stops as a kill after the checkpoint would: the learning rate schedule still expects all steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def run(model_path, dataset, out, *, stop_at=None, resume=None, **options):
+    plans = Plans()
+    callbacks = [plans] + ([Interrupt(stop_at)] if stop_at else [])
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=has_answer,
+        args=AdaptiveGRPOConfig(**config_kwargs(out, max_steps=8, per_device_train_batch_size=16, **options)),
+        train_dataset=dataset,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, plans.seen
+
+
+def flatten(state):
+    if isinstance(state, torch.Tensor):
+        return [state.tolist()]
+    if isinstance(state, dict):
+        return [(key, flatten(value)) for key, value in state.items()]
+    return [state]
+
+
+SETTINGS = {
+    "variance_online": {"group_size": "variance", "curriculum": "online"},
+    "threshold_staged": {"group_size": "threshold", "curriculum": "staged", "difficulty_column": "difficulty"},
+    "target": {"curriculum": "target", "difficulty_column": "score", "dynamic_sampling_rounds": 1},
+    "epochs": {"dynamic_sampling_rounds": 1, "reward_clip_quantiles": [0.05, 0.95]},
+    "accumulation": {"group_size": "variance", "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resume_equals_no_interruption(name, model_path, dataset, tmp_path):
+    options = SETTINGS[name]
+    whole, plans = run(model_path, dataset, tmp_path / "whole", **options)
+    _, before = run(model_path, dataset, tmp_path / "cut", stop_at=3, **options)
+    resumed, after = run(
+        model_path, dataset, tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-3"), **options
+    )
+    assert before + after == plans
+    for (key, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), key
+    for one, two in zip(whole.grpo_callbacks, resumed.grpo_callbacks, strict=True):
+        assert flatten(one.state_dict()) == flatten(two.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 4}])
+def test_resume_in_the_middle_of_a_generation_batch(options, model_path, dataset, tmp_path):
+    options = {"group_size": "variance", "curriculum": "online", **options}
+    whole, plans = run(model_path, dataset, tmp_path / "whole", **options)
+    _, before = run(model_path, dataset, tmp_path / "cut", stop_at=3, **options)
+    resumed, after = run(
+        model_path, dataset, tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-3"), **options
+    )
+    assert before + after == plans
+    for (key, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), key
+
+
+def test_trainer_state_stays_small(model_path, dataset, tmp_path):
+    run(model_path, dataset, tmp_path / "cut", stop_at=2, group_size="variance", curriculum="online")
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    assert "posterior" not in (checkpoint / "trainer_state.json").read_text()
+    state = torch.load(checkpoint / "grpo_callbacks.pt", weights_only=True)
+    assert [name for name, _ in state["callbacks"]][:2] == ["OnlineCurriculumCallback", "VarianceGroupSizeCallback"]
+
+
+def test_a_checkpoint_of_stock_trl_is_taken_with_a_warning(model_path, dataset, tmp_path, caplog):
+    run(model_path, dataset, tmp_path / "cut", stop_at=2, group_size="variance")
+    checkpoint = tmp_path / "cut" / "checkpoint-2"
+    (checkpoint / "grpo_callbacks.pt").unlink()
+    run(model_path, dataset, tmp_path / "cut", resume=str(checkpoint), group_size="variance")
+    assert "start from scratch" in caplog.text
