@@ -1,5 +1,6 @@
 """TRL's GRPOTrainer with the hooks it lacks."""
 
+from . import _host  # noqa: F401 (first: says in one line when this TRL does not fit)
 from .callbacks import GRPOCallback, RolloutBatch
 from .clipping import RewardClipCallback
 from .config import AdaptiveGRPOConfig

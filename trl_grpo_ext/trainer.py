@@ -295,12 +295,13 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         for name, value in batch.metrics.items():
             metrics[name].append(value)
         sizes = batch.group_sizes.float()
-        if sizes.min() != sizes.max() or sizes[0] != self.num_generations:
+        if any(callback.overrides("on_group_sizes") for callback in self.grpo_callbacks):
             metrics["group_size/mean"].append(sizes.mean().item())
             metrics["group_size/min"].append(sizes.min().item())
             metrics["group_size/max"].append(sizes.max().item())
+        discarded = 0 if batch.discarded is None else batch.discarded.group_ids.numel()
+        metrics["rollouts/informative"].append((~flat).sum().item() / (flat.numel() + discarded))
         if any(callback.overrides("on_resample") for callback in self.grpo_callbacks):
-            discarded = 0 if batch.discarded is None else batch.discarded.group_ids.numel()
             metrics["dynamic_sampling/rounds"].append(float(num_rounds))
             metrics["dynamic_sampling/discarded"].append(float(discarded))
         metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens

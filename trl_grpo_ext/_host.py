@@ -1,0 +1,50 @@
+"""The seams of TRL that this package wraps. Importing it on a TRL that lacks one gives one clear error."""
+
+import inspect
+
+import trl
+
+SUPPORTED_TRL = ">=1.16,<1.17"
+
+# Method of GRPOTrainer -> its parameters. `tests/test_contract.py` pins these and the attributes that are read.
+SEAMS = {
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_remove_unused_columns": ["self", "dataset", "description"],
+    "_get_output_dir": ["self", "trial"],
+    "add_callback": ["self", "callback"],
+}
+
+
+def check_seams(trainer_class: type) -> None:
+    """
+    Raise `ImportError` when a seam is missing or takes other arguments.
+
+    Args:
+        trainer_class (`type`):
+            TRL's `GRPOTrainer`.
+
+    Example:
+
+    ```python
+    >>> class Old:
+    ...     def add_callback(self, callback): ...
+    >>> check_seams(Old)
+    Traceback (most recent call last):
+        ...
+    ImportError: trl-grpo-ext wraps GRPOTrainer._calculate_rewards(inputs, prompts, ...), which TRL ...
+
+    ```
+    """
+    for name, parameters in SEAMS.items():
+        method = getattr(trainer_class, name, None)
+        if method is None or list(inspect.signature(method).parameters) != parameters:
+            raise ImportError(
+                f"trl-grpo-ext wraps GRPOTrainer.{name}({', '.join(parameters[1:])}), which TRL {trl.__version__} "
+                f'lacks: pip install "trl{SUPPORTED_TRL}"'
+            )
+
+
+check_seams(trl.GRPOTrainer)

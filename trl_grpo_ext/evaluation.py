@@ -1,0 +1,147 @@
+"""Held-out evaluation for the recipes: greedy answers, scored by each part of a reward, before and after training."""
+
+import asyncio
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from trl.models import unwrap_model_for_generation
+
+from .rewards import Reward
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """
+    What a policy answers to held-out prompts and what that is worth.
+
+    Args:
+        questions (`list[str]`):
+            The last user message of each prompt.
+        answers (`list[str]`):
+            The greedy answer to each.
+        scores (`dict[str, list[float | None]]`):
+            For each part of the reward, and for `total`, the score of each answer.
+    """
+
+    questions: list[str]
+    answers: list[str]
+    scores: dict[str, list[float | None]]
+
+    def mean(self, name: str) -> float:
+        values = [value for value in self.scores[name] if value is not None]
+        return sum(values) / len(values) if values else float("nan")
+
+
+def evaluate_held_out(trainer, dataset: Dataset, reward: Reward, batch_size: int = 48) -> HeldOut:
+    """
+    Answer held-out prompts greedily with the trainer's policy and score the answers.
+
+    Greedy, so that nothing depends on luck and no random number of the training is used up. Processes share the work
+    and all return the whole result.
+
+    Args:
+        trainer ([`AdaptiveGRPOTrainer`] or [`~trl.GRPOTrainer`]):
+            Trainer with the policy.
+        dataset ([`~datasets.Dataset`]):
+            Held-out prompts with the columns that the reward needs; `prompt` is conversational.
+        reward ([`~trl_grpo_ext.rewards.Reward`]):
+            Reward whose parts are reported.
+        batch_size (`int`, *optional*, defaults to `48`):
+            Prompts per generation call.
+
+    Returns:
+        [`HeldOut`]:
+            Answers and scores, in the order of the dataset.
+    """
+    accelerator = trainer.accelerator
+    # Every rank answers the same number of prompts, because sharded models generate together.
+    share = -(-len(dataset) // accelerator.num_processes)
+    mine = [(accelerator.process_index * share + i) % len(dataset) for i in range(share)]
+    token_ids: list[list[int]] = []
+    for start in range(0, share, batch_size):
+        rows = dataset.select(mine[start : start + batch_size])
+        token_ids += _answer(trainer, list(rows["prompt"]))
+    token_ids = gather_object(token_ids)[: len(dataset)]
+
+    prompts = list(dataset["prompt"])
+    texts = trainer.processing_class.batch_decode(token_ids, skip_special_tokens=True)
+    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
+    call = {
+        "prompts": prompts,
+        "completions": [[{"role": "assistant", "content": text}] for text in texts],
+        "completion_ids": token_ids,
+        "trainer_state": trainer.state,
+        **columns,
+    }
+    scores = {part.__name__: _call(part, call) for part in reward.leaves()}
+    return HeldOut([prompt[-1]["content"] for prompt in prompts], texts, {**scores, "total": _call(reward, call)})
+
+
+def _answer(trainer, prompts: list) -> list[list[int]]:
+    tokenizer = trainer.processing_class
+    inputs = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
+    ).to(trainer.accelerator.device)
+    was_training = trainer.model.training
+    trainer.model.eval()
+    with (
+        torch.no_grad(),
+        unwrap_model_for_generation(
+            trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation
+        ) as model,
+    ):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=trainer.max_completion_length,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=trainer.eos_token_ids,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    trainer.model.train(was_training)
+    answers = []
+    for ids in output[:, inputs["input_ids"].size(1) :].tolist():
+        ends = [i for i, token in enumerate(ids) if token in trainer.eos_token_ids]
+        answers.append(ids[: ends[0] + 1] if ends else ids)
+    return answers
+
+
+def _call(reward: Reward, call: dict[str, Any]) -> list[float | None]:
+    result = reward(**call)
+    return asyncio.run(result) if inspect.iscoroutine(result) else result
+
+
+def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3) -> None:
+    """Print the mean of each score before and after, and some answers side by side."""
+    console = Console(width=None if Console().is_terminal else 110)
+    table = Table(title=f"Held-out prompts ({len(before.answers)}, greedy answers)", title_justify="left")
+    table.add_column("")
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    for name in before.scores:
+        old, new = before.mean(name), after.mean(name)
+        digits = 1 if abs(old) >= 10 else 3
+        table.add_row(name, f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}")
+    console.print(table)
+    samples = Table(title="Sample answers", title_justify="left", show_lines=True)
+    for title in ("prompt", "before", "after"):
+        samples.add_column(title, ratio=1, overflow="fold")
+    step = max(1, len(before.answers) // num_samples)
+    for i in range(0, step * num_samples, step)[:num_samples]:
+        # Model output is text, not markup.
+        samples.add_row(*(_plain(text) for text in (before.questions[i], before.answers[i], after.answers[i])))
+    console.print(samples)
+
+
+def _plain(text: str):
+    from rich.text import Text
+
+    return Text(text.strip())
