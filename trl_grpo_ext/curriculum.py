@@ -129,7 +129,7 @@ class _Curriculum(GRPOCallback):
     """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
 
     exploration: float
-    difficulty: Tensor | None = None
+    difficulty: Tensor = torch.empty(0)  # (D,), where there is a difficulty column
 
     def _check(self) -> None:
         if not 0 <= self.exploration <= 1:
@@ -160,7 +160,7 @@ class _Curriculum(GRPOCallback):
         return values
 
     def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
-        if self.difficulty is not None:
+        if self.difficulty.numel() > 0:
             drawn = self.difficulty[batch.prompt_index].float()
             batch.metrics["curriculum/difficulty"] = drawn.mean().item()
 
@@ -185,7 +185,7 @@ class StagedCurriculumCallback(_Curriculum):
 
     def __init__(
         self,
-        column: str,
+        column: str | None,
         levels: Sequence[str] = ("easy", "medium", "hard"),
         smoothing: float = 0.5,
         exploration: float = 0.1,
@@ -198,9 +198,7 @@ class StagedCurriculumCallback(_Curriculum):
         if smoothing < 0:
             raise ValueError(f"smoothing={smoothing} must not be negative: use 0 to switch levels at once")
         if len(set(self.levels)) != len(self.levels) or len(self.levels) < 2:
-            raise ValueError(
-                f"difficulty_levels={self.levels} must be at least two different names, from easy to hard"
-            )
+            raise ValueError(f"difficulty_levels={self.levels} must be at least two different names, from easy to hard")
 
     def on_setup(self, args, state, control, trainer, **kwargs):
         values = self._read_column(trainer, self.column, self.levels)
@@ -298,7 +296,7 @@ class TargetCurriculumCallback(_Curriculum):
 
     def __init__(
         self,
-        column: str,
+        column: str | None,
         levels: Sequence[str] = ("easy", "medium", "hard"),
         goal: float = 0.5,
         step_size: float = 0.05,
@@ -324,9 +322,7 @@ class TargetCurriculumCallback(_Curriculum):
         numbers = torch.tensor([rank[v] if isinstance(v, str) else v for v in values], dtype=torch.float64)
         spread = (numbers.max() - numbers.min()).item()
         if spread == 0:
-            raise ValueError(
-                f"All prompts have {self.column}={values[0]!r}: a curriculum needs different difficulties"
-            )
+            raise ValueError(f"All prompts have {self.column}={values[0]!r}: a curriculum needs different difficulties")
         self.difficulty = ((numbers - numbers.min()) / spread).float()
 
     def on_prompt_weights(self, args, state, control, weights, **kwargs):

@@ -32,13 +32,16 @@ class Planner:
     def __init__(self, args: AdaptiveGRPOConfig, dataset: Dataset):
         check_plannable(args, dataset)
         self.args = args
+        assert args.min_group_size is not None  # __post_init__ has set both
+        assert args.max_group_size is not None
+        self.bounds = (args.min_group_size, args.max_group_size)
         self.sampler = PromptSampler(len(dataset), args.seed, args.shuffle_dataset)
 
     def plan(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> RolloutPlan:
         """The plan of the next generation batch."""
         num_rows = self.args.generation_batch_size
         chooses_sizes = any(callback.overrides("on_group_sizes") for callback in callbacks)
-        fewest = self.args.min_group_size if chooses_sizes else self.args.num_generations
+        fewest = self.bounds[0] if chooses_sizes else self.args.num_generations
         count = min(num_rows // fewest, self.sampler.num_prompts)
         candidates = self.sampler.draw(count, self._weights(callbacks, state, control))
         if not chooses_sizes:
@@ -47,10 +50,9 @@ class Planner:
         for callback in callbacks:
             sizes = callback.on_group_sizes(self.args, state, control, prompt_index=candidates, num_rows=num_rows)
             wishes = wishes if sizes is None else sizes
-        bounds = (self.args.min_group_size, self.args.max_group_size)
-        num_groups = num_groups_that_fit(wishes, num_rows, *bounds)
+        num_groups = num_groups_that_fit(wishes, num_rows, *self.bounds)
         self.sampler.keep(num_groups)
-        return RolloutPlan(fit_group_sizes(wishes[:num_groups], num_rows, *bounds), candidates[:num_groups])
+        return RolloutPlan(fit_group_sizes(wishes[:num_groups], num_rows, *self.bounds), candidates[:num_groups])
 
     def replace(
         self,
@@ -64,6 +66,7 @@ class Planner:
         fresh = self.sampler.draw(
             int(replaced.sum()), self._weights(callbacks, state, control), exclude=plan.prompt_index
         )
+        assert plan.prompt_index is not None
         return RolloutPlan(plan.group_sizes, plan.prompt_index.masked_scatter(replaced, fresh))
 
     def _weights(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> Tensor | None:

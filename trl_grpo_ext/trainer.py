@@ -13,19 +13,10 @@ from trl.trainer.utils import get_config_model_id, nanstd
 
 from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
 from .callbacks import GRPOCallback, RolloutBatch
-from .clipping import RewardClipCallback
 from .config import AdaptiveGRPOConfig
-from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
-from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .features import callbacks_of
 from .planner import Planner, check_plannable, plans
-from .resampling import (
-    DynamicSamplingCallback,
-    global_positions,
-    put_logs,
-    replace_rows,
-    rows_to_regenerate,
-    take_logs,
-)
+from .resampling import global_positions, put_logs, replace_rows, rows_to_regenerate, take_logs
 from .sampler import RolloutPlan
 
 logger = get_logger(__name__)
@@ -62,6 +53,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
     """
 
     args: AdaptiveGRPOConfig
+    num_generations: int
     _tag_names = ["trl", "grpo", "trl-grpo-ext"]  # noqa: RUF012 (TRL's idiom)
 
     def __init__(
@@ -74,7 +66,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             raise TypeError(f"args is a {type(args).__name__}: use AdaptiveGRPOConfig, which takes the same arguments")
         # A callback may be passed as a class, as in transformers.
         given = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
-        callbacks = _callbacks_of(args) + given
+        callbacks = callbacks_of(args) + given
         if plans([callback for callback in callbacks if isinstance(callback, GRPOCallback)]):
             check_plannable(args, train_dataset)
         elif isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
@@ -87,7 +79,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
                 f"Reward functions share the name {duplicates[0]!r}, so their metrics would mix: rename one, for "
                 "example with as_reward(func).named('other')"
             )
-        self._raw_rewards: Tensor | None = None
+        self._raw_rewards = torch.empty(0)
         self._num_rollouts = 0
         self._set_up(self.grpo_callbacks)
 
@@ -194,6 +186,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
 
     def _rows_of(self, plan: RolloutPlan, positions: Tensor | None = None) -> list[dict[str, Any]]:
         """This rank's dataset rows (or those at `positions` among them), a copy for each completion."""
+        assert plan.prompt_index is not None
         index = plan.prompt_index[plan.group_ids].view(self.accelerator.num_processes, -1)
         index = index[self.accelerator.process_index]
         index = index if positions is None else index[positions]
@@ -305,34 +298,3 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             metrics["dynamic_sampling/rounds"].append(float(num_rounds))
             metrics["dynamic_sampling/discarded"].append(float(discarded))
         metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
-
-
-def _callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
-    """The callbacks behind the options. They have no access that a user's callback does not have."""
-    callbacks: list[GRPOCallback] = []
-    if args.curriculum == "staged":
-        callbacks.append(
-            StagedCurriculumCallback(
-                args.difficulty_column, args.difficulty_levels, exploration=args.curriculum_exploration
-            )
-        )
-    elif args.curriculum == "target":
-        callbacks.append(
-            TargetCurriculumCallback(
-                args.difficulty_column,
-                args.difficulty_levels,
-                goal=args.curriculum_goal,
-                exploration=args.curriculum_exploration,
-            )
-        )
-    elif args.curriculum == "online":
-        callbacks.append(OnlineCurriculumCallback(exploration=args.curriculum_exploration))
-    if args.group_size == "threshold":
-        callbacks.append(ThresholdGroupSizeCallback(args.group_std_threshold))
-    elif args.group_size == "variance":
-        callbacks.append(VarianceGroupSizeCallback())
-    if args.reward_clip_range is not None or args.reward_clip_quantiles is not None:
-        callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
-    if args.dynamic_sampling_rounds > 0:
-        callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
-    return callbacks

@@ -1,0 +1,30 @@
+"""From options to callbacks: what each option of [`AdaptiveGRPOConfig`] switches on."""
+
+from .callbacks import GRPOCallback
+from .clipping import RewardClipCallback
+from .config import AdaptiveGRPOConfig
+from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
+from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .resampling import DynamicSamplingCallback
+
+
+def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
+    """The callbacks behind the options. They have no access that a user's callback does not have."""
+    callbacks: list[GRPOCallback] = []
+    column, levels, exploration = args.difficulty_column, args.difficulty_levels, args.curriculum_exploration
+    if args.curriculum == "staged":
+        callbacks.append(StagedCurriculumCallback(column, levels, exploration=exploration))
+    elif args.curriculum == "target":
+        goal = args.curriculum_goal
+        callbacks.append(TargetCurriculumCallback(column, levels, goal=goal, exploration=exploration))
+    elif args.curriculum == "online":
+        callbacks.append(OnlineCurriculumCallback(exploration=exploration))
+    if args.group_size == "threshold":
+        callbacks.append(ThresholdGroupSizeCallback(args.group_std_threshold))
+    elif args.group_size == "variance":
+        callbacks.append(VarianceGroupSizeCallback())
+    if args.reward_clip_range is not None or args.reward_clip_quantiles is not None:
+        callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
+    if args.dynamic_sampling_rounds > 0:
+        callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
+    return callbacks
