@@ -16,11 +16,14 @@ A dataset has a column `prompt`; `reference` is needed without a reward model, a
 """
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
@@ -99,6 +102,10 @@ if __name__ == "__main__":
     if "--config" not in sys.argv:
         sys.argv += ["--config", str(Path(__file__).parent / "configs" / "helpful.yaml")]
     parser = TrlParser((HelpfulArguments, AdaptiveGRPOConfig, ModelConfig))
-    # TRL trains in bfloat16 by default, which most CPUs only emulate.
-    parser.set_defaults_with_config(bf16=torch.cuda.is_available())
+    # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
+    parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
+    # One progress bar, that of the training; transformers warns about its own deprecations.
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     main(*parser.parse_args_and_config())

@@ -79,5 +79,4 @@ def _conversational(dataset: Dataset, name: str) -> Dataset:
             raise ValueError(f"Row {row} of {name!r} has no prompt: remove it or fill it in")
     if not isinstance(prompts[0], str):
         return dataset
-    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return dataset.remove_columns("prompt").add_column("prompt", messages)
+    return dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
