@@ -135,7 +135,7 @@ def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3) -> N
     for title in ("prompt", "before", "after"):
         samples.add_column(title, ratio=1, overflow="fold")
     step = max(1, len(before.answers) // num_samples)
-    for i in range(0, step * num_samples, step)[:num_samples]:
+    for i in range(0, len(before.answers), step)[:num_samples]:
         # Model output is text, not markup.
         samples.add_row(*(_plain(text) for text in (before.questions[i], before.answers[i], after.answers[i])))
     console.print(samples)

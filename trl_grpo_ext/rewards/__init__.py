@@ -1,0 +1,30 @@
+"""Rewards that compose: any TRL reward function, model or hub id, in one readable line.
+
+```python
+reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
+```
+"""
+
+from .base import Reward, maximum, minimum
+from .leaves import as_reward
+from .models import RewardModel
+from .schedules import constant, cosine, linear, piecewise
+from .scoring import RewardError
+from .text import Harmlessness, Length, OverLength, Relevance
+
+__all__ = [
+    "Harmlessness",
+    "Length",
+    "OverLength",
+    "Relevance",
+    "Reward",
+    "RewardError",
+    "RewardModel",
+    "as_reward",
+    "constant",
+    "cosine",
+    "linear",
+    "maximum",
+    "minimum",
+    "piecewise",
+]

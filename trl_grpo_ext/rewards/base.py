@@ -1,29 +1,33 @@
 """The reward algebra: what every reward can do, and the composites that its operators make.
 
 Calling a composite first evaluates its distinct leaves (once each, async ones concurrently), then walks the tree row by
-row. Only the first half can be async: hence one sync and one async class of composite, and `compose` chooses. The leaves
-are in `leaves.py`, the combinators in `ops.py`.
+row. Only the first half can be async: hence one sync and one async class of composite, and `compose` chooses. Leaves
+are in `leaves.py`, combinators in `ops.py`, names and `repr` in `describe.py`.
 """
 
+import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import ops
-from .leaf_values import Memory, begin, settle
-from .schedules import Schedule
+from .describe import describe, weights
+from .schedules import Constant, Schedule, training_progress
+from .scoring import RewardError
+
+if TYPE_CHECKING:
+    from .leaves import Leaf
 
 Value: TypeAlias = float | None
 Operand: TypeAlias = "Reward | Schedule"
-Column: TypeAlias = "tuple[Leaf, list[Value]]"
 
 
 def is_async(function: Callable) -> bool:
-    """Whether calling `function` gives a coroutine; the same forms as TRL's `is_async_callable`, without needing TRL."""
+    """Whether calling `function` gives a coroutine, as TRL's `is_async_callable` does (without needing TRL)."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
@@ -47,14 +51,14 @@ class Reward:
     >>> reward(prompts=["", ""], completions=["4 + 4 = 8", "eight"])
     [3.5, 0.0]
     >>> reward
-    as_reward(digits).clip(0, 2) + 0.5 * as_reward(digits)
+    as_reward(digits).clip(low=0.0, high=2.0) + 0.5 * as_reward(digits)
     >>> reward.__name__
     'clip(digits)+digits'
 
     ```
     """
 
-    # Else `numpy.float64(2) * reward` would make an array of one reward instead of asking the reward.
+    # Else an array times a reward would be an array of rewards.
     __array_ufunc__ = None
 
     def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
@@ -235,7 +239,7 @@ class Composite(Reward):
                 yield child
 
     def leaves(self) -> list["Leaf"]:
-        distinct: list["Leaf"] = []
+        distinct: list[Leaf] = []
         for node in self.nodes():
             if not isinstance(node, Composite):
                 distinct += [leaf for leaf in node.leaves() if leaf not in distinct]
@@ -257,11 +261,11 @@ class Composite(Reward):
                 log_extra(leaf.name, values)
         if log_metric:
             for node in self.nodes():
-                for weight, weighed in node._weights() if isinstance(node, Composite) else ():
+                for weight, weighed in weights(node):
                     if not isinstance(weight, Constant):
                         log_metric(f"reward_weights/{weighed.__name__}", weight(progress))
         # By identity, since comparing leaves for every row and occurrence would be slow.
-        of_leaf = {id(node): columns[leaves.index(node)] for node in self.nodes() if not isinstance(node, Composite)}
+        of_leaf = {id(leaf): columns[leaves.index(leaf)] for node in self.nodes() for leaf in node.leaves()}
         skip = all(leaf.errors == "skip" for leaf in leaves)
         results: list[Value] = []
         errors = 0
@@ -276,13 +280,6 @@ class Composite(Reward):
         if skip and log_metric:
             log_metric(f"rewards/{self.__name__}/errors", float(errors))
         return results
-
-    def _weights(self) -> list[tuple[Schedule, Reward]]:
-        """The (schedule, what it weighs) of a product with a number."""
-        if not isinstance(self.op, ops.Multiply):
-            return []
-        pairs = (self.children, self.children[::-1])
-        return [(a, b) for a, b in pairs if isinstance(a, Schedule) and isinstance(b, Reward)]
 
     def _value(self, row: int, of_leaf: dict[int, list[Value]], progress: float) -> Value:
         def look(operand: Operand) -> Value:
@@ -306,9 +303,10 @@ class Composite(Reward):
         except ArithmeticError:
             finite = False
         if not finite:
+            remedy = "divide only .where(divisor > 0)" if isinstance(self.op, ops.Divide) else "clip the operands"
             raise RewardError(
                 f"reward {self.__name__!r}, row {row}: {self.op.source(*map(str, values))} is not a finite number: "
-                'keep a divisor from zero (`.where(...)`, `maximum(..., 1e-6)`), or use .on_error("skip")'
+                f'{remedy}, or leave such rows out with .on_error("skip")'
             )
         return result
 
@@ -400,42 +398,3 @@ def maximum(*operands: Any) -> Composite:
     ```
     """
     return compose(ops.Extreme("maximum"), *operands)
-
-
-def describe(node: Operand, outer: int = 0, *, naming: bool) -> str:
-    """`node` as Python source, or with `naming` as a metric name; in parentheses if it binds less tightly than `outer`."""
-    if isinstance(node, Constant):
-        return f"{node.value:g}" if naming else repr(node.value)
-    if isinstance(node, Schedule):
-        return repr(node).replace(" ", "") if naming else repr(node)
-    if not isinstance(node, Composite):
-        return node.__name__ if naming else repr(node)
-    if naming and node.name is not None:
-        return node.name
-    op, children = node.op, node.children
-    precedence = op.precedence
-    if naming and isinstance(op, ops.Add | ops.Subtract):
-        # A sum is named after what it adds up: weights would make the name long, and schedules are logged anyway.
-        (minus, left), (flip, right) = map(_unweighted, children)
-        signs = "-" if minus else "", "-" if flip != isinstance(op, ops.Subtract) else "+"
-        left_text = describe(left, ops.PRODUCT if minus else ops.SUM, naming=True)
-        text = f"{signs[0]}{left_text}{signs[1]}{describe(right, ops.PRODUCT, naming=True)}"
-    else:
-        binds = op.binds if op.binds and not (naming and precedence == ops.ATOM) else (0,) * len(children)
-        parts = [describe(child, bind, naming=naming) for child, bind in zip(children, binds, strict=True)]
-        text = op.label(*parts) if naming else op.source(*parts)
-    if node.name is not None:
-        text, precedence = f"({text}).named({node.name!r})", ops.ATOM
-    return text if precedence >= outer else f"({text})"
-
-
-def _unweighted(term: Operand) -> tuple[bool, Operand]:
-    """(whether the term is negative, the term without sign and weight)."""
-    if isinstance(term, Composite) and term.name is None:
-        if isinstance(term.op, ops.Negate):
-            minus, rest = _unweighted(term.children[0])
-            return not minus, rest
-        for weight, weighed in term._weights():
-            minus, rest = _unweighted(weighed)
-            return minus != (isinstance(weight, Constant) and weight.value < 0), rest
-    return False, term

@@ -15,7 +15,7 @@ class Leaf(Reward):
     A reward that computes its own values in `score`, and the place where they are checked, cached and counted.
 
     Args:
-        name (`str`):
+        name (`str`, *optional*, defaults to `default_name`):
             Name in the logs.
         errors (`str`, *optional*, defaults to `"raise"`):
             Set by [`~Reward.on_error`].
@@ -23,10 +23,20 @@ class Leaf(Reward):
             Set by [`~Reward.cached`].
     """
 
-    name: str = field(default="reward", kw_only=True)
+    name: str = field(default="", kw_only=True)
     errors: str = field(default="raise", kw_only=True)
     cache_size: int | None = field(default=None, kw_only=True)
     _memory: Memory = field(default_factory=Memory, init=False, compare=False)
+
+    def __post_init__(self):
+        if not self.name:
+            object.__setattr__(self, "name", self.default_name)
+
+    @property
+    def default_name(self) -> str:
+        """The name of a leaf that was given none."""
+        kind: type = type(self)  # else mypy takes `__name__` for the property below
+        return kind.__name__.lower()
 
     # A property, so that `Leaf.__name__` is still the name of the class.
     @property
@@ -54,9 +64,14 @@ class Leaf(Reward):
         return change(self)
 
     def _constructor(self) -> str:
-        options = ("errors", "cache_size")  # shown as the methods that set them
-        shown = [(f, getattr(self, f.name)) for f in fields(self) if f.init and f.name not in options]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={v!r}' for f, v in shown if v != f.default)})"
+        shown = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            default = self.default_name if item.name == "name" else item.default
+            # `errors` and `cache_size` are shown as the methods that set them.
+            if item.init and item.name not in ("errors", "cache_size") and value != default:
+                shown.append(f"{item.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __repr__(self) -> str:
         cached = "" if self.cache_size is None else f".cached(max_size={self.cache_size})"
@@ -72,9 +87,13 @@ class FunctionReward(Leaf):
     def score(self, prompts, completions, completion_ids=None, **kwargs):
         return self.function(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
 
+    @property
+    def default_name(self) -> str:
+        return callable_name(self.function)
+
     def _constructor(self) -> str:
-        name = callable_name(self.function)
-        return f"as_reward({name})" if self.name == name else f"as_reward({name}, name={self.name!r})"
+        named = "" if self.name == self.default_name else f", name={self.name!r}"
+        return f"as_reward({self.default_name}{named})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,8 +146,8 @@ def as_reward(x: Any, name: str | None = None) -> Reward:
     if isinstance(x, str) or hasattr(x, "named_parameters"):  # a model, without importing torch to ask
         from .models import RewardModel
 
-        return RewardModel(x, name=name)
+        return RewardModel(x, name=name or "")
     if not callable(x):
         raise TypeError(f"{x!r} is no reward: pass a reward function, a model, or a model's hub id or folder")
     kind = AsyncFunctionReward if is_async(x) else FunctionReward
-    return kind(x, name=callable_name(x) if name is None else name)
+    return kind(x, name=name or "")

@@ -1,11 +1,12 @@
 """Combinators of the reward algebra: pure functions of one row's values, as frozen dataclasses.
 
-A value is a `float`, or `None` for "this reward does not apply to this row". `strict` combinators give `None` as soon as
-one operand is `None`; the others say below what they do. Whatever the combinator, a row to which none of its *rewards*
-applies is `None`: a constant or a schedule next to them does not bring it back. [`~.base.Composite`] sees to both.
+A value is a `float`, or `None` for "this reward does not apply to this row". `strict` combinators give `None` as soon
+as one operand is `None`; the others say below what they do. Whatever the combinator, a row to which none of its
+*rewards* applies is `None`: a constant or a schedule beside them does not bring it back. [`~.base.Composite`] sees to
+both.
 
-`source` writes a combinator as Python, `label` as part of a metric name; `binds` holds, per operand, how tightly an
-operand must bind to go without parentheses.
+`source` writes a combinator as Python, `label` as a metric name (`describe.py` names sums); `binds` holds, per operand,
+how tightly an operand must bind to go without parentheses.
 """
 
 import math
@@ -53,9 +54,6 @@ class Add(Op):
     def source(self, *parts):
         return " + ".join(parts)
 
-    def label(self, *parts):
-        return "+".join(parts)
-
 
 @dataclass(frozen=True)
 class Subtract(Op):
@@ -73,9 +71,6 @@ class Subtract(Op):
 
     def source(self, *parts):
         return " - ".join(parts)
-
-    def label(self, *parts):
-        return "-".join(parts)
 
 
 @dataclass(frozen=True)
@@ -162,12 +157,16 @@ class Clip(Op):
             raise ValueError(f"clip: low={self.low}, high={self.high}: a bound is not a number: pass numbers")
         if self.low > self.high:
             raise ValueError(f"clip: low={self.low} exceeds high={self.high}: swap them")
+        object.__setattr__(self, "low", float(self.low))
+        object.__setattr__(self, "high", float(self.high))
 
     def __call__(self, *values):
         return min(max(values[0], self.low), self.high)
 
     def source(self, *parts):
-        return f"{parts[0]}.clip({self.low}, {self.high})"
+        bounds = {"low": self.low, "high": self.high}
+        given = ", ".join(f"{name}={bound}" for name, bound in bounds.items() if math.isfinite(bound))
+        return f"{parts[0]}.clip({given})"
 
     def label(self, *parts):
         return f"clip({parts[0]})"

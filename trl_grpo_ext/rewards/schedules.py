@@ -129,8 +129,8 @@ class Linear(_Ramp):
 
     Example:
     ```python
-    >>> ramp = linear(0, 1, begin=0.2, finish=0.6)
-    >>> [ramp(progress) for progress in (0.0, 0.4, 0.6, 1.0)]
+    >>> ramp = linear(0, 1, begin=0.25, finish=0.75)
+    >>> [ramp(progress) for progress in (0.0, 0.5, 0.75, 1.0)]
     [0.0, 0.5, 1.0, 1.0]
 
     ```

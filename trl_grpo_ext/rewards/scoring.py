@@ -43,7 +43,7 @@ class Memory(OrderedDict):
 
 @dataclass(frozen=True)
 class Job:
-    """The rows of a call that a leaf has to score. `keys` has one entry per row of the call, `rows` says which are new."""
+    """What a leaf has to score: one key per row of TRL's call, which `rows` are not `known`, and a `call` for those."""
 
     call: dict[str, Any]
     rows: list[int]
@@ -122,7 +122,7 @@ def _read(outcome: Any, rows: list[int]) -> tuple[list[float | None], dict[int, 
     values = outcome.tolist() if hasattr(outcome, "tolist") else outcome  # tensors and arrays
     if not isinstance(values, list | tuple) or len(values) != len(rows):
         given = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        what = f' returned {given} for {len(rows)} completions: return a list with one value each, None for "does not apply"'
+        what = f' returned {given} for {len(rows)} completions: return one each in a list, None for "does not apply"'
         return nothing, dict.fromkeys(rows, what)
     problems = {}
     for index, (row, value) in enumerate(zip(rows, values, strict=True)):
