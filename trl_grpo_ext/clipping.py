@@ -141,9 +141,7 @@ def _changed(before: Tensor, after: Tensor) -> float:
 def check_clipping(clip_range: Sequence[float] | None, quantiles: Sequence[float] | None, on: str) -> None:
     """Raise `ValueError` with value, rule and remedy for clipping options that make no sense."""
     if clip_range is not None and not (len(clip_range) == 2 and clip_range[0] < clip_range[1]):
-        raise ValueError(
-            f"reward_clip_range={list(clip_range)} must be [low, high] with low < high, such as [-10, 10]"
-        )
+        raise ValueError(f"reward_clip_range={list(clip_range)} must be [low, high] with low < high, such as [-10, 10]")
     if quantiles is not None and not (len(quantiles) == 2 and 0 <= quantiles[0] < quantiles[1] <= 1):
         raise ValueError(
             f"reward_clip_quantiles={list(quantiles)} must be [low, high] with 0 <= low < high <= 1, "

@@ -77,9 +77,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
     )
     dynamic_sampling_rounds: int = field(
         default=0,
-        metadata={
-            "help": "Largest number of rounds in which groups with equal rewards are replaced by fresh prompts."
-        },
+        metadata={"help": "Largest number of rounds in which groups with equal rewards are replaced by fresh prompts."},
     )
     reward_clip_range: list[float] | None = field(
         default=None,

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .callbacks import GRPOCallback, RolloutBatch
-from .group_size import PromptPosterior
+from .difficulty import as_levels, as_numbers, read_difficulty
+from .group_size import posterior_of
 
 
 def staged_weights(levels: Tensor, num_levels: int, progress: float, smoothing: float = 0.5) -> Tensor:
@@ -138,27 +138,6 @@ class _Curriculum(GRPOCallback):
                 "try 0.1"
             )
 
-    def _read_column(self, trainer, column: str | None, level_names: Sequence[str] | None) -> list[Any]:
-        dataset = trainer.train_dataset
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"difficulty_column={column!r} is not a column of the training dataset, which has "
-                f"{dataset.column_names}: name one of them, or use curriculum='online', which needs none"
-            )
-        values = list(dataset[column])
-        known = set(level_names or ())
-        for row, value in enumerate(values):
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not (value in known if isinstance(value, str) else is_number):
-                rule = f"one of the levels {list(level_names)}" if level_names else "a number"
-                raise ValueError(
-                    f"Row {row} has {column}={value!r}, which is not {rule}: correct it, or name your levels from easy "
-                    "to hard in `difficulty_levels`"
-                )
-        if len({isinstance(value, str) for value in values}) > 1:
-            raise ValueError(f"Column {column!r} mixes names and numbers: use one kind")
-        return values
-
     def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
         if self.difficulty.numel() > 0:
             drawn = self.difficulty[batch.prompt_index].float()
@@ -201,15 +180,8 @@ class StagedCurriculumCallback(_Curriculum):
             raise ValueError(f"difficulty_levels={self.levels} must be at least two different names, from easy to hard")
 
     def on_setup(self, args, state, control, trainer, **kwargs):
-        values = self._read_column(trainer, self.column, self.levels)
-        if isinstance(values[0], str):
-            rank = {name: level for level, name in enumerate(self.levels)}
-            self.difficulty = torch.tensor([rank[value] for value in values])
-        else:
-            numbers = torch.tensor(values, dtype=torch.float64)
-            # Equal difficulties share a level: count how many prompts are strictly easier.
-            easier = torch.searchsorted(numbers.sort().values, numbers)
-            self.difficulty = easier * len(self.levels) // numbers.numel()
+        values = read_difficulty(trainer.train_dataset, self.column, self.levels)
+        self.difficulty = as_levels(values, self.levels)
 
     def on_prompt_weights(self, args, state, control, weights, **kwargs):
         progress = state.global_step / state.max_steps
@@ -241,6 +213,8 @@ class OnlineCurriculumCallback(_Curriculum):
             Weight of the old evidence at each visit of a prompt.
         prior (`float`, *optional*, defaults to `2.0`):
             Weight of the pool's average, in completions.
+
+    With a `difficulty_column` in the configuration, prompts of one level share a pool.
     """
 
     def __init__(self, power: float = 3.0, exploration: float = 0.1, decay: float = 0.5, prior: float = 2.0):
@@ -251,7 +225,7 @@ class OnlineCurriculumCallback(_Curriculum):
         self._check()
 
     def on_setup(self, args, state, control, trainer, **kwargs):
-        self.posterior = PromptPosterior(len(trainer.train_dataset), self.decay, self.prior)
+        self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
     def on_prompt_weights(self, args, state, control, weights, **kwargs):
         mine = with_exploration(self.posterior.variance().pow_(self.power), self.exploration)
@@ -317,12 +291,9 @@ class TargetCurriculumCallback(_Curriculum):
             raise ValueError(f"width={width} must be positive: try 0.15")
 
     def on_setup(self, args, state, control, trainer, **kwargs):
-        values = self._read_column(trainer, self.column, self.levels)
-        rank = {name: level for level, name in enumerate(self.levels)}
-        numbers = torch.tensor([rank[v] if isinstance(v, str) else v for v in values], dtype=torch.float64)
+        values = read_difficulty(trainer.train_dataset, self.column, self.levels)
+        numbers = as_numbers(values, self.levels)
         spread = (numbers.max() - numbers.min()).item()
-        if spread == 0:
-            raise ValueError(f"All prompts have {self.column}={values[0]!r}: a curriculum needs different difficulties")
         self.difficulty = ((numbers - numbers.min()) / spread).float()
 
     def on_prompt_weights(self, args, state, control, weights, **kwargs):

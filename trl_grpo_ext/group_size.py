@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from .advantages import group_mean_std
 from .callbacks import GRPOCallback, RolloutBatch
+from .difficulty import as_levels, read_difficulty
 from .sampler import fit_group_sizes
 
 
@@ -15,9 +17,10 @@ class PromptPosterior:
     What is known of each prompt's rewards: a decayed mean and within-group variance, shrunk towards the pool's.
 
     At each visit the old evidence is multiplied by `decay`, so that the estimate follows the policy. A prompt with
-    evidence `c` and observed variance `v` has the posterior variance `(c * v + prior * v_pool) / (c + prior)`; one
-    that was never drawn has `v_pool`, the decayed average over the groups seen lately. For 0/1 rewards the variance is `p(1 - p)`,
-    the quantity that decides how much a group can teach (arXiv 2602.01601); nothing here assumes 0/1.
+    evidence `c` and observed variance `v` has the posterior variance `(c * v + prior * v_pool) / (c + prior)`; one that
+    was never drawn has `v_pool`, the decayed average over the groups seen lately. Prompts of one stratum, such as a
+    level of difficulty, share a pool, itself shrunk towards that of all prompts. For 0/1 rewards the variance is
+    `p(1 - p)`, the quantity that decides how much a group can teach (arXiv 2602.01601); nothing here assumes 0/1.
 
     Args:
         num_prompts (`int`):
@@ -26,6 +29,8 @@ class PromptPosterior:
             Weight of the old evidence at each visit, in `[0, 1]`.
         prior (`float`, *optional*, defaults to `2.0`):
             Weight of the pool, in completions.
+        strata (`torch.Tensor` of shape `(D,)`, *optional*):
+            Stratum of each prompt, integers from 0. One pool for all when `None`.
 
     Example:
 
@@ -39,14 +44,15 @@ class PromptPosterior:
     ```
     """
 
-    def __init__(self, num_prompts: int, decay: float = 0.5, prior: float = 2.0):
+    def __init__(self, num_prompts: int, decay: float = 0.5, prior: float = 2.0, strata: Tensor | None = None):
         self.decay = decay
         self.prior = prior
+        self.strata = None if strata is None else strata.to(torch.int32)
         self.count = torch.zeros(num_prompts)
         self._mean = torch.zeros(num_prompts)
         self._variance = torch.zeros(num_prompts)
-        # Pool: sums of weight, mean and variance over the groups seen lately.
-        self.pool = torch.zeros(3, dtype=torch.float64)
+        # Pools: sums of weight, mean and variance over the groups of each stratum seen lately.
+        self.pool = torch.zeros(1 if strata is None else int(strata.max()) + 1, 3, dtype=torch.float64)
 
     def update(self, prompt_index: Tensor, mean: Tensor, std: Tensor, count: Tensor) -> None:
         """
@@ -68,7 +74,8 @@ class PromptPosterior:
         if index.numel() == 0:
             return
         self.pool *= 0.9
-        self.pool += torch.stack([count.sum(), (count * mean).sum(), (count * variance).sum()]).double()
+        stratum = torch.zeros_like(index) if self.strata is None else self.strata[index].long()
+        self.pool.index_add_(0, stratum, torch.stack([count, count * mean, count * variance], dim=1).double())
         touched, slot = torch.unique(index, return_inverse=True)
         zeros = torch.zeros(touched.numel())
         old = self.decay * self.count[touched]
@@ -95,11 +102,13 @@ class PromptPosterior:
         return self._posterior(self._mean, 1, prompt_index)
 
     def _posterior(self, values: Tensor, moment: int, prompt_index: Tensor | None) -> Tensor:
-        pool = (self.pool[moment] / self.pool[0]).item() if self.pool[0] > 0 else float(moment == 2)
+        weight, total = self.pool[:, 0], self.pool[:, moment]
+        # Before anything is known, all prompts are alike: variance 1, mean 0.
+        overall = total.sum() / weight.sum() if weight.sum() > 0 else torch.tensor(float(moment == 2))
+        pools = ((total + self.prior * overall) / (weight + self.prior)).float()
         index = slice(None) if prompt_index is None else prompt_index
-        return torch.addcmul(torch.tensor(self.prior * pool), self.count[index], values[index]).div_(
-            self.count[index] + self.prior
-        )
+        pool = pools[0] if self.strata is None else pools[self.strata[index]]
+        return torch.addcmul(self.prior * pool, self.count[index], values[index]).div_(self.count[index] + self.prior)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self._mean, "variance": self._variance, "pool": self.pool}
@@ -112,6 +121,15 @@ class PromptPosterior:
             )
         self.count, self._mean = state_dict["count"], state_dict["mean"]
         self._variance, self.pool = state_dict["variance"], state_dict["pool"]
+
+
+def posterior_of(args, dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
+    """A posterior over the prompts of a dataset, in strata by difficulty where the configuration names a column."""
+    strata = None
+    if args.difficulty_column is not None:
+        names = args.difficulty_levels
+        strata = as_levels(read_difficulty(dataset, args.difficulty_column, names), names)
+    return PromptPosterior(len(dataset), decay, prior, strata)
 
 
 class ThresholdGroupSizeCallback(GRPOCallback):
@@ -158,7 +176,8 @@ class VarianceGroupSizeCallback(GRPOCallback):
 
     The sizes of a batch are fixed before anything is sampled, so the group mean stays an unbiased baseline. Sizes are
     proportional to the posterior variance within `min_group_size` and `max_group_size`. The batch holds as many prompts
-    as with a fixed size.
+    as with a fixed size. With a `difficulty_column` in the configuration, prompts of one level share a pool, so sizes
+    differ between levels before a prompt is seen again.
 
     Args:
         decay (`float`, *optional*, defaults to `0.5`):
@@ -172,7 +191,7 @@ class VarianceGroupSizeCallback(GRPOCallback):
         self.prior = prior
 
     def on_setup(self, args, state, control, trainer, **kwargs):
-        self.posterior = PromptPosterior(len(trainer.train_dataset), self.decay, self.prior)
+        self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
     def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
         variance = self.posterior.variance(prompt_index[: num_rows // args.num_generations])

@@ -63,10 +63,10 @@ class Planner:
         control: TrainerControl,
     ) -> RolloutPlan:
         """The same plan with fresh prompts in the groups that are `True` in `replaced`, shape `(P,)`."""
-        fresh = self.sampler.draw(
-            int(replaced.sum()), self._weights(callbacks, state, control), exclude=plan.prompt_index
-        )
         assert plan.prompt_index is not None
+        # Where the dataset is too small for fresh prompts, those that go may come back before those that stay repeat.
+        exclude = torch.cat([plan.prompt_index[replaced], plan.prompt_index[~replaced]])
+        fresh = self.sampler.draw(int(replaced.sum()), self._weights(callbacks, state, control), exclude=exclude)
         return RolloutPlan(plan.group_sizes, plan.prompt_index.masked_scatter(replaced, fresh))
 
     def _weights(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> Tensor | None:

@@ -169,6 +169,7 @@ class PromptSampler:
         self.epoch = 0
         self.position = 0
         self.draws = 0
+        self.pending: list[int] = []
         self._order_of: tuple[int, Tensor] | None = None
         self._before_walk: dict[str, Any] | None = None
 
@@ -182,7 +183,7 @@ class PromptSampler:
             weights (`torch.Tensor` of shape `(D,)`, *optional*):
                 Draw with probabilities proportional to these; walk the shuffled epochs when `None`.
             exclude (`torch.Tensor`, *optional*):
-                Prompts to leave out as long as there are others.
+                Prompts to leave out as long as there are others; then the first of these come first.
 
         Returns:
             `torch.Tensor` of shape `(count,)`:
@@ -202,20 +203,33 @@ class PromptSampler:
             self._walk(count, torch.zeros(0, dtype=torch.long))
 
     def _walk(self, count: int, excluded: Tensor) -> Tensor:
-        taken = torch.zeros(0, dtype=torch.long)
-        skipped = torch.zeros(0, dtype=torch.long)
+        blocked = set(excluded.tolist())
+        taken: dict[int, None] = {}
+        put_off: list[int] = []
         looked_at = 0
-        while taken.numel() < count and looked_at < 2 * self.num_prompts:
-            order = self._order()
-            chunk = order[self.position : self.position + count - taken.numel()]
-            fresh = ~torch.isin(chunk, torch.cat([taken, excluded]))
-            taken = torch.cat([taken, chunk[fresh]])
-            skipped = torch.cat([skipped, chunk[~fresh]])
-            looked_at += chunk.numel()
-            self.position += chunk.numel()
-            if self.position >= self.num_prompts:
-                self.epoch, self.position = self.epoch + 1, 0
-        return torch.cat([taken, skipped])[:count]
+        while len(taken) < count and looked_at < 2 * self.num_prompts:
+            looked_at += 1
+            prompt = self.pending.pop(0) if self.pending else self._next()
+            if prompt in blocked or prompt in taken:
+                put_off.append(prompt)
+            else:
+                taken[prompt] = None
+        # More are asked for than there are: take excluded ones after all.
+        reused = [prompt for prompt in excluded.tolist() if prompt not in taken][: count - len(taken)]
+        # What was passed over comes first next time, so an epoch still visits every prompt.
+        self.pending = [prompt for prompt in dict.fromkeys(put_off + self.pending) if prompt not in reused]
+        return torch.tensor(list(taken) + reused, dtype=torch.long)
+
+    def _next(self) -> int:
+        if self._order_of is None or self._order_of[0] != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            shuffled = torch.randperm(self.num_prompts, generator=generator) if self.shuffle else None
+            self._order_of = (self.epoch, torch.arange(self.num_prompts) if shuffled is None else shuffled)
+        prompt = int(self._order_of[1][self.position])
+        self.position += 1
+        if self.position == self.num_prompts:
+            self.epoch, self.position = self.epoch + 1, 0
+        return prompt
 
     def _race(self, count: int, weights: Tensor, excluded: Tensor) -> Tensor:
         # Exponential race: the `count` smallest of Exp(1) / w are a weighted draw without replacement
@@ -223,23 +237,17 @@ class PromptSampler:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.draws) % 2**63)
         self.draws += 1
         times = torch.empty(self.num_prompts).exponential_(generator=generator)
-        # Prompts of weight zero come after all others, excluded ones after those.
-        times /= weights.clamp(min=1e-30)
-        times[excluded] = torch.inf
+        # Prompts of weight zero come after all others, excluded ones after those, in their order.
+        largest = weights.max()
+        times /= (weights / largest).clamp(min=1e-30) if largest > 0 else 1
+        last = torch.arange(1, excluded.numel() + 1) / (excluded.numel() + 1)
+        times[excluded] = last * torch.finfo(times.dtype).max
         return times.topk(count, largest=False, sorted=True).indices
 
-    def _order(self) -> Tensor:
-        if self._order_of is None or self._order_of[0] != self.epoch:
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(self.seed + self.epoch)
-                order = torch.randperm(self.num_prompts, generator=generator)
-            else:
-                order = torch.arange(self.num_prompts)
-            self._order_of = (self.epoch, order)
-        return self._order_of[1]
-
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "draws": self.draws}
+        counters = {"epoch": self.epoch, "position": self.position, "draws": self.draws}
+        return {**counters, "pending": list(self.pending)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epoch, self.position, self.draws = (state_dict[key] for key in ("epoch", "position", "draws"))
+        self.pending = list(state_dict["pending"])
