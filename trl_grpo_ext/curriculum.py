@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .callbacks import GRPOCallback, RolloutBatch
-from .difficulty import as_levels, as_numbers, read_difficulty
+from .difficulty import as_levels, as_numbers, check_levels, read_difficulty
 from .group_size import posterior_of
 
 
@@ -43,17 +43,14 @@ def staged_weights(levels: Tensor, num_levels: int, progress: float, smoothing: 
     ```
     """
     position = min(max(num_levels * progress - 0.5, 0.0), num_levels - 1.0)
-    distance = (torch.arange(num_levels) - position).abs()
-    if smoothing > 0:
-        weight_of_level = torch.exp(-0.5 * (distance / smoothing) ** 2)
-    else:
-        weight_of_level = torch.zeros(num_levels)
-        weight_of_level[int(distance.argmin())] = 1.0
     count = torch.bincount(levels, minlength=num_levels)
-    weight_of_level = torch.where(count > 0, weight_of_level / count, 0.0)
-    if weight_of_level.sum() == 0:  # the stage of a level without prompts
-        weight_of_level = (count > 0) / count.clamp(min=1)
-    weights = weight_of_level[levels]
+    # Relative to the nearest level that has prompts, so that the weights do not all vanish.
+    distance = (torch.arange(num_levels) - position).abs().masked_fill(count == 0, torch.inf)
+    if smoothing > 0:
+        weight_of_level = torch.exp(-0.5 * (distance**2 - distance.min() ** 2) / max(smoothing, 1e-6) ** 2)
+    else:
+        weight_of_level = torch.nn.functional.one_hot(distance.argmin(), num_levels).float()
+    weights = (weight_of_level / count.clamp(min=1))[levels]
     return weights / weights.sum()
 
 
@@ -174,10 +171,9 @@ class StagedCurriculumCallback(_Curriculum):
         self.smoothing = smoothing
         self.exploration = exploration
         self._check()
+        check_levels(self.levels)
         if smoothing < 0:
             raise ValueError(f"smoothing={smoothing} must not be negative: use 0 to switch levels at once")
-        if len(set(self.levels)) != len(self.levels) or len(self.levels) < 2:
-            raise ValueError(f"difficulty_levels={self.levels} must be at least two different names, from easy to hard")
 
     def on_setup(self, args, state, control, trainer, **kwargs):
         values = read_difficulty(trainer.train_dataset, self.column, self.levels)
@@ -218,6 +214,8 @@ class OnlineCurriculumCallback(_Curriculum):
     """
 
     def __init__(self, power: float = 3.0, exploration: float = 0.1, decay: float = 0.5, prior: float = 2.0):
+        if not power >= 0:
+            raise ValueError(f"power={power} must not be negative: use 0 to draw all prompts alike")
         self.power = power
         self.exploration = exploration
         self.decay = decay
@@ -228,7 +226,9 @@ class OnlineCurriculumCallback(_Curriculum):
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
     def on_prompt_weights(self, args, state, control, weights, **kwargs):
-        mine = with_exploration(self.posterior.variance().pow_(self.power), self.exploration)
+        variance = self.posterior.variance()
+        # In units of the largest, so that no power of it leaves the range of float32.
+        mine = with_exploration(variance.div_(variance.max()).pow_(self.power), self.exploration)
         self._effective = 1 / mine.square().sum().item()
         return weights * mine
 
@@ -287,6 +287,7 @@ class TargetCurriculumCallback(_Curriculum):
         self.exploration = exploration
         self.target = 0.0
         self._check()
+        check_levels(self.levels)
         if width <= 0:
             raise ValueError(f"width={width} must be positive: try 0.15")
 

@@ -8,6 +8,12 @@ from datasets import Dataset
 from torch import Tensor
 
 
+def check_levels(level_names: Sequence[str]) -> None:
+    """Raise `ValueError` unless there are at least two different names."""
+    if len(set(level_names)) != len(level_names) or len(level_names) < 2:
+        raise ValueError(f"difficulty_levels={level_names} must be at least two different names, from easy to hard")
+
+
 def read_difficulty(dataset: Dataset, column: str | None, level_names: Sequence[str]) -> list[str] | list[float]:
     """
     Read and check a difficulty column.
@@ -53,7 +59,7 @@ def read_difficulty(dataset: Dataset, column: str | None, level_names: Sequence[
     if len({isinstance(value, str) for value in values}) > 1:
         raise ValueError(f"Column {column!r} mixes names and numbers: use one kind")
     if len(set(values)) == 1:
-        raise ValueError(f"All prompts have {column}={values[0]!r}, and a curriculum needs different ones: unset it")
+        raise ValueError(f"All prompts have {column}={values[0]!r}: a curriculum needs different difficulties")
     return values
 
 

@@ -45,6 +45,10 @@ class PromptPosterior:
     """
 
     def __init__(self, num_prompts: int, decay: float = 0.5, prior: float = 2.0, strata: Tensor | None = None):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay={decay} must be between 0 (only the last visit) and 1 (never forget): try 0.5")
+        if not prior > 0:
+            raise ValueError(f"prior={prior} must be positive, or one flat group would rule a prompt out: try 2.0")
         self.decay = decay
         self.prior = prior
         self.strata = None if strata is None else strata.to(torch.int32)
@@ -114,13 +118,22 @@ class PromptPosterior:
         return {"count": self.count, "mean": self._mean, "variance": self._variance, "pool": self.pool}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["count"].shape != self.count.shape:
+        _check_same_dataset(state_dict["count"], self.count)
+        if state_dict["pool"].shape != self.pool.shape:
             raise ValueError(
-                f"The checkpoint knows {state_dict['count'].numel()} prompts and the dataset has {self.count.numel()}: "
-                "resume with the dataset of the interrupted run"
+                f"The checkpoint knows {len(state_dict['pool'])} levels of difficulty and the dataset has "
+                f"{len(self.pool)}: resume with the difficulty_column of the interrupted run"
             )
-        self.count, self._mean = state_dict["count"], state_dict["mean"]
-        self._variance, self.pool = state_dict["variance"], state_dict["pool"]
+        self.count, self._mean = state_dict["count"].clone(), state_dict["mean"].clone()
+        self._variance, self.pool = state_dict["variance"].clone(), state_dict["pool"].clone()
+
+
+def _check_same_dataset(saved: Tensor, current: Tensor) -> None:
+    if saved.shape != current.shape:
+        raise ValueError(
+            f"The checkpoint knows {saved.numel()} prompts and the dataset has {current.numel()}: "
+            "resume with the dataset of the interrupted run"
+        )
 
 
 def posterior_of(args, dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
@@ -159,15 +172,17 @@ class ThresholdGroupSizeCallback(GRPOCallback):
     def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
         for part in (batch, batch.discarded):
             if part is not None:
-                _, std, _ = group_mean_std(part.rewards, part.group_ids, part.num_groups)
-                step = torch.where(std > self.std_threshold, 1, -1)
+                _, std, count = group_mean_std(part.rewards, part.group_ids, part.num_groups)
+                # A group with fewer than two rewards tells nothing.
+                step = torch.where(std > self.std_threshold, 1, -1).masked_fill(count < 2, 0)
                 self.sizes[part.prompt_index] = (self.sizes[part.prompt_index] + step).clamp(*self.bounds).short()
 
     def state_dict(self):
         return {"sizes": self.sizes}
 
     def load_state_dict(self, state_dict):
-        self.sizes = state_dict["sizes"]
+        _check_same_dataset(state_dict["sizes"], self.sizes)
+        self.sizes = state_dict["sizes"].clone()
 
 
 class VarianceGroupSizeCallback(GRPOCallback):
