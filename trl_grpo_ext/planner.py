@@ -73,7 +73,7 @@ class Planner:
         choosers = [callback for callback in callbacks if callback.overrides("on_prompt_weights")]
         if not choosers:
             return None
-        weights = torch.ones(self.sampler.num_prompts)
+        weights = torch.ones(1).expand(self.sampler.num_prompts)
         for callback in choosers:
             new = callback.on_prompt_weights(self.args, state, control, weights=weights)
             weights = weights if new is None else new
