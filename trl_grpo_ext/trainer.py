@@ -72,6 +72,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         elif isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("train_dataset is empty: pass at least one prompt")
         self._is_set_up = False
+        self._planner: Planner | None = None
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks=callbacks, **kwargs)
         duplicates = sorted({name for name in self.reward_func_names if self.reward_func_names.count(name) > 1})
         if duplicates:
@@ -96,7 +97,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
 
     def _set_up(self, callbacks: list[GRPOCallback]) -> None:
         self._is_set_up = True
-        if plans(callbacks):
+        if self._planner is None and plans(callbacks):
             self._planner = Planner(self.args, self.train_dataset)
         for callback in callbacks:
             callback.on_setup(self.args, self.state, self.control, trainer=self)
@@ -110,7 +111,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if not self.model.training or not self.grpo_callbacks:
             return super()._generate_and_score_completions(inputs)
-        if plans(self.grpo_callbacks):
+        if self._planner is not None:
             plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
             inputs = self._rows_of(plan)
         else:
@@ -137,15 +138,17 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         if not self.grpo_callbacks or self.args.save_only_model:
             return
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        # Between two generations, the rollouts still to be trained on are part of the state.
+        in_between = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         if self.args.should_save:
             state = {
                 "callbacks": [(type(callback).__name__, callback.state_dict()) for callback in self.grpo_callbacks],
-                "planner": self._planner.state_dict() if plans(self.grpo_callbacks) else {},
+                "planner": None if self._planner is None else self._planner.state_dict(),
                 "num_rollouts": self._num_rollouts,
+                "ranks_with_rollouts": self.accelerator.num_processes if in_between else 0,
             }
             torch.save(state, os.path.join(folder, STATE_FILE))
-        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
-            # Between two generations, the rollouts still to be trained on are part of the state.
+        if in_between:
             os.makedirs(folder, exist_ok=True)
             rollouts = {"step": self._step, "inputs": self._buffered_inputs}
             torch.save(rollouts, os.path.join(folder, ROLLOUTS_FILE.format(rank=self.accelerator.process_index)))
@@ -160,18 +163,19 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             return
         state = torch.load(path, weights_only=True)
         self._num_rollouts = state["num_rollouts"]
-        if plans(self.grpo_callbacks) and state["planner"]:
+        if self._planner is not None and state["planner"] is not None:
             self._planner.load_state_dict(state["planner"])
         for callback in self.grpo_callbacks:
             name = type(callback).__name__
             found = next((entry for entry in state["callbacks"] if entry[0] == name), None)
-            if found is None:
-                logger.warning(f"{checkpoint} has no state of {name}: it starts from scratch")
-            else:
+            if found is not None:
                 state["callbacks"].remove(found)
                 callback.load_state_dict(found[1])
-        path = os.path.join(checkpoint, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
-        if os.path.exists(path):
+            elif callback.state_dict():
+                logger.warning(f"{checkpoint} has no state of {name}: it starts from scratch")
+        # With another number of processes, every rank generates anew.
+        if state["ranks_with_rollouts"] == self.accelerator.num_processes:
+            path = os.path.join(checkpoint, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
             rollouts = torch.load(path, weights_only=True, map_location=self.accelerator.device)
             self._step, self._buffered_inputs = rollouts["step"], rollouts["inputs"]
 
@@ -245,6 +249,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
                 discarded = batch.select(replaced)
             else:
                 discarded.append(batch.select(replaced))
+            assert self._planner is not None  # because a callback has `on_resample`
             plan = self._planner.replace(self.grpo_callbacks, plan, replaced, self.state, self.control)
             positions, count = rows_to_regenerate(replaced, plan.group_ids, self.accelerator.num_processes)
             mine = positions[self.accelerator.process_index]
