@@ -32,16 +32,19 @@ def plot_run(log_history: list[dict[str, float]], path: str | Path) -> None:
     small = [key for key in parts if max((abs(v) for v in series(key) if v == v), default=0) <= 10]
     large = [key for key in parts if key not in small]
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     (rewards, tokens), (groups, shares) = axes
     rewards.plot(x, series("reward"), color="black", linewidth=2, label="total")
     for color, key in zip(COLORS, small, strict=False):
         rewards.plot(x, series(key), color=color, label=key.split("/")[1])
-    rewards.set(title="Rewards of the training prompts", ylabel="mean reward (raw)")
+    harder = ", which get harder" if any(value == value for value in series("curriculum/position")) else ""
+    rewards.set(title=f"Rewards of the training prompts{harder}", ylabel="mean reward (raw)")
     for color, key in zip(COLORS, large, strict=False):
         tokens.plot(x, series(key), color=color, label=key.split("/")[1])
-    tokens.plot(x, series("completions/mean_length"), color="gray", linestyle="--", label="completion length")
-    tokens.set(title="Lengths", ylabel="tokens")
+    if not large:
+        tokens.plot(x, series("completions/mean_length"), color=COLORS[0], label="completion length")
+    tokens.set(title="Length of the completions", ylabel="mean length (tokens)")
+    tokens.set_ylim(bottom=0)
     groups.fill_between(
         x, series("group_size/min"), series("group_size/max"), color=COLORS[4], alpha=0.4, label="range"
     )
@@ -62,6 +65,6 @@ def plot_run(log_history: list[dict[str, float]], path: str | Path) -> None:
     for axis in axes.flat:
         axis.set_xlabel("rollouts sampled")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.savefig(path, dpi=120)
     plt.close(figure)
