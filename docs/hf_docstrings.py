@@ -10,7 +10,7 @@ from griffe import Alias, Extension, Object
 PACKAGE = "trl_grpo_ext"
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
 SECTION = re.compile(r"^(Args|Parameters|Returns|Raises):$")
-ENTRY = re.compile(r"^( {4})(\*{0,2}\w+ \()?(.*[`\]].*?)(\))?:( .*)?$")
+ENTRY = re.compile(r"^( {4})(\*{0,2}\w+ \()?(.*[`\]*].*?)(\))?:( .*)?$")
 
 
 class HFDocstrings(Extension):
@@ -48,9 +48,13 @@ def convert(text: str, paths: dict[str, str]) -> str:
             section = ""
         elif section and (match := ENTRY.match(line)):
             indent, name, kind, closing, rest = (part or "" for part in match.groups())
+            kind = re.sub(r"(?<=[`\]]), (?=[`\[])", " or ", kind)
             kind = REFERENCE.sub(lambda m: m[2].split(".")[-1], kind)
             kind = re.sub(r", defaults to .*$", "", kind)  # mkdocstrings shows the default of the signature
-            line = f"{indent}{name}{kind.replace('`', '').replace('*', '')}{closing}:{rest}"
+            kind = kind.replace("`", "").replace("*", "")
+            if section == "Returns":
+                kind += " "  # griffe strips a bracket at the end of a return type
+            line = f"{indent}{name}{kind}{closing}:{rest}"
         lines.append(REFERENCE.sub(lambda m: link(m[2], bool(m[1]), paths), line))
     return "\n".join(lines)
 

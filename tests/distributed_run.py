@@ -6,6 +6,7 @@ import sys
 import torch
 from conftest import config_kwargs, has_answer
 from datasets import Dataset
+
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 
 

@@ -398,7 +398,7 @@ def test_unreadable_difficulty_is_refused_at_construction(curriculum, column, va
 @pytest.mark.parametrize("curriculum", ["staged", "target"])
 def test_one_difficulty_for_all_is_refused_at_construction(curriculum, model_path, tmp_path):
     data = Dataset.from_dict({"prompt": list("abcdef"), "d": ["hard"] * 6})
-    with pytest.raises(ValueError, match="All prompts have d='hard'.* a curriculum needs different"):
+    with pytest.raises(ValueError, match=r"All prompts have d='hard'.* a curriculum needs different"):
         construct(model_path, data, tmp_path, curriculum=curriculum, difficulty_column="d")
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from trl_grpo_ext.datasets import load_prompts
 
 

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-
 HERE = Path(__file__).parent
 
 
 def launch(model_path: str, out: Path, **options) -> list[dict]:
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     result = subprocess.run(
-        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(HERE / "distributed_run.py")]
-        + [model_path, str(out), json.dumps(options)],
+        [*command, str(HERE / "distributed_run.py"), model_path, str(out), json.dumps(options)],
         env=environment,
         capture_output=True,
         text=True,

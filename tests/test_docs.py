@@ -1,4 +1,4 @@
-"""What the docs say holds: code parses and imports, YAML reaches the configuration, names are documented, links lead somewhere."""
+"""The docs keep up with the code: blocks parse and import, YAML is accepted, names are documented, links resolve."""
 
 import ast
 import dataclasses
@@ -71,8 +71,7 @@ def test_yaml_reaches_the_configuration(text, tmp_path):
     args, model_args = parser.parse_args_and_config(flags)
     for key, value in yaml.safe_load(text).items():
         if key != "output_dir":
-            owner = args if hasattr(args, key) else model_args
-            assert getattr(owner, key) == value or str(getattr(owner, key)).endswith(str(value))
+            assert getattr(args if hasattr(args, key) else model_args, key) == value
 
 
 def defined_in_docs() -> dict[str, type]:
@@ -125,7 +124,7 @@ def test_the_error_of_an_unsupported_trl_is_the_one_shown(monkeypatch):
 def test_every_option_is_documented():
     ours = AdaptiveGRPOConfig.__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys()
     assert len(ours) > 10
-    assert [name for name in sorted(ours) if f"{name}" not in TEXT] == []
+    assert [name for name in sorted(ours) if name not in TEXT] == []
 
 
 def test_every_metric_is_documented():

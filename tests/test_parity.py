@@ -5,8 +5,8 @@ import torch
 from conftest import config_kwargs, count_vowels, has_answer
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 TIMES |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}

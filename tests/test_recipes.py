@@ -9,12 +9,12 @@ import pytest
 from conftest import config_kwargs
 from peft import AutoPeftModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, TrlParser
+
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.evaluation import evaluate_held_out, print_comparison
 from trl_grpo_ext.plots import plot_run
 from trl_grpo_ext.progress import readable
 from trl_grpo_ext.rewards import Length, as_reward
-
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import config_kwargs, has_answer
 from transformers import TrainerCallback
+
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 
 

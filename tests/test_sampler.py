@@ -1,5 +1,6 @@
 """Plans: sizes that add up within bounds, prompts drawn once per epoch or by weight, the same on every rank."""
 
+import signal
 from collections import Counter
 from itertools import combinations, permutations
 from types import SimpleNamespace
@@ -213,6 +214,13 @@ def test_excluded_prompts_are_drawn_only_when_others_run_out(num_prompts, data):
     assert len(set(drawn) & excluded) == max(0, count - (num_prompts - len(excluded)))
 
 
+def test_excluded_prompts_that_had_to_be_drawn_are_not_owed_another_visit():
+    sampler = PromptSampler(4, seed=0, shuffle=False)
+    assert sampler.draw(2).tolist() == [0, 1]
+    assert sorted(sampler.draw(3, exclude=torch.tensor([0, 1])).tolist()) == [0, 2, 3]
+    assert sorted(sampler.draw(3).tolist()) == [1, 2, 3]
+
+
 # Prompts: weights
 
 
@@ -234,6 +242,13 @@ def test_prompts_of_weight_zero_come_last(weights, seed):
     positive = int((weights > 0).sum())
     assert (weights[drawn[:positive]] > 0).all()
     assert sorted(drawn.tolist()) == list(range(len(weights)))
+
+
+def test_draws_are_uniform_when_all_weights_are_zero():
+    sampler, excluded = PromptSampler(20, seed=0), torch.arange(10)
+    draws = [sampler.draw(5, torch.zeros(20), exclude=excluded) for _ in range(20)]
+    assert set(torch.cat(draws).tolist()) == set(range(10, 20))
+    assert all(draw.unique().numel() == 5 for draw in draws)
 
 
 def test_weights_matter_only_relative_to_each_other():
@@ -285,8 +300,10 @@ def test_restored_sampler_continues_identically(before, after):
     state = dict(sampler.state_dict())
     restored = PromptSampler(10, seed=4)
     play(restored, after)  # what it did before must not show
-    restored.load_state_dict(state)
-    assert play(restored, after) == play(sampler, after)
+    for _ in range(2):  # the state is not used up
+        restored.load_state_dict(state)
+        played = play(restored, after)
+    assert played == play(sampler, after)
 
 
 # Planner
@@ -385,6 +402,36 @@ def test_weights_pass_from_hook_to_hook():
         assert 0 not in ours.plan([first, silent, last], STATE, None).prompt_index
     assert first.seen.tolist() == [1.0] * 20
     assert silent.seen.tolist() == last.seen.tolist() == list(range(20))
+
+
+@pytest.fixture
+def no_hang():
+    """Fail instead of waiting for a draw that never ends."""
+
+    def stop(*args):
+        raise TimeoutError("the draw did not end")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_weights_that_are_none_are_refused(value, no_hang):
+    factor = torch.ones(20)
+    factor[7] = value
+    with pytest.raises(ValueError, match="on_prompt_weights"):
+        planner(20).plan([Weights(factor)], STATE, None)
+
+
+def test_weights_of_another_length_are_refused(no_hang):
+    class Short(GRPOCallback):
+        def on_prompt_weights(self, args, state, control, weights, **kwargs):
+            return weights[:5]
+
+    with pytest.raises(ValueError, match="on_prompt_weights"):
+        planner(20).plan([Short()], STATE, None)
 
 
 def test_ranks_agree():

@@ -9,11 +9,12 @@ from conftest import config_kwargs, count_vowels, has_answer, make_tokenizer, te
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
+from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer.grpo_trainer import GRPOTrainer
+
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RewardClipCallback
 from trl_grpo_ext.advantages import group_advantages
-
 
 EVERYTHING = {
     "group_size": "variance",
@@ -112,7 +113,9 @@ def test_async_and_none_rewards(model_path, dataset, tmp_path):
         return [float(len(text_of(c))) for c in completions]
 
     def sometimes(completions, answer, **kwargs):
-        return [None if a in "abcdefghijklm" else float("e" in text_of(c)) for a, c in zip(answer, completions)]
+        return [
+            None if a in "abcdefghijklm" else float("e" in text_of(c)) for a, c in zip(answer, completions, strict=True)
+        ]
 
     _, batches, logs = train(model_path, dataset, tmp_path, reward_funcs=[slow, sometimes])
     assert any(batch.raw_rewards_per_func[:, 1].isnan().any() for batch in batches)
@@ -122,7 +125,7 @@ def test_async_and_none_rewards(model_path, dataset, tmp_path):
 
 def test_rows_without_any_reward_get_no_advantage(model_path, dataset, tmp_path):
     def rarely(completions, answer, **kwargs):
-        return [float("e" in text_of(c)) if a > "m" else None for a, c in zip(answer, completions)]
+        return [float("e" in text_of(c)) if a > "m" else None for a, c in zip(answer, completions, strict=True)]
 
     _, batches, _ = train(model_path, dataset, tmp_path, reward_funcs=rarely, dynamic_sampling_rounds=0)
     missing = torch.cat([batch.rewards.isnan() for batch in batches])
@@ -190,7 +193,7 @@ def test_tools(model_path, tmp_path, monkeypatch):
     def is_three(completions, **kwargs):
         return [float(c[-1]["content"].strip() == "3") for c in completions]
 
-    trainer, batches, logs = train(
+    _, batches, logs = train(
         model_path,
         data,
         tmp_path,
@@ -328,7 +331,7 @@ class Client:
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """TRL's own `VLLMGeneration.generate`, with a client (server mode) or an engine (colocate mode) that is a stand-in."""
+    """TRL's own `VLLMGeneration.generate`; its client (server mode) and engine (colocate mode) are stand-ins."""
     from trl.generation import vllm_generation
     from trl.trainer import grpo_trainer
 
@@ -348,7 +351,8 @@ def vllm(monkeypatch):
                 def __init__(self, value):
                     self.logprob, self.rank = value, 1
 
-            return [Output(*row) for row in zip(answer["prompt_ids"], answer["completion_ids"], answer["logprobs"])]
+            columns = (answer["prompt_ids"], answer["completion_ids"], answer["logprobs"])
+            return [Output(*row) for row in zip(*columns, strict=True)]
 
     class StandIn(vllm_generation.VLLMGeneration):
         def __init__(self, *, model, accelerator, processing_class, mode, **kwargs):
@@ -388,3 +392,34 @@ def test_a_fixed_group_keeps_vllms_shared_prompts(vllm, model_path, dataset, tmp
     options = {"group_size": "fixed", "curriculum": "online", "dynamic_sampling_rounds": 0}
     train(model_path, dataset, tmp_path, reward_funcs=count_vowels, use_vllm=True, vllm_mode="server", **options)
     assert all(n == 4 and len(prompts) == 4 for prompts, n in vllm.requests)
+
+
+@pytest.mark.parametrize("hook", ["on_rewards", "on_total_rewards", "on_advantages", "on_prompt_weights"])
+def test_a_hook_that_returns_another_shape_is_named(hook, model_path, dataset, tmp_path):
+    wrong = type("Wrong", (GRPOCallback,), {hook: lambda self, *args, **kwargs: torch.zeros(3, 3, 3)})
+    trainer = make(model_path, dataset, tmp_path, callbacks=[wrong()])
+    with pytest.raises(ValueError, match=rf"Wrong.{hook} returned shape \(3, 3, 3\): return a tensor of shape"):
+        trainer.train()
+
+
+def test_changing_rewards_in_place_counts_as_shaping(model_path, dataset, tmp_path):
+    class InPlace(GRPOCallback):
+        def on_rewards(self, args, state, control, batch, **kwargs):
+            batch.rewards_per_func[:] = torch.arange(16.0)[:, None]
+
+    options = {"group_size": "fixed", "curriculum": "none", "dynamic_sampling_rounds": 0, "reward_clip_quantiles": None}
+    _, batches, _ = train(model_path, dataset, tmp_path, callbacks=[InPlace()], **options)
+    assert all(batch.is_shaped and batch.advantages.abs().min() > 0 for batch in batches)
+    assert all(batch.raw_rewards_per_func.max() <= 1 for batch in batches)
+
+
+def test_stock_trl_warns_that_hooks_are_not_called(model_path, dataset, tmp_path, caplog):
+    trainer = GRPOTrainer(
+        model=model_path,
+        reward_funcs=count_vowels,
+        args=GRPOConfig(**config_kwargs(tmp_path, max_steps=1)),
+        train_dataset=dataset,
+        callbacks=[Record()],
+    )
+    trainer.train()
+    assert "Record is a GRPOCallback, and this trainer does not call its hooks" in caplog.text

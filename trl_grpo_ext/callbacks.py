@@ -1,11 +1,14 @@
 """The hook protocol: [`GRPOCallback`], and the record that travels through it, [`RolloutBatch`]."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +93,15 @@ class RolloutBatch:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
 
+def check_shape(callback: "GRPOCallback", hook: str, value: Tensor, shape: torch.Size) -> None:
+    """Raise `ValueError` when a hook returns a tensor of another shape than what it replaces."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
+        raise ValueError(
+            f"{type(callback).__name__}.{hook} returned {got}: return a tensor of shape {tuple(shape)}, or None"
+        )
+
+
 class GRPOCallback(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] with hooks into the life of a generation batch.
@@ -114,6 +126,15 @@ class GRPOCallback(TrainerCallback):
 
     ```
     """
+
+    is_attached = False  # set by AdaptiveGRPOTrainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.is_attached:
+            logger.warning(
+                f"{type(self).__name__} is a GRPOCallback, and this trainer does not call its hooks: use "
+                "AdaptiveGRPOTrainer"
+            )
 
     def on_setup(self, args, state, control, trainer, **kwargs) -> None:
         """Called once, when the trainer is complete: check the dataset and options here, and raise `ValueError`."""

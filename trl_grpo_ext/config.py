@@ -137,18 +137,13 @@ class AdaptiveGRPOConfig(GRPOConfig):
                 f"min_group_size={self.min_group_size} exceeds max_group_size={self.max_group_size}: lower one of them"
             )
         if self.group_size != "fixed":
-            if not self.min_group_size <= self.num_generations <= self.max_group_size:
-                raise ValueError(
-                    f"num_generations={self.num_generations} is outside min_group_size={self.min_group_size} to "
-                    f"max_group_size={self.max_group_size}: it is the mean group size, so set it between them"
-                )
-            if self.generation_batch_size < 2 * self.min_group_size:
-                raise ValueError(
-                    f"generation_batch_size={self.generation_batch_size} rows cannot hold two groups of "
-                    f"min_group_size={self.min_group_size}, and one group has nothing to trade with: raise "
-                    "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps, or lower "
-                    "min_group_size"
-                )
+            self.check_group_sizes()
+        if self.group_size == "variance" and self.num_generations in (self.min_group_size, self.max_group_size):
+            raise ValueError(
+                f"num_generations={self.num_generations} equals a bound of the group size ({self.min_group_size} to "
+                f"{self.max_group_size}), so no group could give a row to another: set min_group_size below and "
+                "max_group_size above it"
+            )
         if self.group_std_threshold < 0:
             raise ValueError(f"group_std_threshold={self.group_std_threshold} must not be negative: try 0.1")
         if self.dynamic_sampling_rounds < 0:
@@ -162,6 +157,23 @@ class AdaptiveGRPOConfig(GRPOConfig):
             )
         if not 0 <= self.curriculum_exploration <= 1:
             raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
+
+    def check_group_sizes(self) -> None:
+        """Raise `ValueError` when groups of different sizes cannot fill a generation batch."""
+        assert self.min_group_size is not None  # __post_init__ has set both
+        assert self.max_group_size is not None
+        if not self.min_group_size <= self.num_generations <= self.max_group_size:
+            raise ValueError(
+                f"num_generations={self.num_generations} is outside min_group_size={self.min_group_size} to "
+                f"max_group_size={self.max_group_size}: it is the mean group size, so set it between them"
+            )
+        if self.generation_batch_size < 2 * self.min_group_size:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} rows cannot hold two groups of "
+                f"min_group_size={self.min_group_size}, and one group has nothing to trade with: raise "
+                "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps, or lower "
+                "min_group_size"
+            )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

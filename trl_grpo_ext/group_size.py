@@ -1,5 +1,6 @@
 """Adaptive group size: spend a fixed number of completions where the outcome is uncertain."""
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from .advantages import group_mean_std
 from .callbacks import GRPOCallback, RolloutBatch
 from .difficulty import as_levels, read_difficulty
 from .sampler import fit_group_sizes
+
+logger = logging.getLogger(__name__)
 
 
 class PromptPosterior:
@@ -137,11 +140,13 @@ def _check_same_dataset(saved: Tensor, current: Tensor) -> None:
 
 
 def posterior_of(args, dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
-    """A posterior over the prompts of a dataset, in strata by difficulty where the configuration names a column."""
+    """A posterior over the prompts of a dataset, in strata by difficulty where it has the configured column."""
     strata = None
-    if args.difficulty_column is not None:
+    if args.difficulty_column is not None and args.difficulty_column in dataset.column_names:
         names = args.difficulty_levels
         strata = as_levels(read_difficulty(dataset, args.difficulty_column, names), names)
+    elif args.difficulty_column is not None:
+        logger.warning(f"No column {args.difficulty_column!r} in the training dataset: all prompts share one pool")
     return PromptPosterior(len(dataset), decay, prior, strata)
 
 

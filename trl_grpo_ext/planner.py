@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
-from .callbacks import GRPOCallback
+from .callbacks import GRPOCallback, check_shape
 from .config import AdaptiveGRPOConfig
 from .sampler import PromptSampler, RolloutPlan, fit_group_sizes, num_groups_that_fit
 
@@ -23,14 +23,10 @@ class Planner:
         args ([`AdaptiveGRPOConfig`]):
             Configuration.
         dataset ([`~datasets.Dataset`]):
-            Training dataset.
-
-    Raises:
-        `ValueError`: when the dataset cannot be planned over.
+            Training dataset, of which [`check_plannable`] approves.
     """
 
     def __init__(self, args: AdaptiveGRPOConfig, dataset: Dataset):
-        check_plannable(args, dataset)
         self.args = args
         assert args.min_group_size is not None  # __post_init__ has set both
         assert args.max_group_size is not None
@@ -73,10 +69,12 @@ class Planner:
         choosers = [callback for callback in callbacks if callback.overrides("on_prompt_weights")]
         if not choosers:
             return None
-        weights = torch.ones(1).expand(self.sampler.num_prompts)
+        weights = torch.ones(self.sampler.num_prompts)
         for callback in choosers:
             new = callback.on_prompt_weights(self.args, state, control, weights=weights)
-            weights = weights if new is None else new
+            if new is not None:
+                check_shape(callback, "on_prompt_weights", new, weights.shape)
+                weights = new
         return weights
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +90,7 @@ def plans(callbacks: list[GRPOCallback]) -> bool:
     return any(callback.overrides(hook) for callback in callbacks for hook in hooks)
 
 
-def check_plannable(args: AdaptiveGRPOConfig, dataset: Any) -> None:
+def check_plannable(args: AdaptiveGRPOConfig, callbacks: list[GRPOCallback], dataset: Any) -> None:
     """Raise `ValueError` for a dataset from which prompts and group sizes cannot be chosen."""
     features = "group_size, curriculum and dynamic_sampling_rounds"
     if dataset is None:
@@ -105,6 +103,8 @@ def check_plannable(args: AdaptiveGRPOConfig, dataset: Any) -> None:
             f"{features} choose rows of the training dataset, which a {type(dataset).__name__} does not allow: pass a "
             "datasets.Dataset (such as load_dataset(..., streaming=False)), or leave them off"
         )
+    if any(callback.overrides("on_group_sizes") for callback in callbacks):
+        args.check_group_sizes()
     num_prompts = args.generation_batch_size // args.num_generations
     if len(dataset) < num_prompts:
         raise ValueError(

@@ -261,8 +261,13 @@ class PromptSampler:
 
     def state_dict(self) -> dict[str, Any]:
         counters = {"epoch": self.epoch, "position": self.position, "draws": self.draws}
-        return {**counters, "pending": list(self.pending)}
+        return {**counters, "pending": list(self.pending), "num_prompts": self.num_prompts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["num_prompts"] != self.num_prompts:
+            raise ValueError(
+                f"The checkpoint knows {state_dict['num_prompts']} prompts and the dataset has {self.num_prompts}: "
+                "resume with the dataset of the interrupted run"
+            )
         self.epoch, self.position, self.draws = (state_dict[key] for key in ("epoch", "position", "draws"))
         self.pending = list(state_dict["pending"])

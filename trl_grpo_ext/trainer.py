@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
-from .callbacks import GRPOCallback, RolloutBatch
+from .callbacks import GRPOCallback, RolloutBatch, check_shape
 from .config import AdaptiveGRPOConfig
 from .features import callbacks_of
 from .planner import Planner, check_plannable, plans
@@ -67,8 +67,9 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         # A callback may be passed as a class, as in transformers.
         given = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
         callbacks = callbacks_of(args) + given
-        if plans([callback for callback in callbacks if isinstance(callback, GRPOCallback)]):
-            check_plannable(args, train_dataset)
+        hooked = [callback for callback in callbacks if isinstance(callback, GRPOCallback)]
+        if plans(hooked):
+            check_plannable(args, hooked, train_dataset)
         elif isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise ValueError("train_dataset is empty: pass at least one prompt")
         self._is_set_up = False
@@ -97,9 +98,11 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
 
     def _set_up(self, callbacks: list[GRPOCallback]) -> None:
         self._is_set_up = True
-        if self._planner is None and plans(callbacks):
-            self._planner = Planner(self.args, self.train_dataset)
+        if plans(callbacks):
+            check_plannable(self.args, callbacks, self.train_dataset)
+            self._planner = self._planner or Planner(self.args, self.train_dataset)
         for callback in callbacks:
+            callback.is_attached = True
             callback.on_setup(self.args, self.state, self.control, trainer=self)
 
     # TRL's seams
@@ -122,7 +125,8 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         output, batch, num_rounds = self._resample(plan, output, batch)
 
         batch.completion_lengths = self.accelerator.gather(output["completion_mask"].sum(1)).cpu()
-        if ragged or num_rounds > 0 or batch.is_shaped:
+        is_ours = ragged or num_rounds > 0 or batch.is_shaped
+        if is_ours:
             batch.advantages = self._advantages(batch)
         else:
             batch.advantages = torch.tensor(list(self._logs["advantages"]))  # TRL's own, of all ranks
@@ -130,7 +134,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         self._apply("on_rollouts", batch)
         local = batch.advantages.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
         output["advantages"] = local.to(output["advantages"])
-        self._log_batch(batch, num_rounds)
+        self._log_batch(batch, num_rounds, is_ours)
         return output
 
     def _save_checkpoint(self, model, trial):
@@ -186,6 +190,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         for callback in self.grpo_callbacks:
             value = getattr(callback, hook)(self.args, self.state, self.control, batch=batch)
             if field is not None and value is not None:
+                check_shape(callback, hook, value, getattr(batch, field).shape)
                 setattr(batch, field, value)
 
     def _rows_of(self, plan: RolloutPlan, positions: Tensor | None = None) -> list[dict[str, Any]]:
@@ -220,15 +225,17 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             group_ids=plan.group_ids,
             group_sizes=plan.group_sizes,
             prompt_index=plan.prompt_index,
-            rewards_per_func=rewards,
+            rewards_per_func=rewards.clone(),
             raw_rewards_per_func=rewards,
             reward_names=self.reward_func_names,
             rows=rows,
         )
         self._apply("on_rewards", batch, "rewards_per_func")
-        batch.rewards = total = total_rewards(batch.rewards_per_func, self.reward_weights.cpu())
+        batch.rewards = total_rewards(batch.rewards_per_func, self.reward_weights.cpu())
         self._apply("on_total_rewards", batch, "rewards")
-        batch.is_shaped = batch.rewards_per_func is not rewards or batch.rewards is not total
+        raw_total = total_rewards(rewards, self.reward_weights.cpu())
+        same = [(batch.rewards_per_func, rewards), (batch.rewards, raw_total)]
+        batch.is_shaped = not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in same)
         return batch
 
     def _resample(
@@ -273,13 +280,13 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             return normalize_then_sum(batch.rewards_per_func, weights, batch.group_ids, batch.num_groups)[1]
         return group_advantages(batch.rewards, batch.group_ids, batch.num_groups, self.scale_rewards)
 
-    def _log_batch(self, batch: RolloutBatch, num_rounds: int) -> None:
+    def _log_batch(self, batch: RolloutBatch, num_rounds: int, is_ours: bool) -> None:
         """Correct what TRL logged before the hooks ran, and log what they add."""
         metrics = self._metrics["train"]
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(batch.advantages.tolist())
         flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
-        corrected = {"frac_reward_zero_std": flat.float().mean().item()}
+        corrected = {"frac_reward_zero_std": flat.float().mean().item()} if is_ours else {}
         if num_rounds > 0:
             raw = batch.raw_rewards_per_func
             total = total_rewards(raw, self.reward_weights.cpu())
