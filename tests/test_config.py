@@ -37,6 +37,10 @@ REFUSED = {
         {"group_size": "threshold", "max_group_size": 3},
         "num_generations=4 is outside min_group_size=2 to max_group_size=3: .* set it between them",
     ),
+    "variance_at_a_bound": (
+        {"group_size": "variance", "min_group_size": 4},
+        r"num_generations=4 equals a bound of the group size \(4 to 8\).* set min_group_size below",
+    ),
     "no_room_for_two_groups": (
         {"group_size": "threshold", "per_device_train_batch_size": 4, "min_group_size": 3},
         "generation_batch_size=4 rows cannot hold two groups of min_group_size=3.* lower min_group_size",

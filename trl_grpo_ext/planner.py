@@ -74,6 +74,12 @@ class Planner:
             new = callback.on_prompt_weights(self.args, state, control, weights=weights)
             if new is not None:
                 check_shape(callback, "on_prompt_weights", new, weights.shape)
+                lowest, largest = new.aminmax()
+                if not (lowest >= 0 and largest < torch.inf):
+                    raise ValueError(
+                        f"{type(callback).__name__}.on_prompt_weights returned weights from {lowest} to {largest}: "
+                        "return finite weights, none of them negative"
+                    )
                 weights = new
         return weights
 
