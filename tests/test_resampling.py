@@ -339,6 +339,15 @@ def test_online_curriculum_does_not_redraw_what_was_discarded(model_path, datase
         assert sampled.unique().numel() == sampled.numel() == 12  # all flat: 4 prompts, replaced twice
 
 
+@pytest.mark.parametrize("curriculum", ["none", "online"])
+def test_prompts_stay_distinct_when_fresh_ones_run_out(curriculum, model_path, dataset, tmp_path):
+    rows = dataset.select([0, 1, 2, 24, 25])  # 5 prompts for batches of 4
+    _, _, batches, _ = trained(model_path, rows, tmp_path, curriculum=curriculum, max_steps=6)
+    assert any(batch.discarded and batch.discarded.num_groups > 3 for batch in batches)
+    for batch in batches:
+        assert batch.prompt_index.unique().numel() == batch.num_groups == 4
+
+
 def test_nothing_is_resampled_without_flat_groups(model_path, dataset, tmp_path):
     calls = []
 

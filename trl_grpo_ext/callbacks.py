@@ -41,7 +41,8 @@ class RolloutBatch:
         advantages (`torch.Tensor` of shape `(N,)`):
             Advantages; there from `on_advantages` on.
         completion_lengths (`torch.Tensor` of shape `(N,)`):
-            Completion lengths in tokens; there from `on_advantages` on.
+            Tokens that the model generated and that are trained on, so 0 where `mask_truncated_completions` masks a
+            row; there from `on_advantages` on.
         rows (`list[dict]`):
             This process's dataset rows, one per completion.
         is_shaped (`bool`):

@@ -61,9 +61,11 @@ def clip_to_quantiles(values: Tensor, low: float, high: float) -> Tensor:
 
     ```
     """
-    bounds = torch.nanquantile(values, torch.tensor([low, high], dtype=values.dtype), dim=0)
-    # A column without any value has NaN bounds and nothing to clip.
-    return torch.where(values.isnan(), values, values.clamp(bounds[0], bounds[1]))
+    # Interpolating towards an infinite reward gives NaN, so infinite ones take no part in the quantiles.
+    finite = values.masked_fill(values.isinf(), torch.nan)
+    bounds = torch.nanquantile(finite, torch.tensor([low, high], dtype=values.dtype), dim=0)
+    # A column without any finite value has NaN bounds and nothing to clip.
+    return torch.where(values.isnan() | bounds[0].isnan(), values, values.clamp(bounds[0], bounds[1]))
 
 
 class RewardClipCallback(GRPOCallback):

@@ -142,7 +142,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"num_generations={self.num_generations} equals a bound of the group size ({self.min_group_size} to "
                 f"{self.max_group_size}), so no group could give a row to another: set min_group_size below and "
-                "max_group_size above it"
+                "max_group_size above it, or raise num_generations"
             )
         if self.group_std_threshold < 0:
             raise ValueError(f"group_std_threshold={self.group_std_threshold} must not be negative: try 0.1")

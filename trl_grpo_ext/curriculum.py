@@ -230,7 +230,7 @@ class OnlineCurriculumCallback(_Curriculum):
         # In units of the largest, so that no power of it leaves the range of float32.
         mine = with_exploration(variance.div_(variance.max()).pow_(self.power), self.exploration)
         self._effective = 1 / mine.square().sum().item()
-        return weights * mine
+        return mine.mul_(weights)
 
     def on_rollouts(self, args, state, control, batch, **kwargs):
         self.posterior.observe(batch)

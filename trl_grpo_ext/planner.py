@@ -45,6 +45,11 @@ class Planner:
         wishes = torch.full((num_rows // self.args.num_generations,), float(self.args.num_generations))
         for callback in callbacks:
             sizes = callback.on_group_sizes(self.args, state, control, prompt_index=candidates, num_rows=num_rows)
+            if sizes is not None and (sizes.dim() != 1 or sizes.numel() > candidates.numel()):
+                raise ValueError(
+                    f"{type(callback).__name__}.on_group_sizes returned shape {tuple(sizes.shape)}: return one size "
+                    f"for each of the {candidates.numel()} candidates, or for the first of them"
+                )
             wishes = wishes if sizes is None else sizes
         num_groups = num_groups_that_fit(wishes, num_rows, *self.bounds)
         self.sampler.keep(num_groups)
@@ -57,11 +62,14 @@ class Planner:
         replaced: Tensor,
         state: TrainerState,
         control: TrainerControl,
+        discarded: Tensor | None = None,
     ) -> RolloutPlan:
-        """The same plan with fresh prompts in the groups that are `True` in `replaced`, shape `(P,)`."""
+        """The same plan with prompts that are not among the `discarded` in the groups `replaced`, shape `(P,)`."""
         assert plan.prompt_index is not None
         # Where the dataset is too small for fresh prompts, those that go may come back before those that stay repeat.
-        exclude = torch.cat([plan.prompt_index[replaced], plan.prompt_index[~replaced]])
+        stay = plan.prompt_index[~replaced]
+        gone = plan.prompt_index[replaced] if discarded is None else discarded.unique()
+        exclude = torch.cat([gone[~torch.isin(gone, stay)], stay])
         fresh = self.sampler.draw(int(replaced.sum()), self._weights(callbacks, state, control), exclude=exclude)
         return RolloutPlan(plan.group_sizes, plan.prompt_index.masked_scatter(replaced, fresh))
 

@@ -132,7 +132,6 @@ def fit_group_sizes(wishes: Tensor, num_rows: int, min_size: int, max_size: int)
     sizes = (exact + 1e-6).floor().long()
     missing = num_rows - int(sizes.sum())
     room = exact - sizes
-    room[sizes >= max_size] = -1.0
     sizes[room.argsort(descending=True, stable=True)[:missing]] += 1
     return sizes
 

@@ -124,7 +124,8 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         batch = self._score(plan, rewards, inputs)
         output, batch, num_rounds = self._resample(plan, output, batch)
 
-        batch.completion_lengths = self.accelerator.gather(output["completion_mask"].sum(1)).cpu()
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        batch.completion_lengths = self.accelerator.gather(mask.sum(1)).cpu()
         is_ours = ragged or num_rounds > 0 or batch.is_shaped
         if is_ours:
             batch.advantages = self._advantages(batch)
@@ -232,10 +233,15 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         )
         self._apply("on_rewards", batch, "rewards_per_func")
         batch.rewards = total_rewards(batch.rewards_per_func, self.reward_weights.cpu())
+        total = batch.rewards.clone()
         self._apply("on_total_rewards", batch, "rewards")
+        if self.multi_objective_aggregation == "normalize_then_sum" and not _same(batch.rewards, total):
+            raise ValueError(
+                "A callback changed the total reward in on_total_rewards, which multi_objective_aggregation="
+                "'normalize_then_sum' does not use: change the rewards of each function in on_rewards"
+            )
         raw_total = total_rewards(rewards, self.reward_weights.cpu())
-        same = [(batch.rewards_per_func, rewards), (batch.rewards, raw_total)]
-        batch.is_shaped = not all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in same)
+        batch.is_shaped = not (_same(batch.rewards_per_func, rewards) and _same(batch.rewards, raw_total))
         return batch
 
     def _resample(
@@ -257,7 +263,9 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             else:
                 discarded.append(batch.select(replaced))
             assert self._planner is not None  # because a callback has `on_resample`
-            plan = self._planner.replace(self.grpo_callbacks, plan, replaced, self.state, self.control)
+            plan = self._planner.replace(
+                self.grpo_callbacks, plan, replaced, self.state, self.control, discarded.prompt_index
+            )
             positions, count = rows_to_regenerate(replaced, plan.group_ids, self.accelerator.num_processes)
             mine = positions[self.accelerator.process_index]
             logged = take_logs(self._logs)
@@ -290,6 +298,10 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
         if num_rounds > 0:
             raw = batch.raw_rewards_per_func
             total = total_rewards(raw, self.reward_weights.cpu())
+            if not self.mask_truncated_completions:  # which makes their length 0 here, but not in TRL's metrics
+                lengths = batch.completion_lengths.float()
+                for stat in ("mean", "min", "max"):
+                    corrected[f"completions/{stat}_length"] = getattr(lengths, stat)().item()
             corrected |= {"reward": total.nanmean().item(), "reward_std": nanstd(total).item()}
             for k, name in enumerate(self.reward_func_names):
                 corrected[f"rewards/{name}/mean"] = raw[:, k].nanmean().item()
@@ -310,3 +322,7 @@ class AdaptiveGRPOTrainer(GRPOTrainer):
             metrics["dynamic_sampling/rounds"].append(float(num_rounds))
             metrics["dynamic_sampling/discarded"].append(float(discarded))
         metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
