@@ -1,0 +1,150 @@
+"""Three string skills, and a tiny model with a warm start that leaves one of them half learnt."""
+
+import copy
+import random
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORD = 4  # letters of the word in a prompt
+HOPELESS = 6  # letters of a hopeless answer: one chance in 300 million
+MAX_COMPLETION = HOPELESS + 2  # longest answer, end of text, and one more: a cut-off completion is never right
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt such as `T abcd=`, its only right answer, and the skill it asks for."""
+
+    prompt: str
+    answer: str
+    skill: str
+
+
+def make_example(skill: str, rng: random.Random, noisy: bool = False) -> Example:
+    """
+    One example of a skill.
+
+    `first`: the first letter. `translate`: a cipher that moves every letter halfway around the alphabet. `hopeless`: a
+    random word that the prompt says nothing of. In a `noisy` translation some letters come out one off, each letter at
+    its own rate: `a` is right 30 % of the time, `z` 95 %.
+
+    ```python
+    >>> make_example("translate", random.Random(0))
+    Example(prompt='T mynb=', answer='zlao', skill='translate')
+
+    ```
+    """
+    word = [rng.randrange(len(LETTERS)) for _ in range(WORD)]
+    if skill == "first":
+        answer = word[:1]
+    elif skill == "translate":
+        slips = [noisy and rng.random() > 0.3 + 0.65 * i / (len(LETTERS) - 1) for i in word]
+        answer = [(i + len(LETTERS) // 2 + slip) % len(LETTERS) for i, slip in zip(word, slips, strict=True)]
+    else:
+        answer = [rng.randrange(len(LETTERS)) for _ in range(HOPELESS)]
+    text, answer_text = ("".join(LETTERS[i] for i in part) for part in (word, answer))
+    return Example(f"{skill[0].upper()} {text}=", answer_text, skill)
+
+
+def make_examples(
+    counts: dict[str, int], seed: int, exclude: frozenset[str] = frozenset(), noisy: bool = False
+) -> list[Example]:
+    """Distinct examples, `counts[skill]` of each skill, shuffled, none of whose prompts is in `exclude`."""
+    rng = random.Random(seed)
+    found: dict[str, Example] = {}
+    for skill, count in counts.items():
+        wanted = len(found) + count
+        while len(found) < wanted:
+            example = make_example(skill, rng, noisy)
+            if example.prompt not in exclude:
+                found.setdefault(example.prompt, example)
+    return rng.sample(list(found.values()), len(found))
+
+
+def as_dataset(examples: list[Example]) -> Dataset:
+    return Dataset.from_list([{"prompt": e.prompt, "answer": e.answer, "skill": e.skill} for e in examples])
+
+
+def is_right(completions: list[str], answer: list[str], **kwargs) -> list[float]:
+    """1 if the completion is the answer and nothing else, 0 otherwise."""
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", " ", "=", *"FTH", *LETTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int = 64) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def answer_log_probs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Tensor:
+    """Log-probability `(P,)` that a sample at temperature 1 is the answer followed by the end of the text."""
+    prompts = [tokenizer(e.prompt)["input_ids"] for e in examples]
+    answers = [tokenizer(e.answer)["input_ids"] + [tokenizer.eos_token_id] for e in examples]
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    ids = torch.full((len(examples), length), tokenizer.pad_token_id)  # (P, T)
+    is_answer = torch.zeros(len(examples), length, dtype=torch.bool)  # (P, T)
+    for row, (p, a) in enumerate(zip(prompts, answers, strict=True)):
+        ids[row, : len(p) + len(a)] = torch.tensor(p + a)
+        is_answer[row, len(p) : len(p) + len(a)] = True
+    # The padding is on the right, where causal attention cannot see it, so no mask is needed.
+    log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)  # (P, T - 1, V)
+    return (log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1) * is_answer[:, 1:]).sum(1)
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> float:
+    """
+    Expected accuracy of one sample at temperature 1, averaged over the examples.
+
+    This is the exact expectation of what `model.generate(do_sample=True)` would measure, without its noise, and it
+    draws no random numbers, so that looking does not change the training run.
+    """
+    return answer_log_probs(model, tokenizer, examples).exp().mean().item()
+
+
+def warm_start(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    exclude: frozenset[str] = frozenset(),
+    seed: int = 0,
+    steps: int = 350,
+) -> LlamaForCausalLM:
+    """Supervised training on demonstrations of all skills, noisy ones of `translate`, never a prompt in `exclude`."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / steps)
+        counts = {"first": 64, "hopeless": 8, "translate": 80}
+        batch = make_examples(counts, seed * 10_000 + step, exclude, noisy=True)
+        loss = -answer_log_probs(model, tokenizer, batch).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
