@@ -16,8 +16,8 @@ import skills
 def test_skills_by_hand():
     rng = random.Random(0)
     for _ in range(50):
-        first, translate, hopeless = (skills.make_example(skill, rng) for skill in ("first", "translate", "hopeless"))
-        assert first.answer == first.prompt[2]
+        greet, translate, hopeless = (skills.make_example(skill, rng) for skill in ("greet", "translate", "hopeless"))
+        assert greet.answer == "hi"
         assert len(hopeless.answer) == 6
         # Halfway around the alphabet, twice, is where it began.
         word = translate.prompt[2:-1]
@@ -38,8 +38,8 @@ def test_noise_is_one_place_off_at_the_rate_of_the_letter():
 
 
 def test_examples_are_distinct_and_keep_out_of_the_held_out_ones():
-    held_out = frozenset(e.prompt for e in skills.make_examples({"first": 200}, seed=0))
-    pool = skills.make_examples({"first": 200, "hopeless": 50}, seed=0, exclude=held_out)
+    held_out = frozenset(e.prompt for e in skills.make_examples({"greet": 200}, seed=0))
+    pool = skills.make_examples({"greet": 200, "hopeless": 50}, seed=0, exclude=held_out)
     prompts = {e.prompt for e in pool}
     assert len(held_out) == 200
     assert len(prompts) == 250
@@ -63,8 +63,8 @@ def test_recorder_counts_rows_of_groups_whose_rewards_differ():
 
 def test_accuracy_is_what_sampling_would_measure():
     tokenizer = skills.make_tokenizer()
-    model = skills.warm_start(skills.make_model(tokenizer, seed=0), tokenizer, steps=60)
-    examples = skills.make_examples({"first": 400}, seed=1)
+    model = skills.warm_start(skills.make_model(tokenizer, seed=0), tokenizer, steps=200)
+    examples = skills.make_examples({"translate": 400}, seed=1)
     expected = skills.accuracy(model, tokenizer, examples)
     assert 0.02 < expected < 0.98
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_looking_draws_no_random_numbers():
     tokenizer = skills.make_tokenizer()
     model = skills.make_model(tokenizer, seed=0)
     before = torch.get_rng_state()
-    skills.accuracy(model, tokenizer, skills.make_examples({"first": 4}, seed=0))
+    skills.accuracy(model, tokenizer, skills.make_examples({"greet": 4}, seed=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -6,7 +6,7 @@ Does it help? Stock `trl.GRPOTrainer` against `AdaptiveGRPOTrainer` where only a
 
 A tiny model (85k parameters) is warm-started by supervision, once per seed, and then trained by each method from the
 same weights, with the same rows per step, learning rate and total of rollouts; rollouts that are thrown away count.
-Of the 512 prompts of the pool `mixed`, a quarter asks for `first` (mastered from the start), half are `hopeless`, and a
+Of the 512 prompts of the pool `mixed`, a quarter asks for `greet` (mastered from the start), half are `hopeless`, and a
 quarter asks for `translate` (half learnt); the pool `easy` is all `translate`. Everything is measured outside of the
 trainers: in the reward function, through which every rollout passes, and by a callback. Writes `results.csv` (a row per
 run, as it ends), `curves.csv`, `table.md` and `mixed_pool.png` to `output_dir`.
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "online curriculum": {"curriculum": "online"},
     "variance + online": {"group_size": "variance", "curriculum": "online"},
 }
-POOLS = {"mixed": {"first": 1 / 4, "hopeless": 1 / 2, "translate": 1 / 4}, "easy": {"translate": 1.0}}
+POOLS = {"mixed": {"greet": 1 / 4, "hopeless": 1 / 2, "translate": 1 / 4}, "easy": {"translate": 1.0}}
 
 
 @dataclass

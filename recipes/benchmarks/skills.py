@@ -29,7 +29,7 @@ def make_example(skill: str, rng: random.Random, noisy: bool = False) -> Example
     """
     One example of a skill.
 
-    `first`: the first letter. `translate`: a cipher that moves every letter halfway around the alphabet. `hopeless`: a
+    `greet`: always `hi`. `translate`: a cipher that moves every letter halfway around the alphabet. `hopeless`: a
     random word that the prompt says nothing of. In a `noisy` translation some letters come out one off, each letter at
     its own rate: `a` is right 30 % of the time, `z` 95 %.
 
@@ -40,8 +40,8 @@ def make_example(skill: str, rng: random.Random, noisy: bool = False) -> Example
     ```
     """
     word = [rng.randrange(len(LETTERS)) for _ in range(WORD)]
-    if skill == "first":
-        answer = word[:1]
+    if skill == "greet":
+        answer = [LETTERS.index(letter) for letter in "hi"]
     elif skill == "translate":
         slips = [noisy and rng.random() > 0.3 + 0.65 * i / (len(LETTERS) - 1) for i in word]
         answer = [(i + len(LETTERS) // 2 + slip) % len(LETTERS) for i, slip in zip(word, slips, strict=True)]
@@ -77,7 +77,7 @@ def is_right(completions: list[str], answer: list[str], **kwargs) -> list[float]
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", " ", "=", *"FTH", *LETTERS])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", " ", "=", *"GTH", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -140,7 +140,7 @@ def warm_start(
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / steps)
-        counts = {"first": 64, "hopeless": 8, "translate": 80}
+        counts = {"greet": 64, "hopeless": 8, "translate": 80}
         batch = make_examples(counts, seed * 10_000 + step, exclude, noisy=True)
         loss = -answer_log_probs(model, tokenizer, batch).mean()
         optimizer.zero_grad()
