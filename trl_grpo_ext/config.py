@@ -49,6 +49,11 @@ class AdaptiveGRPOConfig(GRPOConfig):
             For `curriculum="target"`: the mean reward at which the target difficulty rests.
         curriculum_exploration (`float`, *optional*, defaults to `0.1`):
             Share of the prompts that any curriculum draws from the whole dataset.
+        share_prompts (`bool`, *optional*, defaults to `False`):
+            Whether to compute a prompt once for all its completions, in the forward passes of the update and in
+            generation with transformers. The gradient is the same up to rounding.
+        skip_zero_advantage (`bool`, *optional*, defaults to `False`):
+            Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs `beta=0`.
     """
 
     group_size: str = field(
@@ -117,6 +122,20 @@ class AdaptiveGRPOConfig(GRPOConfig):
         default=0.1,
         metadata={"help": "Share of the prompts that any curriculum draws from the whole dataset."},
     )
+    share_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compute a prompt once for all its completions, in the update and in generation with "
+            "transformers. The gradient is the same up to rounding."
+        },
+    )
+    skip_zero_advantage: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs "
+            "beta=0."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -157,6 +176,22 @@ class AdaptiveGRPOConfig(GRPOConfig):
             )
         if not 0 <= self.curriculum_exploration <= 1:
             raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
+        if self.skip_zero_advantage:
+            self._check_skipping()
+
+    def _check_skipping(self) -> None:
+        """Raise `ValueError` when a row without advantage has a gradient all the same."""
+        for name, neutral, effect in (
+            ("beta", 0.0, "the KL term gives rows without advantage a gradient"),
+            ("entropy_coef", 0.0, "the entropy bonus gives rows without advantage a gradient"),
+            ("use_adaptive_entropy", False, "the entropy bonus gives rows without advantage a gradient"),
+            ("top_entropy_quantile", 1.0, "rows without advantage count in the quantile that masks tokens"),
+        ):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"skip_zero_advantage=True would change the gradient, since with {name}={getattr(self, name)} "
+                    f"{effect}: set skip_zero_advantage=False or {name}={neutral}"
+                )
 
     def check_group_sizes(self) -> None:
         """Raise `ValueError` when groups of different sizes cannot fill a generation batch."""

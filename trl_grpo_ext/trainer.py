@@ -8,11 +8,11 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
 from .callbacks import GRPOCallback, RolloutBatch, check_shape
+from .compute.trainer import LeanGRPOTrainer
 from .config import AdaptiveGRPOConfig
 from .features import callbacks_of
 from .planner import Planner, check_plannable, plans
@@ -25,7 +25,7 @@ STATE_FILE = "grpo_callbacks.pt"
 ROLLOUTS_FILE = "grpo_rollouts_{rank}.pt"
 
 
-class AdaptiveGRPOTrainer(GRPOTrainer):
+class AdaptiveGRPOTrainer(LeanGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with hooks into the life of a generation batch, and the features built on them.
 

@@ -1,0 +1,163 @@
+"""Generation from a shared prefill: the tokens of `generate` on repeated prompts, and finished rows that leave."""
+
+import logging
+
+import pytest
+import torch
+from conftest import config_kwargs, count_vowels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.compute.generation import prefilled_generate, why_not_prefilled
+
+WIDTH = 8
+
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    return LlamaForCausalLM.from_pretrained(model_path).eval()
+
+
+def prompts(seed, sizes, shortest=2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(8, 100, (len(sizes), WIDTH), generator=generator)
+    lengths = torch.randint(shortest, WIDTH + 1, (len(sizes), 1), generator=generator)
+    mask = (torch.arange(WIDTH) >= WIDTH - lengths).long()
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    group = group[torch.randperm(len(group), generator=generator)]
+    return (ids * mask)[group], mask[group]
+
+
+def settings_for(sample=False, eos=None, new=10, **more):
+    more |= {"top_k": 0} if sample else {}
+    return GenerationConfig(max_new_tokens=new, do_sample=sample, eos_token_id=eos, pad_token_id=0, **more)
+
+
+def stock(model, ids, mask, config):
+    return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+
+def ours(model, ids, mask, config):
+    return prefilled_generate(model, model.generate, ids, mask, config)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), ends=st.integers(0, 40))
+def test_greedy_output_is_identical(model, seed, sizes, ends):
+    """With `ends` of 112 tokens ending a completion, rows finish at different times, or never."""
+    ids, mask = prompts(seed, sizes)
+    config = settings_for(eos=list(range(8, 8 + ends)) or None)
+    assert torch.equal(ours(model, ids, mask, config), stock(model, ids, mask, config))
+
+
+def test_a_prompt_of_one_token(model):
+    ids, mask = prompts(0, [3, 2], shortest=1)
+    mask[:, :-1] = 0
+    assert torch.equal(ours(model, ids, mask, settings_for()), stock(model, ids, mask, settings_for()))
+
+
+def test_samples_come_from_the_same_random_numbers(model):
+    ids, mask = prompts(0, [4, 3])
+    config = settings_for(sample=True, temperature=0.7)
+    torch.manual_seed(0)
+    expected = stock(model, ids, mask, config)
+    torch.manual_seed(0)
+    assert torch.equal(ours(model, ids, mask, config), expected)
+    assert len(torch.unique(expected, dim=0)) == 7
+
+
+def test_logits_of_the_first_step(model):
+    ids, mask = prompts(0, [4, 3])
+    config = settings_for(sample=True, output_logits=True)
+    seen = []
+
+    def record(**kwargs):
+        output = model.generate(**kwargs)
+        seen.append(output.logits[0])
+        return output
+
+    expected = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, return_dict_in_generate=True
+    ).logits[0]
+    prefilled_generate(model, record, ids, mask, config)
+    assert (seen[0] - expected).abs().max() < 1e-5
+
+
+def test_each_prompt_is_read_once_and_finished_rows_leave(model):
+    ids, mask = prompts(0, [6, 6])
+    shapes = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    out = ours(model, ids, mask, settings_for(sample=True, eos=list(range(8, 28)), new=40))
+    handle.remove()
+    assert shapes[0] == (2, WIDTH - 1)
+    assert shapes[1] == (12, 1)
+    rows = [shape[0] for shape in shapes[1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) > 2
+    assert all(width == 1 for _, width in shapes[1:])
+    assert torch.equal(out[:, :WIDTH], ids)
+
+
+def test_same_distribution_when_rows_leave(model):
+    """Frequencies of lengths and of last tokens over many samples, against `generate`."""
+    ids, mask = prompts(3, [1500])
+    config = settings_for(sample=True, eos=list(range(8, 38)), new=8)
+    torch.manual_seed(0)
+    one, other = stock(model, ids, mask, config), ours(model, ids, mask, config)
+
+    def lengths(sequences):
+        return torch.bincount((sequences[:, WIDTH:] != 0).sum(1), minlength=9) / 1500
+
+    assert (lengths(one) - lengths(other)).abs().max() < 0.05  # standard deviation of a difference: below 0.018
+
+
+def test_settings_that_need_the_whole_run(model):
+    assert why_not_prefilled(model, settings_for(temperature=0.5, top_p=0.9)) is None
+    reason = why_not_prefilled(model, settings_for(min_new_tokens=3, num_beams=2))
+    assert reason == "the generation settings min_new_tokens, num_beams"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_trainer_uses_it(lora, model_path, dataset, tmp_path, monkeypatch):
+    from peft import LoraConfig
+
+    from trl_grpo_ext.compute import generation
+
+    calls = []
+    original = generation.prefilled_generate
+
+    def spy(model, generate, input_ids, *args):
+        calls.append(input_ids.size(0))
+        return original(model, generate, input_ids, *args)
+
+    monkeypatch.setattr(generation, "prefilled_generate", spy)
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=count_vowels,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, share_prompts=True)),
+        train_dataset=dataset,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"]) if lora else None,
+    )
+    trainer.train()
+    assert calls == [8, 8, 8]
+    assert "generate" not in vars(trainer.model)
+
+
+def test_the_trainer_says_why_not(model_path, dataset, tmp_path, caplog):
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=count_vowels,
+        args=AdaptiveGRPOConfig(
+            **config_kwargs(tmp_path, share_prompts=True, generation_kwargs={"no_repeat_ngram_size": 3})
+        ),
+        train_dataset=dataset,
+    )
+    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
+        trainer.train()
+    said = [record.message for record in caplog.records if "no_repeat_ngram_size" in record.message]
+    assert len(said) == 1

@@ -1,0 +1,1 @@
+"""The same gradient for less work: shared prompts, dead rows, padding, generation from a shared prefill."""

@@ -1,0 +1,136 @@
+"""Generation with transformers in which equal prompts are read once and finished rows leave the batch."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+
+from .packing import equal_rows
+
+# Settings under which a generation may be interrupted and taken up again: none depends on how long the prompt was.
+STATELESS = {
+    "_from_model_config",
+    "bos_token_id",
+    "disable_compile",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "min_p",
+    "pad_token_id",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+}
+# Rows leave when at least this share of them has finished: less does not pay for copying the cache of the others.
+LEAVE = 0.25
+
+
+class EnoughFinished(StoppingCriteria):
+    """Stops a generation when a share of [`LEAVE`] of its rows has finished."""
+
+    def __init__(self, eos_token_ids: Tensor, num_rows: int):
+        self.eos_token_ids = eos_token_ids
+        self.finished = torch.zeros(num_rows, dtype=torch.bool, device=eos_token_ids.device)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.finished |= torch.isin(input_ids[:, -1], self.eos_token_ids)
+        return (self.finished.float().mean() >= LEAVE).expand(len(self.finished))
+
+
+def why_not_prefilled(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
+    """Why `generate` cannot start from a shared prefill with this configuration; `None` if it can."""
+    # A configuration without a value takes the model's.
+    settings = {**model.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
+    others = sorted(key for key, value in settings.items() if key not in STATELESS and value not in (None, False))
+    return f"the generation settings {', '.join(others)}" if others else None
+
+
+def prefilled_generate(
+    model: Any, generate: Callable, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig
+) -> Tensor:
+    """
+    `generate(input_ids=..., attention_mask=..., generation_config=...)`, with one prefill per distinct prompt.
+
+    The logits are those of `generate` on repeated prompts up to rounding, so the samples have the same distribution;
+    as long as no row leaves, they are drawn from the same random numbers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model.
+        generate (`Callable`):
+            Its `generate`.
+        input_ids (`torch.Tensor` of shape `(N, P)`):
+            Prompts, padded left.
+        attention_mask (`torch.Tensor` of shape `(N, P)`):
+            1 for tokens, 0 for padding.
+        generation_config ([`~transformers.GenerationConfig`]):
+            With `max_new_tokens` and `pad_token_id`.
+
+    Returns:
+        `torch.Tensor` of shape `(N, P + T)`: prompts and completions, padded right.
+    """
+    num_rows, width = input_ids.shape
+    prompts = equal_rows(input_ids, attention_mask)
+    first = torch.zeros_like(prompts).index_copy_(0, prompts, torch.arange(num_rows, device=prompts.device))
+    first = first[: int(prompts.max()) + 1]
+    arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+    # A prompt of one token leaves nothing to read ahead.
+    if len(first) < num_rows and int(attention_mask.sum(1).min()) > 1:
+        mask = attention_mask[first, :-1]
+        prefill = model(
+            input_ids=input_ids[first, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = prefill.past_key_values
+        cache.batch_select_indices(prompts)
+        arguments["past_key_values"] = cache
+
+    config = copy.deepcopy(generation_config)
+    eos = config.eos_token_id if config.eos_token_id is not None else []
+    eos_token_ids = torch.tensor(eos, device=input_ids.device).flatten()
+    sequences = input_ids.new_full((num_rows, width + config.max_new_tokens), config.pad_token_id)
+    rows = torch.arange(num_rows, device=input_ids.device)
+    while True:
+        output = generate(
+            **arguments,
+            generation_config=config,
+            stopping_criteria=[EnoughFinished(eos_token_ids, len(rows))],
+            return_dict_in_generate=True,
+        )
+        sequences[rows, : output.sequences.size(1)] = output.sequences
+        going_on = ~torch.isin(output.sequences[:, width:], eos_token_ids).any(1)
+        config.max_new_tokens = width + generation_config.max_new_tokens - output.sequences.size(1)
+        if config.max_new_tokens == 0 or not going_on.any():
+            return sequences[:, : output.sequences.size(1)]
+        rows = rows[going_on]
+        output.past_key_values.batch_select_indices(going_on.nonzero().flatten())
+        ids = output.sequences[going_on]
+        mask = torch.ones_like(ids)
+        mask[:, :width] = attention_mask[rows]
+        arguments = {"input_ids": ids, "attention_mask": mask, "past_key_values": output.past_key_values}
+
+
+@contextmanager
+def prefill_shared(model: Any) -> Iterator[None]:
+    """While open, `model.generate` is [`prefilled_generate`]."""
+    generate = model.generate
+
+    def replacement(input_ids, attention_mask, generation_config):
+        return prefilled_generate(model, generate, input_ids, attention_mask, generation_config)
+
+    model.generate = replacement
+    try:
+        yield
+    finally:
+        del model.generate
