@@ -4,6 +4,7 @@ import json
 import sys
 
 import torch
+from accelerate import PartialState
 from conftest import config_kwargs, has_answer
 from datasets import Dataset
 
@@ -20,7 +21,7 @@ class Record(GRPOCallback):
         discarded = [] if batch.discarded is None else batch.discarded.prompt_index.tolist()
         self.batches.append(
             {
-                "prompts": batch.prompt_index.tolist(),
+                "prompts": None if batch.prompt_index is None else batch.prompt_index.tolist(),
                 "sizes": batch.group_sizes.tolist(),
                 "rewards": batch.rewards.tolist(),
                 "advantages": batch.advantages.tolist(),
@@ -36,10 +37,16 @@ def main(model_path: str, out: str, options: str) -> None:
     dataset = Dataset.from_dict({"prompt": [f"say {a}" for a in letters], "answer": list(letters)})
     options = json.loads(options)
     resume = options.pop("resume", None)
+    flat_rank = options.pop("flat_rank", None)
+
+    def flat_on_one_rank(completion_ids, **kwargs):
+        is_flat = PartialState().process_index == flat_rank
+        return [0.0 if is_flat else float(ids[0] % 7) for ids in completion_ids]
+
     record = Record()
     trainer = AdaptiveGRPOTrainer(
         model=model_path,
-        reward_funcs=has_answer,
+        reward_funcs=has_answer if flat_rank is None else flat_on_one_rank,
         args=AdaptiveGRPOConfig(**config_kwargs(f"{out}/run", **options)),
         train_dataset=dataset,
         callbacks=[record],

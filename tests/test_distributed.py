@@ -81,3 +81,19 @@ def test_resume_on_two_ranks(model_path, tmp_path):
     assert resumed[0]["batches"] == whole[0]["batches"][3:]
     for name, value in whole[0]["weights"].items():
         assert torch.equal(resumed[0]["weights"][name], value)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_a_rank_that_has_only_flat_groups(loss_type, model_path, tmp_path):
+    """It still runs its passes, so nobody waits for it, and both ranks end with the weights of a full computation."""
+    options = {"flat_rank": 1, "loss_type": loss_type, "max_steps": 4, "learning_rate": 1e-3, "scale_rewards": "none"}
+    full = launch(model_path, tmp_path / "full", **options)
+    lean = launch(model_path, tmp_path / "lean", **options, share_prompts=True, skip_zero_advantage=True)
+    for name, value in lean[0]["weights"].items():
+        assert torch.equal(value, lean[1]["weights"][name])
+        assert torch.allclose(value, full[0]["weights"][name], atol=1e-5)
+    logs = [[entry for entry in run[0]["logs"] if "reward" in entry] for run in (full, lean)]
+    for one, two in zip(*logs, strict=True):
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["frac_reward_zero_std"] >= 0.5

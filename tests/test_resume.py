@@ -56,6 +56,7 @@ SETTINGS = {
     "target": {"curriculum": "target", "difficulty_column": "score", "dynamic_sampling_rounds": 1},
     "epochs": {"dynamic_sampling_rounds": 1, "reward_clip_quantiles": [0.05, 0.95]},
     "accumulation": {"group_size": "variance", "gradient_accumulation_steps": 2},
+    "lean": {"group_size": "variance", "share_prompts": True, "skip_zero_advantage": True},
 }
 
 

@@ -97,8 +97,9 @@ def prefilled_generate(
         arguments["past_key_values"] = cache
 
     config = copy.deepcopy(generation_config)
-    eos = config.eos_token_id if config.eos_token_id is not None else []
-    eos_token_ids = torch.tensor(eos, device=input_ids.device).flatten()
+    config.return_dict_in_generate = True
+    eos = model.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    eos_token_ids = torch.tensor([] if eos is None else eos, device=input_ids.device).flatten()
     sequences = input_ids.new_full((num_rows, width + config.max_new_tokens), config.pad_token_id)
     rows = torch.arange(num_rows, device=input_ids.device)
     while True:
@@ -106,7 +107,6 @@ def prefilled_generate(
             **arguments,
             generation_config=config,
             stopping_criteria=[EnoughFinished(eos_token_ids, len(rows))],
-            return_dict_in_generate=True,
         )
         sequences[rows, : output.sequences.size(1)] = output.sequences
         going_on = ~torch.isin(output.sequences[:, width:], eos_token_ids).any(1)
