@@ -134,6 +134,21 @@ def test_same_gradient_for_any_rollouts(pair, seed, sizes, longest_prompt, longe
     assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-8
 
 
+def test_a_skipped_row_whose_ratio_would_explode(pair):
+    """Far off the old policy, its ratio is infinite, and 0 times that would be NaN."""
+    _, ours = pair
+    ours.loss_type = "dapo"
+    inputs = rollouts(0, [3, 3, 3])
+    inputs["old_per_token_logps"] = (
+        torch.where(inputs["advantages"][:, None] == 0, -500.0, -4.6) * inputs["completion_mask"]
+    )
+    assert (inputs["advantages"] == 0).any()
+    loss, found = gradient(ours, inputs)
+    assert torch.isfinite(found).all()
+    assert found.norm() > 0
+    assert loss == loss
+
+
 # What can be shared, and what is said where it cannot
 
 
