@@ -22,6 +22,7 @@ EVERYTHING = {
     "reward_clip_quantiles": [0.0, 0.95],
     "dynamic_sampling_rounds": 1,
     "per_device_train_batch_size": 16,
+    "share_prompts": True,
 }
 
 
@@ -35,6 +36,8 @@ class Record(GRPOCallback):
 
 def make(model, dataset, out, reward_funcs=has_answer, callbacks=(), trainer_kwargs=None, **options):
     options = {**EVERYTHING, **options}
+    if not options.get("beta") and not options.get("entropy_coef"):
+        options["skip_zero_advantage"] = True
     return AdaptiveGRPOTrainer(
         model=model,
         reward_funcs=reward_funcs,
