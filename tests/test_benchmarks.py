@@ -1,6 +1,8 @@
 """The benchmark runs, fills its table, and measures what it says."""
 
+import csv
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
 import mixed_pool
 import skills
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_skills_by_hand():
@@ -116,3 +120,26 @@ def test_smoke(tmp_path):
     assert len(lines) == 2 + len(results)
     assert all(cell.strip() for line in lines for cell in line.strip("|").split("|"))
     assert (tmp_path / "mixed_pool.png").stat().st_size > 10_000
+
+
+def test_compute_smoke(tmp_path):
+    command = [
+        sys.executable,
+        "recipes/benchmarks/compute.py",
+        "--smoke",
+        "--repeats",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 4  # methods, kinds of measurement
+    assert all(float(row["ratio"]) == 1.0 for row in rows if row["method"] == "stock")
+    errors = [float(line.rsplit(" ", 1)[1]) for line in result.stdout.splitlines() if "of the gradients" in line]
+    assert len(errors) == 1
+    assert errors[0] < 1e-5
+    assert (tmp_path / "compute.png").stat().st_size > 10_000
+    assert "| prompt 64, half flat | on |" in (tmp_path / "table.md").read_text()
