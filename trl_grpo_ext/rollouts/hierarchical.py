@@ -23,8 +23,8 @@ class HierarchicalCallback(GRPOCallback):
     of implementation `j` of plan `i` and `V_i = mean_j r_ij`, implementations get `(r_ij - V_i) / σ_i` and plans get
     `(V_i - V̄) / σ_V` (`scale_rewards` as in TRL). A plan is one row of the loss and an implementation another, whose
     prompt holds the plan: so the tokens of a plan count once. A prompt takes `num_plans * (1 + num_implementations)`
-    rows; `num_generations` has no effect. Reward functions see the implementations, with the plan in the prompt and as
-    the column `plan`. Evaluation makes one plan and one implementation for each row.
+    rows; `num_generations` has no effect. Reward functions see the implementations, with the plan in the prompt and in
+    the columns `plan` (text) and `plan_ids`. Evaluation makes one plan and one implementation for each row.
 
     Args:
         num_plans (`int`, *optional*, defaults to `4`):
@@ -117,9 +117,10 @@ class HierarchicalCallback(GRPOCallback):
         else:
             rolled, without = self._grow(self._begin(rows[:: self.num_rows]))
         for row in rolled:
+            before = row.answers[0] if row.parent is None else rolled[row.parent].answers[0]
             for answer in row.answers:
                 answer.is_scored = answer.is_scored and answer.turn == 1
-                answer.columns |= {"plan": answer.prompt[-2]["content"] if answer.turn == 1 else answer.text}
+                answer.columns = {"plan": before.text, "plan_ids": before.ids}
         self.trainer._log_metric("hierarchical/overflowed", without)
         return rolled
 
