@@ -1,52 +1,13 @@
 """Rewards that look at more than one answer: a whole conversation at its end, or the plan behind an implementation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Reward, is_async
-from .leaves import Leaf, as_reward, callable_name
+from .base import Reward, Value, is_async
+from .leaves import Leaf, as_reward
+from .scoring import begin, settle
 
 Rows = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A reward function that shows `leaf` another view of the rows, and leaves out rows that have none."""
-
-    leaf: Leaf
-    view: Callable[[Rows], Rows | None]
-
-    @property
-    def __name__(self) -> str:
-        return callable_name(self.view)
-
-    def __call__(self, **call) -> list[float | None]:
-        positions, shown = self._show(call)
-        return self._back(call, positions, self.leaf.evaluate(shown) if positions else [])
-
-    def _show(self, call: Rows) -> tuple[list[int], Rows]:
-        count = len(call["completions"])
-        columns = {
-            name: value for name, value in call.items() if isinstance(value, list | tuple) and len(value) == count
-        }
-        views = [self.view({name: column[row] for name, column in columns.items()}) for row in range(count)]
-        positions = [row for row, seen in enumerate(views) if seen is not None]
-        rows = [seen for seen in views if seen is not None]
-        return positions, {**call, **{name: [row[name] for row in rows] for name in columns}}
-
-    def _back(self, call: Rows, positions: list[int], values: list[float | None]) -> list[float | None]:
-        of_row = dict(zip(positions, values, strict=True))
-        return [of_row.get(row) for row in range(len(call["completions"]))]
-
-
-@dataclass(frozen=True)
-class AsyncSeen(Seen):
-    """The same around an async leaf."""
-
-    async def __call__(self, **call) -> list[float | None]:  # type: ignore[override]
-        positions, shown = self._show(call)
-        return self._back(call, positions, await self.leaf.evaluate(shown) if positions else [])
 
 
 def whole_conversation(row: Rows) -> Rows | None:
@@ -67,6 +28,60 @@ def plan_alone(row: Rows) -> Rows:
         )
     plan = [{"role": "assistant", "content": row["plan"]}]
     return {**row, "prompts": row["prompts"][:-2], "completions": plan, "completion_ids": row.get("plan_ids")}
+
+
+VIEWS = {"at_end": whole_conversation, "of_plan": plan_alone}
+
+
+@dataclass(frozen=True, repr=False)
+class ViewReward(Leaf):
+    """A leaf that shows another leaf a view of the rows, and gives `None` where there is none; see [`at_end`]."""
+
+    leaf: Leaf
+    view: str
+
+    def score(self, prompts, completions, completion_ids=None, **kwargs):
+        positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
+        return self._back(positions, self.leaf.evaluate(call) if positions else [], len(completions))
+
+    @property
+    def default_name(self) -> str:
+        return f"{self.leaf.name}_{self.view}"
+
+    def _constructor(self) -> str:
+        named = "" if self.name == self.default_name else f".named({self.name!r})"
+        return f"{self.view}({self.leaf!r}){named}"
+
+    def _show(self, call: Rows, completion_ids: list | None) -> tuple[list[int], Rows]:
+        count = len(call["completions"])
+        call = {**call, "completion_ids": completion_ids or [None] * count}
+        columns = {name: column for name, column in call.items() if isinstance(column, list) and len(column) == count}
+        views = [VIEWS[self.view]({name: column[row] for name, column in columns.items()}) for row in range(count)]
+        rows = [view for view in views if view is not None]
+        shown = {**call, **{name: [row[name] for row in rows] for name in columns}}
+        if None in shown["completion_ids"]:
+            shown["completion_ids"] = None
+        return [position for position, view in enumerate(views) if view is not None], shown
+
+    def _back(self, positions: list[int], values: list[Value], count: int) -> list[Value]:
+        of_row = dict(zip(positions, values, strict=True))
+        return [of_row.get(row) for row in range(count)]
+
+
+@dataclass(frozen=True, repr=False)
+class AsyncViewReward(ViewReward):
+    """The same around an async leaf."""
+
+    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
+        return await super().__call__(prompts, completions, completion_ids, **kwargs)
+
+    async def evaluate(self, call: dict[str, Any]) -> list[Value]:
+        job = begin(self, call)
+        return settle(self, call, job, await job.run_async(self.score))
+
+    async def score(self, prompts, completions, completion_ids=None, **kwargs):
+        positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
+        return self._back(positions, await self.leaf.evaluate(call) if positions else [], len(completions))
 
 
 def at_end(reward: Any) -> Reward:
@@ -95,7 +110,7 @@ def at_end(reward: Any) -> Reward:
 
     ```
     """
-    return _seen(reward, whole_conversation, "{name}_at_end")
+    return _viewed(reward, "at_end")
 
 
 def of_plan(reward: Any) -> Reward:
@@ -120,13 +135,8 @@ def of_plan(reward: Any) -> Reward:
 
     ```
     """
-    return _seen(reward, plan_alone, "{name}_of_plan")
+    return _viewed(reward, "of_plan")
 
 
-def _seen(reward: Any, view: Callable, name: str) -> Reward:
-    def wrap(leaf: Leaf) -> Leaf:
-        wrapped = as_reward((AsyncSeen if is_async(leaf) else Seen)(leaf, view), name.format(name=leaf.name))
-        assert isinstance(wrapped, Leaf)
-        return wrapped
-
-    return as_reward(reward).map_leaves(wrap)
+def _viewed(reward: Any, view: str) -> Reward:
+    return as_reward(reward).map_leaves(lambda leaf: (AsyncViewReward if is_async(leaf) else ViewReward)(leaf, view))
