@@ -88,7 +88,7 @@ class Rollout:
                 are this process's.
         """
         flags = gather_object([[answer.is_scored for _, answer in answers]])
-        most = max(sum(rank) for rank in flags)
+        most = max(1, *(sum(rank) for rank in flags))  # TRL needs a row to ask about
         asked = [(row, answer) for row, answer in answers if answer.is_scored]
         # What is gathered must have one shape on all processes: some are asked about twice, and dropped below.
         filler = (asked or answers or [(self.inputs[0], self.rows[0].answers[0])])[0]

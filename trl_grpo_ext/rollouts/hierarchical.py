@@ -100,7 +100,8 @@ class HierarchicalCallback(GRPOCallback):
                 f"{type(sizing).__name__} changes the size of groups, and a tree has num_plans and "
                 "num_implementations for all prompts: set group_size='fixed'"
             )
-        for number, row in enumerate(trainer.train_dataset.select_columns("prompt")):
+        columns = [name for name in ("prompt", "turns") if name in trainer.train_dataset.column_names]
+        for number, row in enumerate(trainer.train_dataset.select_columns(columns)):
             _, script = read_turns(row)
             if script:
                 raise ValueError(f"Row {number} has {len(script) + 1} turns: a plan is made for prompts of one turn")
