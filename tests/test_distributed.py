@@ -12,13 +12,14 @@ import torch
 HERE = Path(__file__).parent
 
 
-def launch(model_path: str, out: Path, **options) -> list[dict]:
+def launch(model_path: str, out: Path, script: str = "distributed_run.py", **options) -> list[dict]:
     out.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(
-        [*command, str(HERE / "distributed_run.py"), model_path, str(out), json.dumps(options)],
+        [*command, str(HERE / script), model_path, str(out), json.dumps(options)],
         env=environment,
         capture_output=True,
         text=True,

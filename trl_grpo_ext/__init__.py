@@ -7,6 +7,7 @@ from .config import AdaptiveGRPOConfig
 from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
 from .resampling import DynamicSamplingCallback
+from .rollouts import HierarchicalCallback, MultiTurnCallback
 from .trainer import AdaptiveGRPOTrainer
 
 __version__ = "0.1.0"
@@ -16,6 +17,8 @@ __all__ = [
     "AdaptiveGRPOTrainer",
     "DynamicSamplingCallback",
     "GRPOCallback",
+    "HierarchicalCallback",
+    "MultiTurnCallback",
     "OnlineCurriculumCallback",
     "RewardClipCallback",
     "RolloutBatch",

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .answers import RolloutRow
+from .sampler import RolloutPlan
+
 logger = logging.getLogger(__name__)
 
 
@@ -15,6 +18,9 @@ logger = logging.getLogger(__name__)
 class RolloutBatch:
     """
     One generation batch: what was sampled, how it scored, what it is worth.
+
+    A row is one answer of the model. Where a rollout has several turns, each of them is a row, also when several lie
+    in one sequence of the loss.
 
     All tensors are on the CPU and cover **all** processes, in rank order, so a callback that keeps state keeps the
     same state on every rank. Only `rows` is this process's own. Axis suffixes: `N` rows (completions), `P` groups
@@ -38,13 +44,17 @@ class RolloutBatch:
             Names of the `K` reward functions.
         rewards (`torch.Tensor` of shape `(N,)`):
             Weighted total; there from `on_total_rewards` on.
-        advantages (`torch.Tensor` of shape `(N,)`):
-            Advantages; there from `on_advantages` on.
+        advantages (`torch.Tensor` of shape `(N,)` or `(N, T)`):
+            Advantages, per row or per token of it; there from `on_advantages` on.
         completion_lengths (`torch.Tensor` of shape `(N,)`):
             Tokens that the model generated and that are trained on, so 0 where `mask_truncated_completions` masks a
             row; there from `on_advantages` on.
         rows (`list[dict]`):
             This process's dataset rows, one per completion.
+        turns (`torch.Tensor` of shape `(N,)`):
+            Turn of the conversation, or level of the tree, from 0.
+        parents (`torch.Tensor` of shape `(N,)`):
+            Row that each one carries on from, smaller than its own; -1 where a conversation begins.
         is_shaped (`bool`):
             Whether a hook changed the rewards.
         discarded ([`RolloutBatch`], *optional*):
@@ -64,6 +74,8 @@ class RolloutBatch:
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     completion_lengths: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: list[dict[str, Any]] = field(default_factory=list)
+    turns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    parents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     is_shaped: bool = False
     discarded: "RolloutBatch | None" = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -94,13 +106,12 @@ class RolloutBatch:
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
 
 
-def check_shape(callback: "GRPOCallback", hook: str, value: Tensor, shape: torch.Size) -> None:
-    """Raise `ValueError` when a hook returns a tensor of another shape than what it replaces."""
-    if not isinstance(value, Tensor) or value.shape != shape:
+def check_shape(callback: "GRPOCallback", hook: str, value: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise `ValueError` when a hook returns a tensor of none of the shapes that can replace what was there."""
+    if not isinstance(value, Tensor) or tuple(value.shape) not in {tuple(shape) for shape in shapes}:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value))
-        raise ValueError(
-            f"{type(callback).__name__}.{hook} returned {got}: return a tensor of shape {tuple(shape)}, or None"
-        )
+        wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{type(callback).__name__}.{hook} returned {got}: return a tensor of shape {wanted}, or None")
 
 
 class GRPOCallback(TrainerCallback):
@@ -157,6 +168,24 @@ class GRPOCallback(TrainerCallback):
         tensor to use only the first candidates.
         """
 
+    def on_plan(
+        self, args, state, control, prompt_index: Tensor, num_rows: int, num_processes: int, **kwargs
+    ) -> RolloutPlan | None:
+        """
+        Lay out the rows of a generation batch in place of the trainer: return a plan.
+
+        `prompt_index` holds candidates in the order of their draw, shape `(C,)`. The plan's groups add up to `num_rows`
+        and use some of the candidates; the others come first next time. Process `r` of `num_processes` gets the `r`-th
+        part of the rows.
+        """
+
+    def on_generate(self, args, state, control, rows: list[dict[str, Any]], **kwargs) -> list[RolloutRow] | None:
+        """
+        Generate in place of TRL: return one [`RolloutRow`] for each of this process's dataset `rows`.
+
+        Called in evaluation too. Every process must make the same number of generation calls with as many rows each.
+        """
+
     def on_rewards(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
         """Shape the rewards of each function: return `(N, K)`. May run several times on one batch (resampling)."""
 
@@ -167,7 +196,11 @@ class GRPOCallback(TrainerCallback):
         """Which groups to throw away and replace by fresh prompts: return a boolean `(P,)`. `round` counts from 0."""
 
     def on_advantages(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
-        """Change the advantages: return `(N,)`."""
+        """
+        Change the advantages: return `(N,)`, or `(N, T)` for one per token, with `T = batch.completion_lengths.max()`.
+
+        Position `t` is the `t`-th token that the model wrote in the row; what lies beyond its length is not used.
+        """
 
     def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs) -> None:
         """Look at the finished batch: keep statistics, log."""

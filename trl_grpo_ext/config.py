@@ -8,6 +8,7 @@ from .clipping import check_clipping
 
 GROUP_SIZES = ("fixed", "threshold", "variance")
 CURRICULA = ("none", "staged", "online", "target")
+ROLLOUTS = ("single", "multi_turn", "hierarchical")
 
 
 @dataclass
@@ -54,6 +55,27 @@ class AdaptiveGRPOConfig(GRPOConfig):
             generation with transformers. The gradient is the same up to rounding.
         skip_zero_advantage (`bool`, *optional*, defaults to `False`):
             Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs `beta=0`.
+        rollout (`str`, *optional*, defaults to `"single"`):
+            What is sampled for a prompt: `"single"` answers, `"multi_turn"` conversations, or `"hierarchical"` plans
+            and implementations of each.
+        history (`str`, *optional*, defaults to `"shared"`):
+            For `rollout="multi_turn"`: `"shared"` compares answers to one history at each turn; `"independent"`
+            compares whole conversations.
+        carry (`str`, *optional*, defaults to `"random"`):
+            For `history="shared"`: which answer carries the conversation on, `"random"` or `"best"`.
+        turn_columns (`list[str]`, *optional*):
+            For `rollout="multi_turn"`: dataset columns with a list of one value per turn, of which reward functions get
+            that of the turn.
+        num_plans (`int`, *optional*, defaults to `4`):
+            For `rollout="hierarchical"`: plans for each prompt.
+        num_implementations (`int`, *optional*, defaults to `4`):
+            For `rollout="hierarchical"`: implementations of each plan.
+        plan_template (`str`, *optional*):
+            For `rollout="hierarchical"`: what the user says to get a plan, with `{prompt}` in it.
+        implementation_template (`str`, *optional*):
+            For `rollout="hierarchical"`: what the user says after the plan.
+        max_conversation_length (`int`, *optional*):
+            For a rollout of several turns: most tokens of a conversation. Defaults to what the model can hold.
     """
 
     group_size: str = field(
@@ -136,11 +158,59 @@ class AdaptiveGRPOConfig(GRPOConfig):
             "beta=0."
         },
     )
+    rollout: str = field(
+        default="single",
+        metadata={
+            "help": "What is sampled for a prompt: 'single' answers, 'multi_turn' conversations, or 'hierarchical' "
+            "plans and implementations of each.",
+            "choices": list(ROLLOUTS),
+        },
+    )
+    history: str = field(
+        default="shared",
+        metadata={
+            "help": "For rollout='multi_turn': 'shared' compares answers to one history at each turn, 'independent' "
+            "compares whole conversations.",
+            "choices": ["shared", "independent"],
+        },
+    )
+    carry: str = field(
+        default="random",
+        metadata={
+            "help": "For history='shared': which answer carries the conversation on.",
+            "choices": ["random", "best"],
+        },
+    )
+    turn_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "For rollout='multi_turn': dataset columns with a list of one value per turn, of which reward "
+            "functions get that of the turn."
+        },
+    )
+    num_plans: int = field(default=4, metadata={"help": "For rollout='hierarchical': plans for each prompt."})
+    num_implementations: int = field(
+        default=4, metadata={"help": "For rollout='hierarchical': implementations of each plan."}
+    )
+    plan_template: str | None = field(
+        default=None,
+        metadata={"help": "For rollout='hierarchical': what the user says to get a plan, with {prompt} in it."},
+    )
+    implementation_template: str | None = field(
+        default=None, metadata={"help": "For rollout='hierarchical': what the user says after the plan."}
+    )
+    max_conversation_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "For a rollout of several turns: most tokens of a conversation. Defaults to what the model holds."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("curriculum", self.curriculum, CURRICULA)
+        _check_choice("rollout", self.rollout, ROLLOUTS)
         check_clipping(self.reward_clip_range, self.reward_clip_quantiles, self.reward_clip_on)
 
         if self.min_group_size is None:

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-SHIPPED = {"helpful": files("trl_grpo_ext") / "data" / "helpful.jsonl"}
+SHIPPED = {name: files("trl_grpo_ext") / "data" / f"{name}.jsonl" for name in ("helpful", "multi_turn")}
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -17,8 +17,9 @@ def load_prompts(
 
     Args:
         name (`str`, *optional*, defaults to `"helpful"`):
-            `"helpful"` (240 questions with a reference answer and a difficulty, shipped with the package), a local
-            `.jsonl`, `.json`, `.csv` or `.parquet` file, or the id of a dataset on the hub.
+            `"helpful"` (240 questions with a reference answer and a difficulty) or `"multi_turn"` (63 conversations
+            with `turns` and a `reference` for each turn), both shipped with the package, a local `.jsonl`, `.json`,
+            `.csv` or `.parquet` file, or the id of a dataset on the hub.
         config (`str`, *optional*):
             Configuration of a hub dataset.
         train_split (`str`, *optional*, defaults to `"train"`):

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from trl.models import unwrap_model_for_generation
 
 from .rewards import Reward
+from .rollouts.dialogue import read_turns
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,43 @@ def evaluate_held_out(trainer, dataset: Dataset, reward: Reward, batch_size: int
     return HeldOut([prompt[-1]["content"] for prompt in prompts], texts, {**scores, "total": _call(reward, call)})
 
 
+def evaluate_conversations(trainer, dataset: Dataset, reward: Reward, turn_columns: Sequence[str]) -> list[HeldOut]:
+    """
+    Hold held-out conversations greedily, and score every turn.
+
+    Args:
+        trainer ([`AdaptiveGRPOTrainer`] or [`~trl.GRPOTrainer`]):
+            Trainer with the policy.
+        dataset ([`~datasets.Dataset`]):
+            Held-out conversations, as [`~trl_grpo_ext.MultiTurnCallback`] takes them.
+        reward ([`~trl_grpo_ext.rewards.Reward`]):
+            Reward whose parts are reported.
+        turn_columns (`Sequence[str]`):
+            Columns with a list of one value per turn.
+
+    Returns:
+        `list[HeldOut]`:
+            Answers and scores of each turn, of the conversations that have it.
+    """
+    going = [
+        {"row": row, "prompt": opening, "script": script} for row in dataset for opening, script in [read_turns(row)]
+    ]
+    turns: list[HeldOut] = []
+    while going:
+        turn = len(turns)
+        asked = []
+        for talk in going:
+            values = {name: talk["row"][name][turn] for name in turn_columns}
+            last = not talk["script"]
+            asked.append({**talk["row"], **values, "prompt": talk["prompt"], "turn": turn + 1, "last_turn": last})
+        turns.append(evaluate_held_out(trainer, Dataset.from_list(asked), reward))
+        for talk, answer in zip(going, turns[-1].answers, strict=True):
+            if talk["script"]:
+                talk["prompt"] = [*talk["prompt"], {"role": "assistant", "content": answer}, *talk["script"][0]]
+        going = [{**talk, "script": talk["script"][1:]} for talk in going if talk["script"]]
+    return turns
+
+
 def _answer(trainer, prompts: list) -> list[list[int]]:
     tokenizer = trainer.processing_class
     inputs = tokenizer.apply_chat_template(
@@ -119,10 +158,10 @@ def _call(reward: Reward, call: dict[str, Any]) -> list[float | None]:
     return asyncio.run(result) if inspect.iscoroutine(result) else result
 
 
-def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3) -> None:
+def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3, title: str = "Held-out prompts") -> None:
     """Print the mean of each score before and after, and some answers side by side."""
     console = Console(width=None if Console().is_terminal else 110)
-    table = Table(title=f"Held-out prompts ({len(before.answers)}, greedy answers)", title_justify="left")
+    table = Table(title=f"{title} ({len(before.answers)}, greedy answers)", title_justify="left")
     table.add_column("")
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right")

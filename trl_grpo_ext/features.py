@@ -6,6 +6,8 @@ from .config import AdaptiveGRPOConfig
 from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
 from .resampling import DynamicSamplingCallback
+from .rollouts import HierarchicalCallback, MultiTurnCallback
+from .rollouts.hierarchical import IMPLEMENTATION_TEMPLATE, PLAN_TEMPLATE
 
 
 def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
@@ -27,4 +29,13 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
     if args.dynamic_sampling_rounds > 0:
         callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
+    length = args.max_conversation_length
+    if args.rollout == "multi_turn":
+        columns = args.turn_columns
+        callbacks.append(
+            MultiTurnCallback(args.history, carry=args.carry, turn_columns=columns, max_conversation_length=length)
+        )
+    elif args.rollout == "hierarchical":
+        templates = (args.plan_template or PLAN_TEMPLATE, args.implementation_template or IMPLEMENTATION_TEMPLATE)
+        callbacks.append(HierarchicalCallback(args.num_plans, args.num_implementations, *templates, length))
     return callbacks

@@ -40,6 +40,13 @@ class Planner:
         fewest = self.bounds[0] if chooses_sizes else self.args.num_generations
         count = min(num_rows // fewest, self.sampler.num_prompts)
         candidates = self.sampler.draw(count, self._weights(callbacks, state, control))
+        for callback in callbacks:
+            processes = {"num_rows": num_rows, "num_processes": self.args.world_size}
+            laid_out = callback.on_plan(self.args, state, control, prompt_index=candidates, **processes)
+            if laid_out is not None:
+                used = _check_plan(callback, laid_out, candidates, num_rows)
+                self.sampler.put_back(candidates[~torch.isin(candidates, used)])
+                return laid_out
         if not chooses_sizes:
             return RolloutPlan(RolloutPlan.equal(num_rows, fewest).group_sizes, candidates)
         wishes = torch.full((num_rows // self.args.num_generations,), float(self.args.num_generations))
@@ -98,15 +105,29 @@ class Planner:
         self.sampler.load_state_dict(state_dict)
 
 
+def _check_plan(callback: GRPOCallback, plan: RolloutPlan, candidates: Tensor, num_rows: int) -> Tensor:
+    rows = int(plan.group_sizes.sum())
+    if rows != num_rows:
+        raise ValueError(
+            f"{type(callback).__name__}.on_plan laid out {rows} rows: make the group sizes add up to {num_rows}"
+        )
+    if plan.prompt_index is None or not torch.isin(plan.prompt_index, candidates).all():
+        raise ValueError(
+            f"{type(callback).__name__}.on_plan laid out prompts that are not among its candidates: set "
+            "RolloutPlan.prompt_index, one entry of prompt_index for each group"
+        )
+    return plan.prompt_index
+
+
 def plans(callbacks: list[GRPOCallback]) -> bool:
     """Whether any callback chooses prompts or group sizes, so that TRL's sampler has to step back."""
-    hooks = ("on_prompt_weights", "on_group_sizes", "on_resample")
+    hooks = ("on_prompt_weights", "on_group_sizes", "on_resample", "on_plan")
     return any(callback.overrides(hook) for callback in callbacks for hook in hooks)
 
 
 def check_plannable(args: AdaptiveGRPOConfig, callbacks: list[GRPOCallback], dataset: Any) -> None:
     """Raise `ValueError` for a dataset from which prompts and group sizes cannot be chosen."""
-    features = "group_size, curriculum and dynamic_sampling_rounds"
+    features = "group_size, curriculum, dynamic_sampling_rounds and rollout"
     if dataset is None:
         raise ValueError(
             f"{features} choose rows of a training dataset, and there is none (the environment owns the data): pass "
@@ -119,6 +140,8 @@ def check_plannable(args: AdaptiveGRPOConfig, callbacks: list[GRPOCallback], dat
         )
     if any(callback.overrides("on_group_sizes") for callback in callbacks):
         args.check_group_sizes()
+    if any(callback.overrides("on_plan") for callback in callbacks):
+        return  # which checks what it needs itself
     num_prompts = args.generation_batch_size // args.num_generations
     if len(dataset) < num_prompts:
         raise ValueError(

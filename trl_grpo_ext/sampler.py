@@ -201,6 +201,11 @@ class PromptSampler:
             self.load_state_dict(self._before_walk)
             self._walk(count, torch.zeros(0, dtype=torch.long))
 
+    def put_back(self, prompts: Tensor) -> None:
+        """Some of the last draw were not used. They come first next time, so an epoch still visits every prompt."""
+        if self._before_walk is not None:
+            self.pending = prompts.tolist() + self.pending
+
     def _walk(self, count: int, excluded: Tensor) -> Tensor:
         blocked = set(excluded.tolist())
         taken: dict[int, None] = {}

@@ -17,6 +17,7 @@ from .config import AdaptiveGRPOConfig
 from .features import callbacks_of
 from .planner import Planner, check_plannable, plans
 from .resampling import global_positions, put_logs, replace_rows, rows_to_regenerate, take_logs
+from .rollout import Rollout
 from .sampler import RolloutPlan
 
 logger = get_logger(__name__)
@@ -74,6 +75,7 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
             raise ValueError("train_dataset is empty: pass at least one prompt")
         self._is_set_up = False
         self._planner: Planner | None = None
+        self.rollout: Rollout | None = None
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks=callbacks, **kwargs)
         duplicates = sorted({name for name in self.reward_func_names if self.reward_func_names.count(name) > 1})
         if duplicates:
@@ -101,6 +103,9 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
         if plans(callbacks):
             check_plannable(self.args, callbacks, self.train_dataset)
             self._planner = self._planner or Planner(self.args, self.train_dataset)
+        if any(callback.overrides("on_generate") for callback in self.grpo_callbacks):
+            self.rollout = self.rollout or Rollout(self)
+            self.rollout_func = self.rollout.generate
         for callback in callbacks:
             callback.is_attached = True
             callback.on_setup(self.args, self.state, self.control, trainer=self)
@@ -108,24 +113,32 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
     # TRL's seams
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        if self.rollout is not None:
+            self._raw_rewards, rewards = self.rollout.calculate_rewards(prompts, completions)
+            return rewards
         self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._raw_rewards
 
     def _generate_and_score_completions(self, inputs):
         if not self.model.training or not self.grpo_callbacks:
+            if self.rollout is not None:
+                self.rollout.inputs = inputs
             return super()._generate_and_score_completions(inputs)
         if self._planner is not None:
             plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
             inputs = self._rows_of(plan)
         else:
             plan = RolloutPlan.equal(self.args.generation_batch_size, self.num_generations)
-        ragged = not plan.all_of_size(self.num_generations)
+        ragged = self.rollout is not None or not plan.all_of_size(self.num_generations)
         output, rewards = self._sample(inputs, ragged)
         batch = self._score(plan, rewards, inputs)
         output, batch, num_rounds = self._resample(plan, output, batch)
 
         mask = output["completion_mask"] * output.get("tool_mask", 1)
-        batch.completion_lengths = self.accelerator.gather(mask.sum(1)).cpu()
+        if self.rollout is None:
+            batch.completion_lengths = self.accelerator.gather(mask.sum(1)).cpu()
+        else:
+            batch.completion_lengths = self.rollout.lengths(mask)
         is_ours = ragged or num_rounds > 0 or batch.is_shaped
         if is_ours:
             batch.advantages = self._advantages(batch)
@@ -133,8 +146,7 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
             batch.advantages = torch.tensor(list(self._logs["advantages"]))  # TRL's own, of all ranks
         self._apply("on_advantages", batch, "advantages")
         self._apply("on_rollouts", batch)
-        local = batch.advantages.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
-        output["advantages"] = local.to(output["advantages"])
+        output["advantages"] = self._own_advantages(batch, mask.size(1)).to(output["advantages"])
         self._log_batch(batch, num_rounds, is_ours)
         return output
 
@@ -191,7 +203,10 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
         for callback in self.grpo_callbacks:
             value = getattr(callback, hook)(self.args, self.state, self.control, batch=batch)
             if field is not None and value is not None:
-                check_shape(callback, hook, value, getattr(batch, field).shape)
+                shapes = [getattr(batch, field).shape]
+                if field == "advantages":  # one per row, or one per token of it
+                    shapes = [batch.rewards.shape, (*batch.rewards.shape, int(batch.completion_lengths.max()))]
+                check_shape(callback, hook, value, *shapes)
                 setattr(batch, field, value)
 
     def _rows_of(self, plan: RolloutPlan, positions: Tensor | None = None) -> list[dict[str, Any]]:
@@ -210,6 +225,8 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
     def _sample(self, rows: list[dict[str, Any]], ragged: bool) -> tuple[dict[str, Tensor], Tensor]:
         """Let TRL generate and score: its rollout batch, and the rewards `(N, K)` of all ranks on the CPU."""
         num_generations = self.num_generations
+        if self.rollout is not None:
+            self.rollout.inputs = rows
         # One completion per row: TRL then neither strides over the prompts (vLLM) nor reshapes rewards into groups.
         self.num_generations = 1 if ragged else num_generations
         try:
@@ -221,15 +238,21 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
 
     def _score(self, plan: RolloutPlan, rewards: Tensor, rows: list[dict[str, Any]]) -> RolloutBatch:
         """Run the reward hooks, from raw rewards per function to the total."""
+        group_ids = plan.group_ids
+        if self.rollout is not None:
+            group_ids, plan = self.rollout.group_ids(plan), self.rollout.plan_of_answers(plan)
+            rows = [rows[number] for number, _ in self.rollout.answers]
         batch = RolloutBatch(
             step=self.state.global_step,
-            group_ids=plan.group_ids,
+            group_ids=group_ids,
             group_sizes=plan.group_sizes,
             prompt_index=plan.prompt_index,
             rewards_per_func=rewards.clone(),
             raw_rewards_per_func=rewards,
             reward_names=self.reward_func_names,
             rows=rows,
+            turns=torch.zeros_like(group_ids) if self.rollout is None else self.rollout.index.turns,
+            parents=torch.full_like(group_ids, -1) if self.rollout is None else self.rollout.index.parents,
         )
         self._apply("on_rewards", batch, "rewards_per_func")
         batch.rewards = total_rewards(batch.rewards_per_func, self.reward_weights.cpu())
@@ -282,6 +305,15 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
             batch.discarded = discarded
         return output, batch, num_rounds
 
+    def _own_advantages(self, batch: RolloutBatch, width: int) -> Tensor:
+        """Those of this process's rows, `(B,)`, or of the tokens of its completions, `(B, width)`."""
+        if self.rollout is not None:
+            return self.rollout.token_advantages(batch.advantages, width)
+        own = batch.advantages.unflatten(0, (self.accelerator.num_processes, -1))[self.accelerator.process_index]
+        if own.dim() == 1:
+            return own
+        return torch.nn.functional.pad(own, (0, max(0, width - own.size(1))))[:, :width]
+
     def _advantages(self, batch: RolloutBatch) -> Tensor:
         if self.multi_objective_aggregation == "normalize_then_sum":
             weights = self.reward_weights.cpu()
@@ -292,7 +324,13 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
         """Correct what TRL logged before the hooks ran, and log what they add."""
         metrics = self._metrics["train"]
         self._logs["advantages"].clear()
-        self._logs["advantages"].extend(batch.advantages.tolist())
+        advantages = batch.advantages
+        if advantages.dim() == 2:  # the mean over the tokens of each row
+            is_token = torch.arange(advantages.size(1)) < batch.completion_lengths[:, None]
+            advantages = (advantages * is_token).sum(1) / batch.completion_lengths.clamp(min=1)
+        if self.rollout is not None:
+            advantages = self.rollout.index.mean_per_row(advantages)
+        self._logs["advantages"].extend(advantages.tolist())
         flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
         corrected = {"frac_reward_zero_std": flat.float().mean().item()} if is_ours else {}
         if num_rounds > 0:

@@ -11,6 +11,7 @@ from .models import RewardModel
 from .schedules import constant, cosine, linear, piecewise
 from .scoring import RewardError
 from .text import Harmlessness, Length, OverLength, Relevance
+from .turns import at_end, of_plan
 
 __all__ = [
     "Harmlessness",
@@ -21,10 +22,12 @@ __all__ = [
     "RewardError",
     "RewardModel",
     "as_reward",
+    "at_end",
     "constant",
     "cosine",
     "linear",
     "maximum",
     "minimum",
+    "of_plan",
     "piecewise",
 ]

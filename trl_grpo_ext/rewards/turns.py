@@ -1,0 +1,142 @@
+"""Rewards that look at more than one answer: a whole conversation at its end, or the plan behind an implementation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .base import Reward, Value, is_async
+from .leaves import Leaf, as_reward
+from .scoring import begin, settle
+
+Rows = dict[str, Any]
+
+
+def whole_conversation(row: Rows) -> Rows | None:
+    """The last turn as one completion with all that came after the first answer began; no view of other turns."""
+    if not row.get("last_turn", True):
+        return None
+    history, num_answers = row["prompts"], row.get("turn", 1) - 1
+    answered = [i for i, message in enumerate(history) if isinstance(message, dict) and message["role"] == "assistant"]
+    start = answered[-num_answers] if num_answers else len(history)
+    return {**row, "prompts": history[:start], "completions": history[start:] + row["completions"]}
+
+
+def plan_alone(row: Rows) -> Rows:
+    """The plan in place of the implementation."""
+    if "plan" not in row:
+        raise KeyError(
+            "of_plan needs the column 'plan', which the hierarchical rollout gives: set rollout='hierarchical'"
+        )
+    plan = [{"role": "assistant", "content": row["plan"]}]
+    return {**row, "prompts": row["prompts"][:-2], "completions": plan, "completion_ids": row.get("plan_ids")}
+
+
+VIEWS = {"at_end": whole_conversation, "of_plan": plan_alone}
+
+
+@dataclass(frozen=True, repr=False)
+class ViewReward(Leaf):
+    """A leaf that shows another leaf a view of the rows, and gives `None` where there is none; see [`at_end`]."""
+
+    leaf: Leaf
+    view: str
+
+    def score(self, prompts, completions, completion_ids=None, **kwargs):
+        positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
+        return self._back(positions, self.leaf.evaluate(call) if positions else [], len(completions))
+
+    @property
+    def default_name(self) -> str:
+        return f"{self.leaf.name}_{self.view}"
+
+    def _constructor(self) -> str:
+        named = "" if self.name == self.default_name else f".named({self.name!r})"
+        return f"{self.view}({self.leaf!r}){named}"
+
+    def _show(self, call: Rows, completion_ids: list | None) -> tuple[list[int], Rows]:
+        count = len(call["completions"])
+        call = {**call, "completion_ids": completion_ids or [None] * count}
+        columns = {name: column for name, column in call.items() if isinstance(column, list) and len(column) == count}
+        views = [VIEWS[self.view]({name: column[row] for name, column in columns.items()}) for row in range(count)]
+        rows = [view for view in views if view is not None]
+        shown = {**call, **{name: [row[name] for row in rows] for name in columns}}
+        if None in shown["completion_ids"]:
+            shown["completion_ids"] = None
+        return [position for position, view in enumerate(views) if view is not None], shown
+
+    def _back(self, positions: list[int], values: list[Value], count: int) -> list[Value]:
+        of_row = dict(zip(positions, values, strict=True))
+        return [of_row.get(row) for row in range(count)]
+
+
+@dataclass(frozen=True, repr=False)
+class AsyncViewReward(ViewReward):
+    """The same around an async leaf."""
+
+    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
+        return await super().__call__(prompts, completions, completion_ids, **kwargs)
+
+    async def evaluate(self, call: dict[str, Any]) -> list[Value]:
+        job = begin(self, call)
+        return settle(self, call, job, await job.run_async(self.score))
+
+    async def score(self, prompts, completions, completion_ids=None, **kwargs):
+        positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
+        return self._back(positions, await self.leaf.evaluate(call) if positions else [], len(completions))
+
+
+def at_end(reward: Any) -> Reward:
+    """
+    A reward that is asked once, at the end of a conversation, and sees all of it.
+
+    For `rollout="multi_turn"`. The prompt is what came before the first answer, and the completion holds all messages
+    from the first answer on. Other turns get `None`.
+
+    Args:
+        reward ([`Reward`], or what [`as_reward`] takes):
+            Reward of a whole conversation. Each part of it goes by its name and `_at_end`.
+
+    Returns:
+        [`Reward`]
+
+    Example:
+    ```python
+    >>> from trl_grpo_ext.rewards import Length
+    >>> reward = at_end(Length("characters"))
+    >>> say = lambda role, content: {"role": role, "content": content}
+    >>> history = [say("user", "Hi"), say("assistant", "Hello"), say("user", "Bye")]
+    >>> completions = [[say("assistant", "Hello")], [say("assistant", "See you")]]
+    >>> reward(prompts=[history[:1], history], completions=completions, turn=[1, 2], last_turn=[False, True])
+    [None, 13.0]
+
+    ```
+    """
+    return _viewed(reward, "at_end")
+
+
+def of_plan(reward: Any) -> Reward:
+    """
+    A reward of the plan, added to that of each of its implementations.
+
+    For `rollout="hierarchical"`, whose reward functions otherwise see implementations. All implementations of a plan
+    get the same, so this moves the plan's credit alone.
+
+    Args:
+        reward ([`Reward`], or what [`as_reward`] takes):
+            Reward of the plan as a completion. Each part of it goes by its name and `_of_plan`.
+
+    Returns:
+        [`Reward`]
+
+    Example:
+    ```python
+    >>> from trl_grpo_ext.rewards import Length
+    >>> of_plan(Length("characters"))(prompts=[[]], completions=[[]], plan=["first this"])
+    [10.0]
+
+    ```
+    """
+    return _viewed(reward, "of_plan")
+
+
+def _viewed(reward: Any, view: str) -> Reward:
+    return as_reward(reward).map_leaves(lambda leaf: (AsyncViewReward if is_async(leaf) else ViewReward)(leaf, view))

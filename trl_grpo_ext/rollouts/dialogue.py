@@ -1,0 +1,229 @@
+"""Conversations that go on by token ids: nothing that was generated is tokenised again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from accelerate.utils import gather_object
+from trl.data_utils import is_conversational
+
+from ..answers import Answer, RolloutRow
+
+Message = dict[str, Any]
+
+
+class RolloutError(RuntimeError):
+    """A simulated user or a choice of what to carry on failed; the message names the row and the turn."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """
+    A conversation that waits for the model's answer.
+
+    Args:
+        row (`dict[str, Any]`):
+            Dataset row.
+        where (`str`):
+            The row in words, for errors.
+        messages (`list[dict]`):
+            Everything before the answer.
+        ids (`list[int]`):
+            The same as tokens.
+        script (`list[list[dict]]`):
+            What is said between the answers to come, one entry for each.
+        turn (`int`, *optional*, defaults to `0`):
+            Turn of the answer, from 0.
+        glue_ids (`list[int]`, *optional*):
+            The end of `ids` that follows the last answer.
+    """
+
+    row: dict[str, Any]
+    where: str
+    messages: list[Message]
+    ids: list[int]
+    script: list[list[Message]]
+    turn: int = 0
+    glue_ids: list[int] = field(default_factory=list)
+
+
+def read_turns(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    """
+    The user's side of a conversation in a dataset row.
+
+    Either `prompt` holds the messages up to the first answer and `turns` what the user says after each answer (texts or
+    messages), or `prompt` holds the whole conversation with assistant messages whose content is missing.
+
+    Args:
+        row (`dict[str, Any]`):
+            Dataset row with `prompt` and, optionally, `turns`.
+
+    Returns:
+        `tuple[list[dict], list[list[dict]]]`:
+            Messages before the first answer, and for each later answer the messages between the one before and it.
+
+    Raises:
+        `ValueError`: for a row that is no conversation.
+
+    Example:
+
+    ```python
+    >>> hello, bye = {"role": "user", "content": "Hello"}, {"role": "user", "content": "Bye"}
+    >>> read_turns({"prompt": [hello], "turns": ["Bye"]})
+    ([{'role': 'user', 'content': 'Hello'}], [[{'role': 'user', 'content': 'Bye'}]])
+    >>> read_turns({"prompt": [hello, {"role": "assistant", "content": None}, bye]})
+    ([{'role': 'user', 'content': 'Hello'}], [[{'role': 'user', 'content': 'Bye'}]])
+
+    ```
+    """
+    if not is_conversational({"prompt": row["prompt"]}):
+        raise ValueError(
+            f"prompt={row['prompt']!r} is no list of messages: write "
+            '[{"role": "user", "content": "..."}] and put what the user says later into `turns`'
+        )
+    parts: list[list[Message]] = [[]]
+    for message in row["prompt"]:
+        if message["role"] == "assistant" and not message.get("content"):
+            parts.append([])
+        else:
+            parts[-1].append(message)
+    for turn in row.get("turns") or []:
+        parts.append([{"role": "user", "content": turn}] if isinstance(turn, str) else [turn])
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()  # a last assistant message is where the last answer goes anyway
+    if not all(part and part[-1]["role"] != "assistant" for part in parts):
+        raise ValueError(f"prompt={row['prompt']!r} has a turn in which the user says nothing: fill it in or remove it")
+    return parts[0], parts[1:]
+
+
+class Talk:
+    """
+    Generates answers and carries conversations on, with the trainer's generation backend.
+
+    Args:
+        trainer ([`AdaptiveGRPOTrainer`]):
+            Trainer.
+        max_conversation_length (`int`, *optional*):
+            Most tokens of a conversation, prompt and answers included. Defaults to what the model or vLLM can hold.
+    """
+
+    def __init__(self, trainer, max_conversation_length: int | None = None):
+        self.trainer = trainer
+        limits = [max_conversation_length, getattr(trainer.model.config, "max_position_embeddings", None)]
+        if trainer.use_vllm and trainer.vllm_mode == "colocate":
+            limits.append(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
+        self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        # Once, so that a template that cannot be carried on is refused before anything is trained.
+        self.end_of_turn, _ = self._glue([{"role": "user", "content": "dummy"}])
+
+    def begin(self, rows: list[dict[str, Any]], where: list[str]) -> list[Dialogue]:
+        """The conversations of dataset rows, before the first answer."""
+        turns = [read_turns(row) for row in rows]
+        prompt_ids = self.trainer._tokenize_prompts([opening for opening, _ in turns])[0] if rows else []
+        return [
+            Dialogue(row, place, opening, ids, script)
+            for row, place, (opening, script), ids in zip(rows, where, turns, prompt_ids, strict=True)
+        ]
+
+    def answer(self, dialogues: list[Dialogue]) -> list[Answer]:
+        """One answer to each. Every process must call this, with any number of conversations."""
+        # vLLM's server slices what it returns by one number of prompts for all processes, and a sharded model hangs
+        # unless all generate: processes with fewer generate throw-away answers.
+        most = max(gather_object([len(dialogues)]))
+        if most == 0:
+            return []
+        filler = dialogues[0].ids if dialogues else [self.trainer._tokenizer.eos_token_id]
+        contexts = [dialogue.ids for dialogue in dialogues] + [filler] * (most - len(dialogues))
+        ids, logprobs = self.trainer._generate_single_turn(contexts, None, {}, num_generations=1)
+        texts = self.trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            Answer(
+                prompt=dialogue.messages,
+                ids=ids[i],
+                text=texts[i],
+                logprobs=None if logprobs is None else logprobs[i],
+                glue_ids=dialogue.glue_ids,
+                turn=dialogue.turn,
+            )
+            for i, dialogue in enumerate(dialogues)
+        ]
+
+    def carry_on(
+        self, dialogue: Dialogue, answer: Answer, said: list[Message], script: list[list[Message]]
+    ) -> Dialogue:
+        """The conversation after an answer and what the user said to it."""
+        end_of_turn, glue_ids = self._glue(said)
+        if answer.ids[-1] not in self.trainer.eos_token_ids:  # cut off
+            glue_ids = end_of_turn + glue_ids
+        return replace(
+            dialogue,
+            messages=dialogue.messages + answer.completion + said,
+            ids=dialogue.ids + answer.ids + glue_ids,
+            script=script,
+            turn=dialogue.turn + 1,
+            glue_ids=glue_ids,
+        )
+
+    def has_room(self, dialogue: Dialogue) -> bool:
+        """Whether the longest answer would still fit."""
+        return self.max_length is None or len(dialogue.ids) + self.trainer.max_completion_length <= self.max_length
+
+    def _glue(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        # The tokens between an answer and the next, from a dummy conversation, as TRL does for tool results.
+        trainer = self.trainer
+        dummy = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "dummy"}]
+
+        def render(conversation: list[Message], add_generation_prompt: bool) -> list[int]:
+            return trainer.processing_class.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                chat_template=trainer.chat_template,
+                return_dict=False,
+                **trainer.chat_template_kwargs,
+            )
+
+        before, after = render(dummy, False), render(dummy + messages, True)
+        # What the model generates ends with the end of the turn; a template may write more, such as a line break.
+        ends = [i for i, token in enumerate(before) if token in trainer.eos_token_ids]
+        if ends and trainer._tokenizer.decode(before[ends[-1] + 1 :]).strip():
+            ends = []  # that of an earlier turn: this template does not end the assistant's
+        end_of_turn = [before[ends[-1]]] if ends else []
+        before = before[: ends[-1] + 1] if ends else before
+        if after[: len(before)] != before:
+            raise ValueError(
+                "The chat template writes earlier turns differently once others follow, so a conversation cannot be "
+                "carried on by tokens: pass a processing_class whose chat_template only appends"
+            )
+        return end_of_turn, after[len(before) :]
+
+
+def roll_out_rows(
+    talk: Talk,
+    dialogues: list[Dialogue],
+    next_turn: Callable[[Dialogue, Answer], Dialogue | None],
+) -> list[RolloutRow]:
+    """
+    One row for each conversation, with an answer for each turn until `next_turn` ends it.
+
+    Args:
+        talk ([`Talk`]):
+            Generates.
+        dialogues (`list[Dialogue]`):
+            This process's conversations. The number of generation calls is that of the longest one of all processes.
+        next_turn (`Callable[[Dialogue, Answer], Dialogue | None]`):
+            Carries a conversation on; `None` ends it.
+    """
+    rows = [RolloutRow(dialogue.ids, []) for dialogue in dialogues]
+    waiting = dict(enumerate(dialogues))
+    while max(gather_object([len(waiting)])) > 0:
+        answers = talk.answer(list(waiting.values()))
+        still: dict[int, Dialogue] = {}
+        for (number, dialogue), answer in zip(waiting.items(), answers, strict=True):
+            rows[number].answers.append(answer)
+            following = next_turn(dialogue, answer)
+            answer.is_last = following is None
+            if following is not None:
+                still[number] = following
+        waiting = still
+    return rows
