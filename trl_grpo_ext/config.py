@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .actions import check_on_alarm
+from .alarms import make_alarms
 from .clipping import check_clipping
+from .kl import check_kl
 
 GROUP_SIZES = ("fixed", "threshold", "variance")
 CURRICULA = ("none", "staged", "online", "target")
@@ -49,7 +52,17 @@ class AdaptiveGRPOConfig(GRPOConfig):
             For `curriculum="target"`: the mean reward at which the target difficulty rests.
         curriculum_exploration (`float`, *optional*, defaults to `0.1`):
             Share of the prompts that any curriculum draws from the whole dataset.
+        kl_target (`float`, *optional*):
+            KL to the reference model that `beta` is adapted to hold, in nats per token. Needs `beta` above 0.
+        kl_horizon (`float`, *optional*, defaults to `10000.0`):
+            Time constant of that adaptation, in completions.
+        monitor (`bool`, *optional*, defaults to `False`):
+            Whether to log what TRL does not, keep a record of the run in `<output_dir>/monitor`, and raise alarms.
+        on_alarm (`dict[str, str]` or `str`, *optional*):
+            For `monitor`: what an alarm does, such as `{"kl_spike": "adapt_beta"}`; a JSON string on the command line.
     """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "on_alarm"]  # noqa: RUF012 (transformers' idiom)
 
     group_size: str = field(
         default="fixed",
@@ -117,6 +130,30 @@ class AdaptiveGRPOConfig(GRPOConfig):
         default=0.1,
         metadata={"help": "Share of the prompts that any curriculum draws from the whole dataset."},
     )
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL to the reference model that beta is adapted to hold, in nats per token. Needs beta above 0."
+        },
+    )
+    kl_horizon: float = field(
+        default=10_000.0,
+        metadata={"help": "For kl_target: time constant of the adaptation, in completions."},
+    )
+    monitor: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log what TRL does not, keep a record of the run in <output_dir>/monitor, and raise "
+            "alarms."
+        },
+    )
+    on_alarm: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "For monitor: what an alarm does (adapt_beta, cool_lr, cap_group_size or save_and_stop), such as "
+            '{"kl_spike": "adapt_beta"}.'
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -157,6 +194,12 @@ class AdaptiveGRPOConfig(GRPOConfig):
             )
         if not 0 <= self.curriculum_exploration <= 1:
             raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
+        if self.kl_target is not None:
+            check_kl(self.kl_target, self.kl_horizon, self.beta)
+        if self.on_alarm is not None:
+            check_on_alarm(self.on_alarm, [alarm.name for alarm in make_alarms()])
+            if not self.monitor:
+                raise ValueError(f"on_alarm={self.on_alarm} needs monitor=True, which raises the alarms: set it")
 
     def check_group_sizes(self) -> None:
         """Raise `ValueError` when groups of different sizes cannot fill a generation batch."""

@@ -5,6 +5,8 @@ from .clipping import RewardClipCallback
 from .config import AdaptiveGRPOConfig
 from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .kl import AdaptiveKLCallback
+from .monitor import MonitorCallback
 from .resampling import DynamicSamplingCallback
 
 
@@ -27,4 +29,9 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
     if args.dynamic_sampling_rounds > 0:
         callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
+    if args.kl_target is not None:
+        callbacks.append(AdaptiveKLCallback(args.kl_target, args.kl_horizon))
+    if args.monitor:
+        assert not isinstance(args.on_alarm, str)  # __post_init__ has parsed it
+        callbacks.append(MonitorCallback(args.on_alarm))
     return callbacks
