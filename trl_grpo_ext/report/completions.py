@@ -27,9 +27,9 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
     Returns:
         `tuple[list[str], list[dict], str]`:
             - names of the columns of values;
-            - groups in the order of the steps: `step`, `prompt`, `flat` (all total rewards are equal), `spread`
-              (largest minus smallest total reward), `mean`, and `rows`, each `[completion, advantage, total, values]`,
-              the best advantage first;
+            - groups in the order of the steps: `step`, `prompt`, `flat` (all total rewards are equal, or all
+              advantages zero), `spread` (largest minus smallest total reward), `mean`, and `rows`, each
+              `[completion, advantage, total, values]`, the best advantage first;
             - a sentence on what is shown and what is not.
     """
     files = sorted((run.folder / "completions").glob("completions_*.parquet"), key=_step_of)
@@ -139,11 +139,13 @@ def _groups(run: Run, table: dict[str, list]) -> list[dict[str, Any]]:
     groups = []
     for start, stop in itertools.pairwise(borders):
         present = [value for value in totals[start:stop] if value is not None]
+        # Rewards may differ and be equal once they are clipped.
+        taught = "advantage" not in table or any(advantages[start:stop])
         groups.append(
             {
                 "step": int(table["step"][start]),
                 "prompt": _cut(prompts[start]),
-                "flat": not present or min(present) == max(present),
+                "flat": not present or min(present) == max(present) or not taught,
                 "spread": max(present) - min(present) if present else None,
                 "mean": sum(present) / len(present) if present else None,
                 "rows": [[completions[i], advantages[i], totals[i]] for i in range(start, stop)],

@@ -142,10 +142,9 @@ def _read_monitor(run: Run, monitor: Path) -> None:
     run.metrics = _merge(lines)
     if run.info.get("resumed_at_steps"):
         run.notes.append(f"The run was resumed at steps {run.info['resumed_at_steps']}.")
-    events, broken = read_lines(monitor / ALARMS)
+    run.alarms, broken = read_alarms(monitor / ALARMS)
     if broken:
         run.notes.append(f"{broken} lines of {MONITOR}/{ALARMS} could not be read and are left out.")
-    run.alarms = _alarms(events)
     times = [entry["time"] for entry in run.metrics if entry.get("time") is not None]
     run.last_write = times[-1] if times else None
 
@@ -207,8 +206,9 @@ def _merge(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**entries[step], "step": step} for step in sorted(entries)]
 
 
-def _alarms(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Raised and cleared, joined into one entry per alarm."""
+def read_alarms(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Raised and cleared, joined into one entry per alarm, and how many lines are broken."""
+    events, broken = read_lines(path)
     found: list[dict[str, Any]] = []
     still_open: dict[str, dict[str, Any]] = {}
     for event in events:
@@ -222,7 +222,7 @@ def _alarms(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             texts = {key: str(event.get(key) or "") for key in ("evidence", "cause", "remedy", "action")}
             still_open[name] = {"step": int(step), "cleared": None, "name": name, **texts}
             found.append(still_open[name])
-    return found
+    return found, broken
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
