@@ -55,10 +55,9 @@ def slope(values: list[float]) -> tuple[float, float]:
 
 
 def _variance(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    """From the differences of neighbours, so that a trend does not count as noise (von Neumann, 1941)."""
+    gaps = [after - before for before, after in itertools.pairwise(values)]
+    return sum(gap**2 for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
 
 
 def _direction(difference: float, error: float) -> str:
