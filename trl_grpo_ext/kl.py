@@ -86,6 +86,8 @@ class AdaptiveKLCallback(GRPOCallback):
         self.bounds = (args.beta / BETA_RANGE, args.beta * BETA_RANGE)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if not self.is_attached:
+            return
         metrics = self.trainer._metrics["train"]
         values = metrics["kl"][self._num_read :]
         metrics["beta"].append(self.trainer.beta)
@@ -96,7 +98,7 @@ class AdaptiveKLCallback(GRPOCallback):
         self.trainer.beta = min(max(beta, self.bounds[0]), self.bounds[1])
 
     def on_log(self, args, state, control, **kwargs):
-        if self.trainer.model.training:
+        if self.is_attached and self.trainer.model.training:
             self._num_read = 0  # TRL empties its lists of training metrics right after
 
     def state_dict(self) -> dict[str, Any]:

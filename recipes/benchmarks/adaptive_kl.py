@@ -83,17 +83,22 @@ def last_quarter(values: list[float]) -> float:
 
 def make_table(curves: list[dict]) -> str:
     """Markdown, a row per target and start: median and range over the seeds, and how many of them settled."""
-    lines = ["| target | β at the start | KL, last quarter | of the target | settled | β at the end | accuracy |"]
-    lines.append("|" + " --- |" * 7)
+    columns = ["target", "β at the start", "KL, last quarter", "of the target", "settled", "single steps within 25 %"]
+    columns += ["β at the end", "accuracy"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for target, start in dict.fromkeys((c["target"], c["start"]) for c in curves):
         rows = [c for c in curves if (c["target"], c["start"]) == (target, start)]
         runs = [[c for c in rows if c["seed"] == seed] for seed in dict.fromkeys(c["seed"] for c in rows)]
         kl = [last_quarter([float(c["kl"]) for c in run]) for run in runs]
-        ratios, settled = "", ""
+        cells = [target, start, spread(kl, 4), "", "", ""]
         if target != "fixed":
+
+            def is_near(value: float, target: float = float(target)) -> bool:
+                return abs(value / target - 1) <= TOLERANCE
+
+            steps = [last_quarter([is_near(float(c["kl"])) for c in run]) for run in runs]
             ratios = spread([value / float(target) for value in kl], 2)
-            settled = f"{sum(abs(v / float(target) - 1) <= TOLERANCE for v in kl)} of {len(kl)}"
-        cells = [target, start, spread(kl, 4), ratios, settled]
+            cells[3:] = [ratios, f"{sum(map(is_near, kl))} of {len(kl)}", spread(steps, 2)]
         cells += [spread([float(run[-1]["beta"]) for run in runs], 3)]
         cells += [spread([float(run[-1]["accuracy"]) for run in runs], 3)]
         lines.append("| " + " | ".join(cells) + " |")
