@@ -348,4 +348,5 @@ def _training_frame() -> int | None:
 def _stream_handlers() -> list[logging.StreamHandler]:
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     handlers = {handler for log in loggers for handler in getattr(log, "handlers", [])}
-    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
+    # That of last resort looks its stream up each time.
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)]

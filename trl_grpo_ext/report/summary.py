@@ -95,7 +95,7 @@ def headline(run: Run, now: float | None = None) -> dict[str, Any]:
     spoiled = [name for name in ("loss", "grad_norm", "reward") if _lost(run, name)]
     if spoiled:
         tone, text = "bad", f"{text} The last log has no finite {' and no finite '.join(spoiled)}."
-    if "curriculum/position" in run.metric_names and len(_present(run, "reward")) >= 4:
+    if tone != "good" and "curriculum/position" in run.metric_names and len(_present(run, "reward")) >= 4:
         text += " The curriculum makes prompts harder meanwhile, so a level reward can hide progress."
     numbers = [["Step", _steps(run), sentence]]
     rewards = _present(run, "reward")
