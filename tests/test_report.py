@@ -68,9 +68,9 @@ def run_with(folder: Path, text: str, **info):
 # Properties
 
 
-@given(st.text(st.characters() | st.sampled_from("\x00\x1b\x7f\x9b\u200e\u202e\u2028\u2066\u2069\ufeff\ud800")))
-def test_visible_text_holds_nothing_that_hides_or_reorders(text):
-    shown = visible(text)
+@given(st.text(), st.text("\x00\x1b\x7f\x9b\u061c\u200e\u202e\u2028\u2066\u2069\ufeff\ud800"), st.randoms())
+def test_visible_text_holds_nothing_that_hides_or_reorders(text, hidden, chance):
+    shown = visible("".join(chance.sample(text + hidden, len(text + hidden))))
     shown.encode("utf-8")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     assert visible(shown) == shown
