@@ -1,6 +1,8 @@
 """Adaptive KL moves β towards its target by the published rule, alike on every rank, and through a restart."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +169,32 @@ def test_resume_equals_no_interruption(model_path, dataset, tmp_path):
     resumed, _ = run_until(model_path, dataset, tmp_path / "cut", resume=str(tmp_path / "cut/checkpoint-3"), **options)
     assert resumed.beta == whole.beta
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_benchmark_smoke(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+    import adaptive_kl
+
+    adaptive_kl.main(adaptive_kl.Options(smoke=True, output_dir=str(tmp_path)))
+    curves = adaptive_kl.read(tmp_path / "curves.csv")
+    assert len(curves) == 4 * 2 * 2  # steps, starts, fixed and one target
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert [row.split(" | ")[4] for row in table[2:]] == ["", "", "0 of 1", "0 of 1"]
+    assert (tmp_path / "adaptive_kl.png").stat().st_size > 10_000
+
+
+def test_benchmark_table_by_hand():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+    import adaptive_kl
+
+    def rows(seed, kl):
+        cell = {"target": "0.1", "start": "5.0", "seed": seed, "beta": "1.0", "accuracy": "0.5"}
+        return [{**cell, "kl": str(value)} for value in kl]
+
+    # Last quarters 0.11, 0.09 (settled though no step is) and 0.2 (not settled).
+    curves = rows("0", [9] * 6 + [0.11, 0.11]) + rows("1", [9] * 6 + [0.02, 0.16]) + rows("2", [9] * 6 + [0.2, 0.2])
+    cells = adaptive_kl.make_table(curves).splitlines()[2].split(" | ")
+    assert cells[3:6] == ["1.10 (0.90 to 2.00)", "2 of 3", "0.00 (0.00 to 1.00)"]
 
 
 def test_stock_trainer_is_left_alone(model_path, dataset, tmp_path, caplog):

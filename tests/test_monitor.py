@@ -1,5 +1,6 @@
 """The monitor sees, records and tells, and changes nothing; its record survives a restart; trackers get its metrics."""
 
+import inspect
 import json
 import math
 import os
@@ -206,6 +207,11 @@ def test_time_goes_to_its_phase(model_path, dataset, tmp_path, monkeypatch):
         assert seconds["generate"][step] == seconds["score"][step] == 0
     assert all(0.3 <= value < 0.3 + elapsed - 4 * 0.3 for value in seconds["update"])
     assert sum(map(sum, seconds.values())) <= elapsed
+
+
+def test_what_is_timed_is_there_in_trl():
+    assert list(inspect.signature(GRPOTrainer._generate).parameters) == ["self", "prompts"]
+    assert "_calculate_rewards" in vars(GRPOTrainer)
 
 
 # The record

@@ -252,7 +252,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             patience=5,
             cause="the policy moves far between generating and training, so much of the gradient is clipped away",
             remedy="lower learning_rate, num_iterations or steps_per_generation",
-            source="0.3 over several steps, as in rlprobe",
+            source="0.3 over several steps, as in other monitors",
         ),
         Alarm(
             "reward_clipping",
@@ -307,6 +307,6 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             patience=5,
             cause="a callback masks or changes advantages on one side, so all completions are pushed up or down",
             remedy="subtract the group's mean again after on_advantages, or mask before the advantages are computed",
-            source="0 by construction; 0.1 of mean |A| is far above rounding",
+            source="own choice: it is 0 by construction, and a tenth is far above rounding",
         ),
     ]
