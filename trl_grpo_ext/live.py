@@ -167,7 +167,7 @@ class LiveView:
             past = list(self.history[name]) if name else []
             bars = "" if not fancy or width < 60 or len(past) < 2 else f" {sparkline(past)}"
             arrow = trend(past) if fancy else ""
-            grid.add_row(Text(one_line(label, 80), style="bold" if name == "reward" else ""), value, f"{arrow}{bars}")
+            grid.add_row(Text(label, style="bold" if name == "reward" else ""), value, f"{arrow}{bars}")
         parts: list[RenderableType] = [self._progress(width, fancy), grid]
         for name in open_alarms(self.logs):
             remedy = self.remedies.get(name, "")
@@ -197,7 +197,13 @@ class LiveView:
             spread = f" ± {logs['reward_std']:.3f}" if "reward_std" in logs else ""
             rows.append(("reward", f"{logs['reward']:.3f}{spread}", "reward"))
         for name, value in reward_parts(logs).items():
-            rows.append((f"  {name}", f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}", f"rewards/{name}/mean"))
+            rows.append(
+                (
+                    f"  {one_line(name, 80)}",
+                    f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}",
+                    f"rewards/{name}/mean",
+                )
+            )
         if "eval_reward" in logs:
             rows.append(("held-out reward", f"{logs['eval_reward']:.3f}", "eval_reward"))
         for name, (label, form) in (FIELDS | MORE_FIELDS).items():

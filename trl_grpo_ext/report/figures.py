@@ -191,7 +191,7 @@ def _reward_specs(runs: list[Run]) -> list[tuple]:
     # A single reward function is the total.
     names = [name for name in names if not any([name] == run.function_names for run in runs)][:MAX_LINES]
     largest = {name: max((_largest(run, f"rewards/{name}/mean") for run in runs), default=0.0) for name in names}
-    reach = 10 * max([1.0, *(_largest(run, "reward") for run in runs)])
+    reach = 3 * max([1.0, *(_largest(run, "reward") for run in runs)])
     near = {f"rewards/{name}/mean": name for name in names if largest[name] <= reach}
     far = {f"rewards/{name}/mean": name for name in names if largest[name] > reach}
     held_out = {"eval_reward": "held-out total"}
