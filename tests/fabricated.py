@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +12,25 @@ import pyarrow.parquet as pq
 
 START = 1_700_000_000.0
 TOTAL = "helpful+harmless-length"
+
+HOSTILE = [
+    "<script>window.pwned = 1</script>",
+    '<img src="x" onerror="window.pwned = 2">',
+    "</script><script>window.pwned = 3</script>",
+    "javascript:window.pwned=4",
+    '<a href="javascript:window.pwned=5">link</a>',
+    "<!--<script>",
+    "\u202egnissim\u202c \x1b[2J\x00\x07\u2028\u2066 \ud800",
+    "']}; window.pwned = 6; //",
+    '"><svg onload=alert(7)>',
+    "@data@ @js@ &lt;b&gt; \\u003cscript\\u003e ${alert(8)} $\\frac{$",
+    "<iframe src='http://127.0.0.1:9/'></iframe><link rel=stylesheet href=http://127.0.0.1:9/x.css>",
+]
+
+
+def data_of(page: Path) -> dict:
+    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.S)
+    return json.loads(block)
 
 
 def fabricate(
