@@ -29,9 +29,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.datasets import load_prompts
 from trl_grpo_ext.evaluation import evaluate_held_out, print_comparison
+from trl_grpo_ext.live import LiveCallback
 from trl_grpo_ext.models import resolve_model
-from trl_grpo_ext.plots import plot_run
-from trl_grpo_ext.progress import ReadableProgressCallback
+from trl_grpo_ext.report import write_report
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, RewardModel
 
 
@@ -79,7 +79,7 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
         peft_config=get_peft_config(model_args),
     )
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
-    trainer.add_callback(ReadableProgressCallback)
+    trainer.add_callback(LiveCallback)
     say = trainer.accelerator.print
     say(f"Model:   {source.origin}")
     say(f"Prompts: {len(prompts['train'])} to train on, {len(prompts['test'])} held out ({script_args.dataset_name})")
@@ -90,11 +90,11 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
     after = evaluate_held_out(trainer, prompts["test"], reward)
 
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     if trainer.accelerator.is_main_process:
         print_comparison(before, after)
-        picture = Path(training_args.output_dir) / "run.png"
-        plot_run(trainer.state.log_history, picture)
-        print(f"Model saved to {training_args.output_dir}, plot of the run to {picture}")
+        report = write_report(training_args.output_dir)
+        print(f"Model saved to {training_args.output_dir}, report of the run to {report}")
     trainer.end()
 
 
@@ -104,7 +104,7 @@ if __name__ == "__main__":
     parser = TrlParser((HelpfulArguments, AdaptiveGRPOConfig, ModelConfig))
     # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
     parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
-    # One progress bar, that of the training; transformers warns about its own deprecations.
+    # One view, that of the training; transformers warns about its own deprecations.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -25,8 +25,8 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.datasets import load_prompts
 from trl_grpo_ext.evaluation import evaluate_conversations, print_comparison
+from trl_grpo_ext.live import LiveCallback
 from trl_grpo_ext.models import resolve_model
-from trl_grpo_ext.progress import ReadableProgressCallback
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, at_end
 
 
@@ -64,7 +64,7 @@ def main(script_args: MultiTurnArguments, training_args: AdaptiveGRPOConfig, mod
         peft_config=get_peft_config(model_args),
     )
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
-    trainer.add_callback(ReadableProgressCallback)
+    trainer.add_callback(LiveCallback)
     say = trainer.accelerator.print
     say(f"Model:         {source.origin}")
     say(f"Conversations: {len(conversations['train'])} to train on, {len(conversations['test'])} held out")

@@ -12,8 +12,6 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.evaluation import evaluate_held_out, print_comparison
-from trl_grpo_ext.plots import plot_run
-from trl_grpo_ext.progress import readable
 from trl_grpo_ext.rewards import Length, as_reward
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +36,9 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
     ):
         assert expected in result.stdout
     assert "step 2/2 · reward" in result.stderr + result.stdout
-    assert (tmp_path / "run.png").stat().st_size > 10_000
+    assert f"report of the run to {tmp_path / 'report.html'}" in result.stdout
+    assert (tmp_path / "report.html").stat().st_size > 50_000
+    assert (tmp_path / "report_figures" / "reward.png").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
@@ -88,14 +88,3 @@ def test_markup_in_an_answer_is_printed_as_text(capsys):
     held_out = HeldOut(["[bold]q[/bold]"], ["[red]x[/nothing]"], {"total": [1.0]})
     print_comparison(held_out, held_out)
     assert "[red]x[/nothing]" in capsys.readouterr().out
-
-
-def test_a_log_line_skips_what_was_not_logged():
-    assert readable({"loss": 0.0, "reward": None, "rewards/a/mean": None}, 1, 10) == "step  1/10"
-
-
-def test_a_plot_of_a_run_without_our_metrics(tmp_path):
-    plot_run([{"step": i, "reward": 0.1 * i, "rewards/a/mean": 0.1 * i} for i in range(3)], tmp_path / "a.png")
-    plot_run([], tmp_path / "b.png")
-    assert (tmp_path / "a.png").exists()
-    assert (tmp_path / "b.png").exists()

@@ -6,6 +6,8 @@ from .clipping import RewardClipCallback
 from .config import AdaptiveGRPOConfig
 from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .kl import AdaptiveKLCallback
+from .monitor import MonitorCallback
 from .resampling import DynamicSamplingCallback
 from .rollouts import HierarchicalCallback, MultiTurnCallback
 from .trainer import AdaptiveGRPOTrainer
@@ -15,9 +17,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveGRPOConfig",
     "AdaptiveGRPOTrainer",
+    "AdaptiveKLCallback",
     "DynamicSamplingCallback",
     "GRPOCallback",
     "HierarchicalCallback",
+    "MonitorCallback",
     "MultiTurnCallback",
     "OnlineCurriculumCallback",
     "RewardClipCallback",

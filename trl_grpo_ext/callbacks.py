@@ -159,11 +159,14 @@ class GRPOCallback(TrainerCallback):
         the dataset is walked in shuffled epochs.
         """
 
-    def on_group_sizes(self, args, state, control, prompt_index: Tensor, num_rows: int, **kwargs) -> Tensor | None:
+    def on_group_sizes(
+        self, args, state, control, prompt_index: Tensor, num_rows: int, *, sizes: Tensor, **kwargs
+    ) -> Tensor | None:
         """
         How many completions each: return the wished size of each candidate prompt, shape `(C,)` or shorter.
 
-        `prompt_index` holds the candidates in the order of their draw. The trainer takes as many as fill `num_rows`
+        `prompt_index` holds the candidates in the order of their draw, `sizes` what the callback before returned (at
+        first `num_generations` for each of as many as fill the rows). The trainer takes as many as fill `num_rows`
         and rescales the wishes so that they add up to it within `min_group_size` and `max_group_size`. Return a shorter
         tensor to use only the first candidates.
         """

@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .actions import check_on_alarm
+from .alarms import make_alarms
 from .clipping import check_clipping
+from .kl import check_kl
 
 GROUP_SIZES = ("fixed", "threshold", "variance")
 CURRICULA = ("none", "staged", "online", "target")
@@ -76,7 +79,17 @@ class AdaptiveGRPOConfig(GRPOConfig):
             For `rollout="hierarchical"`: what the user says after the plan.
         max_conversation_length (`int`, *optional*):
             For a rollout of several turns: most tokens of a conversation. Defaults to what the model can hold.
+        kl_target (`float`, *optional*):
+            KL to the reference model that `beta` is adapted to hold, in nats per token. Needs `beta` above 0.
+        kl_horizon (`float`, *optional*, defaults to `10000.0`):
+            Time constant of that adaptation, in completions.
+        monitor (`bool`, *optional*, defaults to `False`):
+            Whether to log what TRL does not, keep a record of the run in `<output_dir>/monitor`, and raise alarms.
+        on_alarm (`dict[str, str]` or `str`, *optional*):
+            For `monitor`: what an alarm does, such as `{"kl_spike": "adapt_beta"}`; a JSON string on the command line.
     """
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "on_alarm"]  # noqa: RUF012 (transformers' idiom)
 
     group_size: str = field(
         default="fixed",
@@ -205,6 +218,30 @@ class AdaptiveGRPOConfig(GRPOConfig):
             "help": "For a rollout of several turns: most tokens of a conversation. Defaults to what the model holds."
         },
     )
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL to the reference model that beta is adapted to hold, in nats per token. Needs beta above 0."
+        },
+    )
+    kl_horizon: float = field(
+        default=10_000.0,
+        metadata={"help": "For kl_target: time constant of the adaptation, in completions."},
+    )
+    monitor: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to log what TRL does not, keep a record of the run in <output_dir>/monitor, and raise "
+            "alarms."
+        },
+    )
+    on_alarm: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "For monitor: what an alarm does (adapt_beta, cool_lr, cap_group_size or save_and_stop), such as "
+            '{"kl_spike": "adapt_beta"}.'
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -248,6 +285,12 @@ class AdaptiveGRPOConfig(GRPOConfig):
             raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
         if self.skip_zero_advantage:
             self._check_skipping()
+        if self.kl_target is not None:
+            check_kl(self.kl_target, self.kl_horizon, self.beta)
+        if self.on_alarm is not None:
+            check_on_alarm(self.on_alarm, [alarm.name for alarm in make_alarms()])
+            if not self.monitor:
+                raise ValueError(f"on_alarm={self.on_alarm} needs monitor=True, which raises the alarms: set it")
 
     def _check_skipping(self) -> None:
         """Raise `ValueError` when a row without advantage has a gradient all the same."""

@@ -5,6 +5,8 @@ from .clipping import RewardClipCallback
 from .config import AdaptiveGRPOConfig
 from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from .kl import AdaptiveKLCallback
+from .monitor import MonitorCallback
 from .resampling import DynamicSamplingCallback
 from .rollouts import HierarchicalCallback, MultiTurnCallback
 from .rollouts.hierarchical import IMPLEMENTATION_TEMPLATE, PLAN_TEMPLATE
@@ -38,4 +40,9 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
     elif args.rollout == "hierarchical":
         templates = (args.plan_template or PLAN_TEMPLATE, args.implementation_template or IMPLEMENTATION_TEMPLATE)
         callbacks.append(HierarchicalCallback(args.num_plans, args.num_implementations, *templates, length))
+    if args.kl_target is not None:
+        callbacks.append(AdaptiveKLCallback(args.kl_target, args.kl_horizon))
+    if args.monitor:
+        assert not isinstance(args.on_alarm, str)  # __post_init__ has parsed it
+        callbacks.append(MonitorCallback(args.on_alarm))
     return callbacks

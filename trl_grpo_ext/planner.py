@@ -51,7 +51,9 @@ class Planner:
             return RolloutPlan(RolloutPlan.equal(num_rows, fewest).group_sizes, candidates)
         wishes = torch.full((num_rows // self.args.num_generations,), float(self.args.num_generations))
         for callback in callbacks:
-            sizes = callback.on_group_sizes(self.args, state, control, prompt_index=candidates, num_rows=num_rows)
+            sizes = callback.on_group_sizes(
+                self.args, state, control, prompt_index=candidates, num_rows=num_rows, sizes=wishes
+            )
             if sizes is not None and (sizes.dim() != 1 or sizes.numel() > candidates.numel()):
                 raise ValueError(
                     f"{type(callback).__name__}.on_group_sizes returned shape {tuple(sizes.shape)}: return one size "

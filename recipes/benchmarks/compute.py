@@ -32,7 +32,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from trl_grpo_ext.plots import COLORS
+from trl_grpo_ext.report.figures import COLORS
 
 ROWS, GROUP, COMPLETION = 16, 8, 48
 SMOLLM2 = {

@@ -1,0 +1,297 @@
+"""Reads a run folder: what the monitor wrote, or else what transformers and TRL wrote."""
+
+import itertools
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeGuard
+
+MONITOR = "monitor"
+INFO, METRICS, ALARMS = "run.json", "metrics.jsonl", "alarms.jsonl"
+
+
+class NotARunError(ValueError):
+    """A folder holds nothing that a training run writes."""
+
+
+@dataclass
+class Run:
+    """
+    What is known about a run.
+
+    Args:
+        folder (`Path`):
+            `output_dir` of the run.
+        info (`dict`):
+            `monitor/run.json`; without a monitor only what `trainer_state.json` knows (`max_steps`).
+        metrics (`list[dict]`):
+            One dictionary per logged step, in ascending order: `step` and the metrics. Values are finite or `None`.
+        alarms (`list[dict]`):
+            One per alarm, in the order in which they were raised, with `step`, `cleared` (`None` while it is open),
+            `name`, `evidence`, `cause`, `remedy` and `action`.
+        notes (`list[str]`):
+            What is missing or could not be read, in words for the reader of the report.
+        last_write (`float`, *optional*):
+            When something was logged last, in seconds since 1970.
+    """
+
+    folder: Path
+    info: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    last_write: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def last_step(self) -> int:
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+    @property
+    def max_steps(self) -> int | None:
+        value = self.info.get("max_steps")
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Every metric that has a value somewhere, in the order in which they appear."""
+        names: dict[str, None] = {}
+        for entry in self.metrics:
+            names.update(dict.fromkeys(key for key, value in entry.items() if value is not None))
+        return [name for name in names if name not in ("step", "epoch", "time")]
+
+    def column(self, name: str) -> list[float | None]:
+        """The values of a metric, one per logged step."""
+        return [entry.get(name) for entry in self.metrics]
+
+    @property
+    def function_names(self) -> list[str]:
+        """Names of TRL's reward functions, which alone have a standard deviation in the logs."""
+        given = self.info.get("reward_names")
+        if isinstance(given, list) and given:
+            return [str(name) for name in given]
+        means = {name for name in self.reward_names if f"rewards/{name}/std" in self.metric_names}
+        return [name for name in self.reward_names if name in means]
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of everything logged as `rewards/<name>/mean`: reward functions and components of composed ones."""
+        names = (name for name in self.metric_names if name.startswith("rewards/") and name.endswith("/mean"))
+        return [name.removeprefix("rewards/").removesuffix("/mean") for name in names]
+
+    @property
+    def reward_weights(self) -> list[float] | None:
+        """Weights of the reward functions, `None` where the run did not say."""
+        given = self.info.get("reward_weights")
+        if not isinstance(given, list) or len(given) != len(self.function_names):
+            return None
+        return [float(value) for value in given] if all(_is_number(value) for value in given) else None
+
+    @property
+    def open_alarms(self) -> list[dict[str, Any]]:
+        return [alarm for alarm in self.alarms if alarm["cleared"] is None]
+
+
+def read_run(folder: str | Path) -> Run:
+    """
+    Read a run: finished, in progress or interrupted, with or without a monitor.
+
+    Args:
+        folder (`str` or `Path`):
+            `output_dir` of the run.
+
+    Returns:
+        [`Run`]:
+            What is known about it. Whatever is missing or broken is said in `notes`.
+
+    Raises:
+        [`NotARunError`]: when the folder holds nothing that a run writes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise NotARunError(f"{folder} is no folder: pass the output_dir of a training run")
+    monitor = folder / MONITOR
+    run = Run(folder)
+    if (monitor / INFO).exists() or (monitor / METRICS).exists():
+        _read_monitor(run, monitor)
+    elif not _read_trainer_state(run) and not any((folder / "completions").glob("completions_*.parquet")):
+        raise NotARunError(
+            f"{folder} is no run: it has no {MONITOR}/{METRICS} (written by MonitorCallback), no trainer_state.json, "
+            "no checkpoint-*/trainer_state.json and no completions/: pass the output_dir of a training run"
+        )
+    if not run.metrics:
+        run.notes.append("Nothing is logged yet: a run logs its first metrics after logging_steps steps.")
+    return run
+
+
+def _read_monitor(run: Run, monitor: Path) -> None:
+    try:
+        info = json.loads((monitor / INFO).read_text(encoding="utf-8", errors="replace"))
+        run.info = info if isinstance(info, dict) else {}
+    except (OSError, ValueError):
+        run.notes.append(f"{MONITOR}/{INFO} is missing or broken, so the configuration is unknown.")
+    lines, broken = read_lines(monitor / METRICS)
+    if broken:
+        run.notes.append(f"{broken} lines of {MONITOR}/{METRICS} could not be read and are left out.")
+    run.metrics = _merge(lines)
+    if run.info.get("resumed_at_steps"):
+        run.notes.append(f"The run was resumed at steps {run.info['resumed_at_steps']}.")
+    run.alarms, broken = read_alarms(monitor / ALARMS)
+    if broken:
+        run.notes.append(f"{broken} lines of {MONITOR}/{ALARMS} could not be read and are left out.")
+    times = [entry["time"] for entry in run.metrics if entry.get("time") is not None]
+    run.last_write = times[-1] if times else None
+
+
+def _read_trainer_state(run: Run) -> bool:
+    """Take the logs from the newest `trainer_state.json`; whether there was one."""
+    paths = [*run.folder.glob("trainer_state.json"), *run.folder.glob("checkpoint-*/trainer_state.json")]
+    states = []
+    for path in paths:
+        try:
+            state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+            history, step = state["log_history"], int(state["global_step"])
+            states.append((step, path.stat().st_mtime, path, history, state))
+        except (OSError, ValueError, KeyError, TypeError):
+            run.notes.append(f"{path.relative_to(run.folder)} is broken and is left out.")
+    if not states:
+        return bool(paths)
+    _, run.last_write, path, history, state = max(states, key=lambda found: found[:2])
+    run.metrics = _merge([entry for entry in history if isinstance(entry, dict)])
+    run.info = {"max_steps": state.get("max_steps")}
+    run.notes.append(
+        f"There is no {MONITOR}/, so metrics come from {path.relative_to(run.folder)}, as of step "
+        f"{state['global_step']}; alarms, configuration and versions are unknown. Add MonitorCallback to have them."
+    )
+    return True
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file with one per line, and how many lines are broken (a last, half-written one aside)."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return [], 0
+    found, broken = [], 0
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif number < len(lines) - 1:  # the last line is still being written
+            broken += 1
+    return found, broken
+
+
+def _merge(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per step: a training log, an evaluation and the closing summary of one step are joined."""
+    entries: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        step = line.get("step")
+        if not _is_number(step) or step < 0:
+            continue
+        values = {str(key): value if _is_number(value) else None for key, value in line.items()}
+        entry = entries.setdefault(int(step), {})
+        entry |= {key: value for key, value in values.items() if value is not None or key not in entry}
+    return [{**entries[step], "step": step} for step in sorted(entries)]
+
+
+def read_alarms(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Raised and cleared, joined into one entry per alarm, and how many lines are broken."""
+    events, broken = read_lines(path)
+    found: list[dict[str, Any]] = []
+    still_open: dict[str, dict[str, Any]] = {}
+    for event in events:
+        step, name = event.get("step"), str(event.get("name"))
+        if not _is_number(step):
+            continue
+        if event.get("state") == "cleared":
+            if name in still_open:
+                still_open.pop(name)["cleared"] = int(step)
+        elif name not in still_open:
+            texts = {key: str(event.get(key) or "") for key in ("evidence", "cause", "remedy", "action")}
+            still_open[name] = {"step": int(step), "cleared": None, "name": name, **texts}
+            found.append(still_open[name])
+    return found, broken
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
+    """
+    Whether the run is still going.
+
+    Args:
+        run ([`Run`]):
+            The run.
+        now (`float`, *optional*):
+            Seconds since 1970; defaults to the clock.
+
+    Returns:
+        `tuple[str, str]`:
+            `"finished"`, `"running"`, `"silent"` (it should have logged again by now) or `"unknown"`, and a sentence.
+    """
+    now = time.time() if now is None else now
+    if run.info.get("status") == "finished" or (run.max_steps and run.last_step >= run.max_steps):
+        return "finished", f"finished at step {run.last_step}"
+    if run.info.get("status") != "running":
+        if run.last_write is None:
+            return "unknown", "not known to have finished"
+        return "unknown", f"not known to have finished; last written {duration(now - run.last_write)} ago"
+    since = run.last_write if run.last_write is not None else _started(run)
+    if since is None:
+        return "running", "running, nothing logged yet"
+    age = f"last log {duration(now - since)} ago" if run.metrics else f"started {duration(now - since)} ago"
+    between = seconds_between_logs(run)
+    # A log takes as long as its steps; ten times that, and ten minutes at least for the first, is no mere delay.
+    if now - since > max(600.0, 10 * (between or 0.0)):
+        often = f", where one came every {duration(between)}" if between else ""
+        return "silent", f"probably interrupted: {age}{often}"
+    return "running", f"running, {age}"
+
+
+def _started(run: Run) -> float | None:
+    try:
+        return datetime.fromisoformat(str(run.info.get("started"))).timestamp()
+    except ValueError:
+        return None
+
+
+def seconds_between_logs(run: Run) -> float | None:
+    """Median time between two logs, over the last 50 of them."""
+    times = [entry["time"] for entry in run.metrics[-50:] if entry.get("time") is not None]
+    gaps = sorted(after - before for before, after in itertools.pairwise(times))
+    return gaps[len(gaps) // 2] if gaps else None
+
+
+def duration(seconds: float) -> str:
+    """
+    A time span in two units at most.
+
+    Example:
+
+    ```python
+    >>> duration(42), duration(754), duration(9000), duration(200_000)
+    ('42 s', '12 min 34 s', '2 h 30 min', '2 d 7 h')
+
+    ```
+    """
+    seconds = max(0, round(seconds))
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
