@@ -27,7 +27,7 @@ def main(model_path: str, out: str, options: str) -> None:
     options = json.loads(options)
     callbacks = []
     if options.pop("rank_metric", False):
-        alarm = Alarm("rank", level("rank"), 0.5, 0.5, warmup=0, patience=1, cause="c", remedy="r", source="s")
+        alarm = Alarm("rank", level("rank"), 0.5, 0.5, warmup=0, patience=1, calm=1, cause="c", remedy="r", source="s")
         callbacks = [RankMetric(), MonitorCallback({"rank": "adapt_beta"}, [alarm])]
     trainer = AdaptiveGRPOTrainer(
         model=model_path,

@@ -17,7 +17,7 @@ def between(first: int, last: int) -> Alarm:
     def measure(logs, history):
         return Reading(float(first <= history.num_logs + 1 < last), "by hand")
 
-    return Alarm("test", measure, 0.5, 0.5, warmup=0, patience=1, cause="c", remedy="r", source="s")
+    return Alarm("test", measure, 0.5, 0.5, warmup=0, patience=1, calm=1, cause="c", remedy="r", source="s")
 
 
 class Watch(GRPOCallback):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -130,7 +131,9 @@ def test_lines_name_evidence_cause_and_remedy():
 
 
 def alarm(**changes) -> Alarm:
-    base = Alarm("test", level("x"), threshold=2.0, clear=1.0, warmup=0, patience=2, cause="c", remedy="r", source="s")
+    base = Alarm(
+        "test", level("x"), threshold=2.0, clear=1.0, warmup=0, patience=2, calm=2, cause="c", remedy="r", source="s"
+    )
     return replace(base, **changes)
 
 
@@ -142,6 +145,7 @@ def test_patience_and_hysteresis_by_hand():
     #                1  2  3     4  5  6    7    8  9    10 11
     assert states([0, 3, 0, 3, 3, 3, 1.5, 1.5, 1, 1.5, 1, 1, 1]) == [(4, "raised"), (11, "cleared")]
     assert states([3, 3, 3], patience=1) == [(0, "raised")]
+    assert states([3, 0, 0, 3, 0, 0, 0], patience=1, calm=3) == [(0, "raised"), (6, "cleared")]
 
 
 def test_warmup_by_hand():
@@ -158,12 +162,13 @@ values = st.lists(st.one_of(st.floats(0, 4), st.just(NAN), st.none()), max_size=
 patiences, warmups, cuts = st.integers(1, 4), st.integers(0, 10), st.integers(0, 40)
 
 
-@given(values, patiences, warmups)
-def test_raised_and_cleared_take_turns(values, patience, warmup):
-    events = states(values, patience=patience, warmup=warmup)
+@given(values, patiences, patiences, warmups)
+def test_raised_and_cleared_take_turns(values, patience, calm, warmup):
+    events = states(values, patience=patience, calm=calm, warmup=warmup)
     assert [state for _, state in events] == (["raised", "cleared"] * len(events))[: len(events)]
     assert all(i >= warmup + patience - 1 for i, _ in events)
-    assert all(later - earlier >= patience for (earlier, _), (later, _) in pairwise(events))
+    gaps = [(later - earlier, state) for (earlier, _), (later, state) in pairwise(events)]
+    assert all(gap >= (calm if state == "cleared" else patience) for gap, state in gaps)
 
 
 @given(st.lists(st.floats(1.0, 2.0, exclude_min=True), max_size=30), st.booleans())
@@ -182,6 +187,13 @@ def test_a_restart_changes_nothing(values, cut, patience, warmup):
     after = [event.state for log in logs[cut:] for event in second.update(log)]
     assert before + after == [event.state for log in logs for event in whole.update(log)]
     assert second.state_dict() == whole.state_dict()
+
+
+def test_a_restart_in_the_middle_of_a_streak():
+    first, second = AlarmDetector([alarm()]), AlarmDetector([alarm()])
+    assert first.update({"x": 3.0}) == []
+    second.load_state_dict(first.state_dict())
+    assert [event.state for event in second.update({"x": 3.0})] == ["raised"]
 
 
 def test_state_is_a_copy():
@@ -266,6 +278,18 @@ def test_a_watched_metric_can_be_any():
     assert run(logs) == []
 
 
+# The benchmark
+
+
+def test_benchmark_smoke(tmp_path, capsys):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+    import alarms
+
+    alarms.main(alarms.Options(smoke=True, output_dir=str(tmp_path)))
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert [row.split(" | ")[1] for row in table[2:]] == ["none |"] * len(alarms.RUNS)
+
+
 # The page
 
 
@@ -274,6 +298,7 @@ def test_the_docs_show_the_table_as_it_is():
     for entry in make_alarms():
         numbers, advice = re.findall(rf"^\| `{entry.name}` \|(.*)\|$", page, flags=re.MULTILINE)
         cells = [cell.strip() for cell in numbers.split("|")]
-        assert cells[1:5] == [f"{entry.threshold:g}", f"{entry.clear:g}", str(entry.warmup), str(entry.patience)]
-        assert cells[5] == entry.source
+        counts = [entry.warmup, entry.patience, entry.calm]
+        assert cells[1:6] == [f"{entry.threshold:g}", f"{entry.clear:g}", *map(str, counts)]
+        assert cells[6] == entry.source
         assert [cell.strip() for cell in advice.split("|")] == [entry.cause, entry.remedy]

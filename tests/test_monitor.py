@@ -140,15 +140,16 @@ def test_metrics_by_hand():
 
 def test_high_and_low_go_by_the_rewards_of_the_run():
     monitor = MonitorCallback()
-    # As long as one reward is all there is, nothing was better.
-    assert look(monitor, rollouts([5.0, 5.0], [0, 0]))["rollouts/flat_low"] == 1.0
+    # As long as one reward is all there is, its sign tells.
+    assert look(MonitorCallback(), rollouts([0.0, 0.0], [0, 0]))["rollouts/flat_low"] == 1.0
+    assert look(monitor, rollouts([5.0, 5.0], [0, 0]))["rollouts/flat_high"] == 1.0
     assert look(monitor, rollouts([-1.0, 2.0, 7.0, 7.0], [0, 0, 1, 1]))["rollouts/flat_high"] == 0.5
     # The range is -1 to 7 by now, and 3.5 lies above its middle.
     assert look(monitor, rollouts([3.5, 3.5, 2.5, 2.5], [0, 0, 1, 1]))["rollouts/flat_high"] == 0.5
     other = MonitorCallback()
     other.load_state_dict(monitor.state_dict())
     assert look(other, rollouts([3.5, 3.5], [0, 0]))["rollouts/flat_high"] == 1.0
-    assert look(MonitorCallback(), rollouts([3.5, 3.5], [0, 0]))["rollouts/flat_high"] == 0.0
+    assert look(other, rollouts([2.5, 2.5], [0, 0]))["rollouts/flat_high"] == 0.0
 
 
 def test_discarded_groups_count():

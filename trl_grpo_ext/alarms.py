@@ -25,7 +25,7 @@ class Alarm:
     An illness of a run, and how it is told.
 
     It is raised when its reading lies above `threshold` in `patience` logs in a row, once at least `warmup` logs were
-    seen, and cleared when the reading lies at or below `clear` in `patience` logs in a row. It is reported at both
+    seen, and cleared when the reading lies at or below `clear` in `calm` logs in a row. It is reported at both
     moments and not in between. All numbers count logs, so with `logging_steps=10` they stand for ten times as many
     steps.
 
@@ -41,7 +41,9 @@ class Alarm:
         warmup (`int`):
             Logs that must have been seen before.
         patience (`int`):
-            Logs in a row.
+            Logs in a row that raise it.
+        calm (`int`):
+            Logs in a row that clear it.
         cause (`str`):
             The likely cause.
         remedy (`str`):
@@ -56,6 +58,7 @@ class Alarm:
     clear: float
     warmup: int
     patience: int
+    calm: int
     cause: str
     remedy: str
     source: str
@@ -91,8 +94,8 @@ class AlarmDetector:
     >>> detector = AlarmDetector(make_alarms())
     >>> [event.alarm.name for event in detector.update({"loss": 0.1, "grad_norm": float("nan")})]
     ['nan_loss']
-    >>> print(detector.update({"loss": 0.1, "grad_norm": 1.0})[0].line)
-    nan_loss is over: all finite
+    >>> [event.line for _ in range(10) for event in detector.update({"loss": 0.1, "grad_norm": 1.0})]
+    ['nan_loss is over: all finite']
 
     ```
     """
@@ -116,7 +119,7 @@ class AlarmDetector:
             is_raised = alarm.name in self.raised
             speaks = reading.value <= alarm.clear if is_raised else reading.value > alarm.threshold
             self._streaks[alarm.name] = self._streaks.get(alarm.name, 0) + 1 if speaks else 0
-            if self._streaks[alarm.name] >= alarm.patience:
+            if self._streaks[alarm.name] >= (alarm.calm if is_raised else alarm.patience):
                 self._streaks[alarm.name] = 0
                 if is_raised:
                     self.raised.remove(alarm.name)
@@ -172,6 +175,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.3,
             warmup=5,
             patience=5,
+            calm=5,
             cause="the prompts are too easy for the policy by now, so their groups teach nothing",
             remedy='draw harder prompts (curriculum="online") or replace such groups (dynamic_sampling_rounds=1)',
             source="zero-variance share 0.5, the middle of rldoctor's 0.3/0.5/0.75",
@@ -183,6 +187,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.3,
             warmup=5,
             patience=5,
+            calm=5,
             cause="the prompts are too hard for the policy, or the reward is never given",
             remedy='read some completions; draw easier prompts (curriculum="staged" or "online"), raise '
             "num_generations, or give partial credit",
@@ -195,6 +200,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=2.0,
             warmup=10,
             patience=3,
+            calm=10,
             cause="outliers in a reward function, or a reward without bounds",
             remedy="look at rewards/*/std to find it, and clip it (reward_clip_quantiles=[0.05, 0.95])",
             source="own choice; far above what learning does to the spread of a bounded reward in 20 logs",
@@ -206,20 +212,22 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=1.5,
             warmup=20,
             patience=3,
+            calm=5,
             cause="the policy found what the reward pays for and you did not mean",
             remedy="read the completions of the best groups; add a penalty or a gate to the reward, or raise beta",
             source="own choice: a doubling, or a halving, while the reward rises by half its standard deviation",
         ),
         Alarm(
             "kl_spike",
-            spike("kl", floor=0.01),
+            spike("kl", floor=0.05),
             threshold=8.0,
             clear=4.0,
-            warmup=10,
-            patience=1,
+            warmup=20,
+            patience=3,
+            calm=10,
             cause="the policy jumped away from the reference model",
             remedy="lower learning_rate or raise beta; kl_target adapts beta by itself",
-            source="8 times the usual, as in rlprobe; below 0.01 nats per token nothing has happened yet",
+            source="8 times the usual, as in rlprobe; three in a row, because single steps often stick out",
         ),
         Alarm(
             "gradient_spike",
@@ -228,6 +236,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=3.0,
             warmup=10,
             patience=1,
+            calm=10,
             cause="one batch pulls far harder than the rest: an outlier reward, or too large steps",
             remedy="lower learning_rate or max_grad_norm, or clip rewards (reward_clip_quantiles)",
             source="10 times the usual, as in other monitors; up to max_grad_norm=1, the default, nothing is cut",
@@ -239,6 +248,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=5.0,
             warmup=20,
             patience=5,
+            calm=5,
             cause="the policy has become nearly deterministic, so the completions of a group no longer differ",
             remedy="raise epsilon_high (0.28), temperature or entropy_coef, or lower learning_rate",
             source="own choice: a tenth of the start; for the effect see DAPO, arXiv 2503.14476, section 3.1",
@@ -250,6 +260,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.15,
             warmup=0,
             patience=5,
+            calm=5,
             cause="the policy moves far between generating and training, so much of the gradient is clipped away",
             remedy="lower learning_rate, num_iterations or steps_per_generation",
             source="0.3 over several steps, as in other monitors",
@@ -261,6 +272,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.2,
             warmup=0,
             patience=5,
+            calm=5,
             cause="the clipping bounds lie inside of the usual rewards",
             remedy="widen reward_clip_range or reward_clip_quantiles",
             source="own choice: quantiles of 0.05 and 0.95 clip about 0.1",
@@ -272,6 +284,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.3,
             warmup=0,
             patience=5,
+            calm=5,
             cause="completions do not end within max_completion_length, so their rewards are those of fragments",
             remedy="raise max_completion_length, ask for shorter answers, or reward them",
             source="own choice: the majority",
@@ -283,6 +296,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.0,
             warmup=0,
             patience=1,
+            calm=10,
             cause="overflow, or a division by zero in a reward or in the model; the weights may be NaN from here on",
             remedy="go back to the last checkpoint; lower learning_rate, or use bf16 instead of fp16",
             source="any",
@@ -294,6 +308,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.0,
             warmup=RECENT,
             patience=1,
+            calm=5,
             cause="a reward that is always met, never met or broken: it cancels out of the advantages",
             remedy="check the function on some completions; leave it out, or make it graded",
             source="no variation at all in 21 logs",
@@ -305,6 +320,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
             clear=0.05,
             warmup=0,
             patience=5,
+            calm=5,
             cause="a callback masks or changes advantages on one side, so all completions are pushed up or down",
             remedy="subtract the group's mean again after on_advantages, or mask before the advantages are computed",
             source="own choice: it is 0 by construction, and a tenth is far above rounding",

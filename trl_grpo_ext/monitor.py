@@ -148,8 +148,10 @@ class MonitorCallback(GRPOCallback):
     def _count_flat(self, batch: RolloutBatch) -> tuple[int, int]:
         """Rows in flat groups in the upper half of the rewards of this run so far, and in the lower half."""
         flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
-        high = batch.rewards > sum(self.reward_range) / 2
-        return int((flat & high).sum()), int((flat & ~high).sum())
+        low, high = self.reward_range
+        # As long as all rewards are the same, their sign is all there is to go by.
+        is_high = batch.rewards > ((low + high) / 2 if low < high else 0.0)
+        return int((flat & is_high).sum()), int((flat & ~is_high).sum())
 
     def _agreed(self, logs: dict[str, Any]) -> dict[str, Any]:
         """The logs of the main process. TRL gathers its metrics, yet nobody can promise that for every one of them."""
