@@ -37,7 +37,7 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
         assert expected in result.stdout
     assert "step 2/2 · reward" in result.stderr + result.stdout
     assert f"report of the run to {tmp_path / 'report.html'}" in result.stdout
-    assert (tmp_path / "report.html").stat().st_size > 50_000
+    assert (tmp_path / "report.html").stat().st_size > 30_000
     assert (tmp_path / "report_figures" / "reward.png").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
