@@ -341,3 +341,41 @@ def test_whole_groups_stay_together(model_path, dataset, tmp_path):
     seen.clear()
     make(Spy, AdaptiveGRPOConfig, model_path, dataset, tmp_path, **options).train()
     assert sum(seen) > 4
+
+
+ROLLOUTS = {
+    "shared": {"rollout": "multi_turn", "history": "shared", "turn_columns": ["letter"]},
+    "independent": {"rollout": "multi_turn", "history": "independent", "turn_columns": ["letter"]},
+    "hierarchical": {"rollout": "hierarchical", "num_plans": 3, "num_implementations": 3, "num_generations": 3},
+}
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollouts_of_several_turns(name, model_path, dataset, tmp_path):
+    """Advantages and masks per token; a history or a plan is computed once for the answers to it."""
+    from rollout_helpers import make_trainer, user
+
+    options = {"max_steps": 1, "mask_truncated_completions": False, **ROLLOUTS[name]}
+    data = None
+    if name == "hierarchical":
+        data = dataset.map(lambda row: {"prompt": [user(row["prompt"])]})
+        options["per_device_train_batch_size"] = 24
+    trainer = make_trainer(model_path, tmp_path, dataset=data, **options)
+    trainer.train()
+    _, inputs = trainer.seen[0]
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    trainer.current_gradient_accumulation_steps = 1
+    inputs["advantages"] = inputs["advantages"].clone()
+    inputs["advantages"][:3] = 0.0
+    _, expected = gradient(trainer, inputs)
+    trainer.args.share_prompts = trainer.args.skip_zero_advantage = True
+    gradient(trainer, inputs)  # with the trial
+    sizes = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True
+    )
+    _, found = gradient(trainer, inputs)
+    assert relative(found, expected) < 1e-4
+    tokens = int(inputs["prompt_mask"][3:].sum() + inputs["completion_mask"][3:].sum())
+    assert len(sizes) == 1
+    assert sizes[0] < 0.95 * tokens
