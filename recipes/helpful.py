@@ -28,7 +28,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.datasets import load_prompts
-from trl_grpo_ext.evaluation import evaluate_held_out, print_comparison
+from trl_grpo_ext.evaluation import HeldOutCallback, print_comparison
 from trl_grpo_ext.live import LiveCallback
 from trl_grpo_ext.models import resolve_model
 from trl_grpo_ext.report import write_report
@@ -85,14 +85,14 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
     say(f"Prompts: {len(prompts['train'])} to train on, {len(prompts['test'])} held out ({script_args.dataset_name})")
     say(f"Reward:  {reward}")
 
-    before = evaluate_held_out(trainer, prompts["test"], reward)
+    held_out = HeldOutCallback(trainer, prompts["test"], reward)
+    trainer.add_callback(held_out)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = evaluate_held_out(trainer, prompts["test"], reward)
 
     trainer.save_model(training_args.output_dir)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        print_comparison(before, after)
+        print_comparison(held_out.before, held_out.after)
         report = write_report(training_args.output_dir)
         print(f"Model saved to {training_args.output_dir}, report of the run to {report}")
     trainer.end()

@@ -1,5 +1,6 @@
 """The recipes as a user starts them, on the real SmolLM2, only shorter; and the pieces that they print with."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
     assert "step 2/2 · reward" in result.stderr + result.stdout
     assert f"report of the run to {tmp_path / 'report.html'}" in result.stdout
     assert (tmp_path / "report.html").stat().st_size > 30_000
+    record = [json.loads(line) for line in (tmp_path / "monitor" / "metrics.jsonl").read_text().splitlines()]
+    assert len([entry for entry in record if "eval_reward" in entry and "eval_rewards/helpfulness/mean" in entry]) == 2
     assert (tmp_path / "report_figures" / "reward.png").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)

@@ -144,6 +144,18 @@ def test_the_verdict(tmp_path, reward, tone, text):
     assert (given_tone, text in sentence) == (tone, True), sentence
 
 
+@pytest.mark.parametrize(
+    ("held_out", "tone", "text"),
+    [((1.0, 1.2), "good", "risen from 1.00 to 1.20"), ((1.2, 1.0), "bad", "fallen"), ((1.0, 1.0), "neutral", "stayed")],
+)
+def test_held_out_prompts_decide(held_out, tone, text, tmp_path):
+    logs = entries(100, reward=lambda step: 1 - step / 100, eval_reward=lambda step: held_out[step > 50])
+    given_tone, sentence = verdict(run_with(tmp_path, logs))
+    assert given_tone == tone
+    assert text in sentence
+    assert "In training: The reward has fallen" in sentence
+
+
 def test_it_is_too_early_for_a_verdict(tmp_path):
     assert "Too early to say: 3 logs" in verdict(run_with(tmp_path, entries(3, reward=float)))[1]
 

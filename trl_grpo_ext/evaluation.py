@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from .rewards import Reward
@@ -83,6 +84,35 @@ def evaluate_held_out(trainer, dataset: Dataset, reward: Reward, batch_size: int
     }
     scores = {part.__name__: _call(part, call) for part in reward.leaves()}
     return HeldOut([prompt[-1]["content"] for prompt in prompts], texts, {**scores, "total": _call(reward, call)})
+
+
+class HeldOutCallback(TrainerCallback):
+    """
+    Evaluate before the first step and after the last, and log the total as `eval_reward` and each part beside it.
+
+    Args:
+        trainer ([`AdaptiveGRPOTrainer`] or [`~trl.GRPOTrainer`]):
+            Trainer with the policy.
+        dataset ([`~datasets.Dataset`]), reward ([`~trl_grpo_ext.rewards.Reward`]):
+            As in [`evaluate_held_out`].
+
+    Afterwards, `before` and `after` hold the results.
+    """
+
+    def __init__(self, trainer, dataset: Dataset, reward: Reward):
+        self.trainer, self.dataset, self.reward = trainer, dataset, reward
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = self._evaluate()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.after = self._evaluate()
+
+    def _evaluate(self) -> HeldOut:
+        result = evaluate_held_out(self.trainer, self.dataset, self.reward)
+        parts = {f"eval_rewards/{name}/mean": result.mean(name) for name in result.scores if name != "total"}
+        self.trainer.log({"eval_reward": result.mean("total"), **parts})
+        return result
 
 
 def evaluate_conversations(trainer, dataset: Dataset, reward: Reward, turn_columns: Sequence[str]) -> list[HeldOut]:

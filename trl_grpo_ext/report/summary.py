@@ -67,7 +67,18 @@ def _direction(difference: float, error: float) -> str:
 
 
 def verdict(run: Run) -> tuple[str, str]:
-    """Whether the reward rises, as a tone (`"good"`, `"bad"`, `"neutral"`) and a sentence."""
+    """Whether the reward rises, as a tone (`"good"`, `"bad"`, `"neutral"`) and a sentence. Held-out prompts decide."""
+    tone, sentence = _training_verdict(run)
+    held_out = _present(run, "eval_reward")
+    if len(held_out) < 2:
+        return tone, sentence
+    first, last = held_out[0], held_out[-1]
+    moved = "risen" if last > first else "fallen" if last < first else "stayed"
+    tone = {"risen": "good", "fallen": "bad", "stayed": "neutral"}[moved]
+    return tone, f"The held-out reward has {moved} from {number(first)} to {number(last)}. In training: {sentence}"
+
+
+def _training_verdict(run: Run) -> tuple[str, str]:
     rewards = _present(run, "reward")
     if not rewards:
         return "neutral", "No reward is logged yet." if not run.metrics else "This run logs no reward."
@@ -95,7 +106,11 @@ def headline(run: Run, now: float | None = None) -> dict[str, Any]:
     spoiled = [name for name in ("loss", "grad_norm", "reward") if _lost(run, name)]
     if spoiled:
         tone, text = "bad", f"{text} The last log has no finite {' and no finite '.join(spoiled)}."
-    if tone != "good" and "curriculum/position" in run.metric_names and len(_present(run, "reward")) >= 4:
+    if (
+        _training_verdict(run)[0] != "good"
+        and "curriculum/position" in run.metric_names
+        and len(_present(run, "reward")) >= 4
+    ):
         text += " The curriculum makes prompts harder meanwhile, so a level reward can hide progress."
     numbers = [["Step", _steps(run), sentence]]
     rewards = _present(run, "reward")
