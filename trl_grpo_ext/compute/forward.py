@@ -1,5 +1,7 @@
 """Log-probabilities of completions whose prompts are computed once, and which models allow it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,6 +131,21 @@ def attention_mask_for(model: PreTrainedModel, batch: PackedBatch) -> Any:
     return mask
 
 
+@contextmanager
+def only_positions(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """While open, the backbone of `model` returns the hidden states at `positions`, `(B, L)`, as one sequence."""
+
+    def select(module, args, output):
+        output.last_hidden_state = output.last_hidden_state[positions][None]
+        return output
+
+    handle = model.base_model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def shared_logps(
     model: nn.Module,
     base: PreTrainedModel,
@@ -159,29 +176,33 @@ def shared_logps(
 
     Returns:
         `tuple` of `torch.Tensor` of shape `(N, T)`, *optional*: log-probabilities, and entropies where the head
-        computes them; 0 at padding. `None` where sharing saves nothing, or a prompt is empty.
+        computes them; 0 at padding. `None` where sharing saves nothing, a prompt is empty,
+        or no token is scored.
     """
     width = input_ids.size(1) - num_completion_columns
     prompt_lengths, completion_lengths = attention_mask[:, :width].sum(1), attention_mask[:, width:].sum(1)
-    if width == 0 or int(prompt_lengths.min()) == 0:
+    if width == 0 or int(prompt_lengths.min()) == 0 or int(completion_lengths.max()) == 0:
         return None
     prompts = equal_rows(input_ids[:, :width], attention_mask[:, :width])
     packing = pack(prompts, prompt_lengths, completion_lengths, costs)
     if packing is None:
         return None
     batch = fill(packing, input_ids, attention_mask, num_completion_columns)
-    with accelerator.autocast():
+    # Where there is no Triton, the fused head projects every position: hand it only those that are scored.
+    scored = batch.labels != -100
+    with accelerator.autocast(), only_positions(base, scored):
         outputs = model(
             input_ids=batch.input_ids,
             attention_mask=attention_mask_for(base, batch),
             position_ids=batch.position_ids,
-            shift_labels=batch.labels,
+            shift_labels=batch.labels[scored][None],
             fused_lm_head=True,
         )
     padding = attention_mask[:, width:] == 0
+    place = (scored.flatten().cumsum(0) - 1)[batch.index]
 
     def unpacked(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.flatten()[batch.index].masked_fill(padding, 0.0)
+        return None if values is None else values[0][place].masked_fill(padding, 0.0)
 
     log_probs = unpacked(outputs.log_probs)
     assert log_probs is not None
