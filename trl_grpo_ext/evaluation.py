@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,8 @@ def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3, titl
         table.add_column(title, justify="right")
     for name in before.scores:
         old, new = before.mean(name), after.mean(name)
+        if math.isnan(old) and math.isnan(new):  # does not apply to any of these prompts
+            continue
         digits = 1 if abs(old) >= 10 else 3
         table.add_row(name, f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}")
     console.print(table)
