@@ -45,7 +45,7 @@ class Options:
     prompts_per_step: int = field(default=8, metadata={"help": "Prompts of a step."})
     prompts: int = field(default=512, metadata={"help": "Prompts to train on."})
     held_out: int = field(default=512, metadata={"help": "Held-out prompts."})
-    warm_start: int = field(default=300, metadata={"help": "Steps of supervised training."})
+    warm_start: int = field(default=600, metadata={"help": "Steps of supervised training."})
     smoke: bool = field(default=False, metadata={"help": "One seed and two steps."})
 
 
