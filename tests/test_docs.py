@@ -87,6 +87,7 @@ def defined_in_docs() -> dict[str, type]:
 def test_callbacks_of_the_docs_train_and_keep_their_state(model_path, dataset, tmp_path):
     classes = defined_in_docs()
     assert {"IgnoreLong", "ReplaceEasy", "RunningScale"} <= classes.keys()
+    del classes["Copycat"]  # whose rows cannot be replaced one by one
     trainer = AdaptiveGRPOTrainer(
         model=model_path,
         reward_funcs=count_vowels,
@@ -102,6 +103,18 @@ def test_callbacks_of_the_docs_train_and_keep_their_state(model_path, dataset, t
         before = {key: value.clone() for key, value in callback.state_dict().items()}
         callback.load_state_dict(before)
         assert all(torch.equal(value, before[key]) for key, value in callback.state_dict().items())
+
+
+def test_the_rollout_of_the_docs_answers_in_place_of_the_model(model_path, conversational, tmp_path):
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=count_vowels,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=1)),
+        train_dataset=conversational,
+        callbacks=[defined_in_docs()["Copycat"]()],
+    )
+    trainer.train()
+    assert {completion[0]["content"][:4] for completion in trainer._logs["completion"]} == {"say "}
 
 
 def test_the_way_to_test_a_callback_works():
@@ -142,7 +155,7 @@ def test_every_hook_and_field_is_documented():
     own = [name for name in vars(GRPOCallback) if not hasattr(TrainerCallback, name)]
     hooks = [name for name in own if name.startswith("on_") or name.endswith("state_dict")]
     fields = [field.name for field in dataclasses.fields(RolloutBatch)]
-    assert len(hooks) == 10
+    assert len(hooks) == 12
     assert [name for name in [*hooks, *fields] if f"| `{name}` |" not in page] == []
     for hook in hooks:
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{hook}` |")]

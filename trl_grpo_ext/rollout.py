@@ -145,14 +145,14 @@ class Rollout:
             values[:] = [(row[0] if row else None) if is_single else row for row in per_row]
 
     def _log_turns(self, rewards: Tensor) -> None:
-        turns = self.index.turns[self.index.is_scored].unique().tolist()
+        turns = (self.index.turns[self.index.is_scored].unique() + 1).tolist()
         if len(turns) == 1:
             return
         metrics = self.trainer._metrics["train" if self.trainer.model.training else "eval"]
         for turn in turns:
-            own = rewards[(self.index.turns == turn).to(rewards.device)]
+            own = rewards[(self.index.turns + 1 == turn).to(rewards.device)]
             for k, name in enumerate(self.trainer.reward_func_names):
-                metrics[f"rewards/{name}/turn_{turn + 1}/mean"].append(own[:, k].nanmean().item())
+                metrics[f"rewards/{name}/turn_{turn}/mean"].append(own[:, k].nanmean().item())
 
 
 def check_rollout(trainer) -> None:

@@ -43,7 +43,7 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Prompts. Features that choose prompts or group sizes need a [`~datasets.Dataset`].
         eval_dataset (*optional*):
-            As in [`~trl.GRPOTrainer`]. Evaluation always runs as in TRL.
+            As in [`~trl.GRPOTrainer`]. Evaluation runs as in TRL, with the rollout of a callback that generates.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks; each [`GRPOCallback`] among them gets the hooks, after those of the configuration.
         **kwargs:

@@ -144,8 +144,8 @@ def pack(prompts: Tensor, prompt_lengths: Tensor, completion_lengths: Tensor, co
     >>> import torch
     >>> prompts = torch.arange(16) // 8
     >>> packing = pack(prompts, torch.full((16,), 64), torch.full((16,), 48), Costs(token=1e6, pair=1e3))
-    >>> packing.num_sequences, packing.length  # 63 + 8 x 48
-    (2, 447)
+    >>> packing.num_sequences, packing.length  # 63 + 4 x 48
+    (4, 255)
 
     ```
     """

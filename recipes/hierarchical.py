@@ -1,0 +1,125 @@
+"""
+Does it help to credit plans and implementations apart? A tree of 4 plans x 4 implementations against flat GRPO.
+
+    python recipes/hierarchical.py            # 3 methods x 5 seeds
+    python recipes/hierarchical.py --smoke    # only to see that it runs
+
+A prompt such as `Pabc` asks to encipher a word; which of four ciphers is right depends on its mark `P`, `Q`, `R` or
+`S`. The plan names a cipher and the implementation applies it, so with a wrong plan no implementation earns anything:
+the plan matters. A tiny model is warm-started to plan at random and to apply the cipher of its plan with slips, once
+per seed, and then trained from the same weights on the same prompts by a tree, and by flat GRPO on conversations of
+plan and implementation: 16 for each prompt (as many implementations as the tree) or 10 (as many sampled completions,
+since a tree has 4 + 16). Every run ends at the same number of generated tokens. Training is set in
+`configs/hierarchical.yaml`.
+"""
+
+import copy
+import csv
+import functools
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
+
+import ciphers
+from transformers import PrinterCallback
+from trl import TrlParser
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, HierarchicalCallback, MultiTurnCallback
+
+METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
+COLUMNS = ("right answers", "right plans", "right answers to the right plan")
+
+
+@dataclass
+class Options:
+    seeds: int = field(default=5, metadata={"help": "Number of seeds."})
+    first_seed: int = field(default=0, metadata={"help": "Seed 100 was used to choose the learning rate."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which methods."})
+    tokens: int = field(default=150_000, metadata={"help": "Generated tokens of a run, at which it ends."})
+    prompts_per_step: int = field(default=8, metadata={"help": "Prompts of a step."})
+    prompts: int = field(default=512, metadata={"help": "Prompts to train on."})
+    held_out: int = field(default=512, metadata={"help": "Held-out prompts."})
+    warm_start: int = field(default=600, metadata={"help": "Steps of supervised training."})
+    smoke: bool = field(default=False, metadata={"help": "One seed and two steps."})
+
+
+class Budget(GRPOCallback):
+    """Ends the run when so many tokens have been generated, and measures the policy on the way."""
+
+    def __init__(self, tokens: int, measure):
+        self.tokens, self.measure = tokens, measure
+        self.spent, self.completions = 0, 0
+        self.curve: list[tuple] = []
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.spent += int(batch.completion_lengths.sum())
+        self.completions += batch.completion_lengths.numel()
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        control.should_training_stop = self.spent >= self.tokens
+        if control.should_training_stop or self.spent >= (len(self.curve) + 1) * self.tokens / 10:
+            self.curve.append((self.spent, *self.measure(model)))
+
+
+def train(method: str, tasks: list, model, tokenizer, measure, args: AdaptiveGRPOConfig, options: Options) -> Budget:
+    """Train a copy of the model by one method, until the budget is spent."""
+    size = METHODS[method]
+    rollout = HierarchicalCallback(4, 4, ciphers.ASK_PLAN, ciphers.ASK_ANSWER)
+    rows = options.prompts_per_step * (size or rollout.num_rows)
+    sized: dict = {"per_device_train_batch_size": rows, "num_generations": size or 4, "generation_batch_size": None}
+    budget = Budget(options.tokens, measure)
+    trainer = AdaptiveGRPOTrainer(
+        model=copy.deepcopy(model),
+        reward_funcs=ciphers.is_right,
+        args=replace(args, **sized),
+        train_dataset=ciphers.as_dataset(tasks, turns=size is not None),
+        processing_class=tokenizer,
+        callbacks=[MultiTurnCallback(history="independent") if size else rollout, budget],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return budget
+
+
+def main(options: Options, args: AdaptiveGRPOConfig) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if options.smoke:
+        options.seeds, options.tokens, options.warm_start = 1, 1000, 10
+    tokenizer = ciphers.make_tokenizer()
+    rows: list[dict] = []
+    finals: dict[str, list[tuple]] = {method: [] for method in options.methods}
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        held_out = ciphers.make_tasks(options.held_out, seed, salt=1)
+        exclude = frozenset(task.prompt for task in held_out)
+        tasks = ciphers.make_tasks(options.prompts, seed, exclude=exclude)
+        model = ciphers.warm_start(ciphers.make_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
+        measure = functools.partial(ciphers.accuracy, tokenizer=tokenizer, tasks=held_out)
+        start, args.seed = measure(model), seed
+        for method in options.methods:
+            budget = train(method, tasks, model, tokenizer, measure, args, options)
+            finals[method].append(budget.curve[-1][1:])
+            for tokens, *values in [(0, *start), *budget.curve]:
+                cell = {"method": method, "seed": seed, "completions": budget.completions, "tokens": tokens}
+                rows.append(cell | dict(zip(COLUMNS, values, strict=True)))
+            print(f"seed {seed}, {method}: {start[0]:.3f} to {finals[method][-1][0]:.3f}", flush=True)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    with (Path(args.output_dir) / "curves.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print("method", *COLUMNS, sep=" | ")
+    for method, values in finals.items():
+        cells = zip(*values, strict=True)
+        print(method, *(f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells), sep=" | ")
+
+
+if __name__ == "__main__":
+    if "--config" not in sys.argv:
+        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "hierarchical.yaml")]
+    main(*TrlParser((Options, AdaptiveGRPOConfig)).parse_args_and_config())
