@@ -18,6 +18,7 @@ from conftest import config_kwargs, count_vowels, has_answer
 from fabricated import alarm, write_alarms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 from transformers import PrinterCallback
 
@@ -87,7 +88,7 @@ def test_any_log_fits_any_width(logs, width, fancy):
     for _ in range(3):
         view.log({"loss": 0.0, **finite})
         view.step_to(view.step + 1)
-    assert all(len(line) <= width for line in shown(view, width, fancy))
+    assert all(cell_len(line) <= width for line in shown(view, width, fancy))
     assert "\n" not in readable(finite | {"group_size/max": 1, "group_size/min": 1}, 3, 10)
 
 

@@ -54,7 +54,6 @@ class Options:
 
 def main(options: Options) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("trl_grpo_ext.monitor").setLevel(logging.ERROR)  # the table says it
     folder = Path(options.output_dir)
     tokenizer = make_tokenizer()
     model = warm_start(
@@ -104,4 +103,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("trl_grpo_ext.monitor").setLevel(logging.ERROR)  # the table says it
     main(*HfArgumentParser(Options).parse_args_into_dataclasses())
