@@ -27,6 +27,7 @@ from trl_grpo_ext.datasets import load_prompts
 from trl_grpo_ext.evaluation import evaluate_conversations, print_comparison
 from trl_grpo_ext.live import LiveCallback
 from trl_grpo_ext.models import resolve_model
+from trl_grpo_ext.report import write_report
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, at_end
 
 
@@ -76,10 +77,12 @@ def main(script_args: MultiTurnArguments, training_args: AdaptiveGRPOConfig, mod
     after = evaluate_conversations(trainer, *held_out)
 
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()
     if trainer.accelerator.is_main_process:
         for turn, (old, new) in enumerate(zip(before, after, strict=True), start=1):
             print_comparison(old, new, num_samples=2, title=f"Turn {turn} of held-out conversations")
-        print(f"Model saved to {training_args.output_dir}")
+        report = write_report(training_args.output_dir)
+        print(f"Model saved to {training_args.output_dir}, report of the run to {report}")
     trainer.end()
 
 
