@@ -146,14 +146,14 @@ def accuracy(model, tokenizer, tasks: list[Task]) -> tuple[float, float, float]:
 
 
 def warm_start(model, tokenizer, exclude: frozenset[str], seed: int, steps: int):
-    """Supervised training on talks with plans at random and slips: what is asked for, but not what is right."""
+    """Supervised training on talks whose plan is right 40 % of the time, the others as often as each other, and slips."""
     optimizer = torch.optim.AdamW(model.parameters())
     rng = random.Random(seed)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / steps)
         talks = []
         for task in make_tasks(256, seed, step + 2, exclude):
-            plan = rng.choice(list(SHIFTS))
+            plan = task.plan if rng.random() < 0.2 else rng.choice(list(SHIFTS))
             talks.append((task.prompt, plan, shift(task.prompt[1:], plan, rng)))
         planned, answered = log_probs(model, tokenizer, talks)
         loss = -(planned + answered).mean()
