@@ -146,7 +146,7 @@ def accuracy(model, tokenizer, tasks: list[Task]) -> tuple[float, float, float]:
 
 
 def warm_start(model, tokenizer, exclude: frozenset[str], seed: int, steps: int):
-    """Supervised training on talks whose plan is right 40 % of the time, the others as often as each other, and slips."""
+    """Supervised training on talks whose plan is right 40 % of the time and whose answers have slips."""
     optimizer = torch.optim.AdamW(model.parameters())
     rng = random.Random(seed)
     for step in range(steps):

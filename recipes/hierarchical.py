@@ -7,10 +7,10 @@ Does it help to credit plans and implementations apart? A tree of 4 plans x 4 im
 A prompt such as `Pabc` asks to encipher a word; which of four ciphers is right depends on its mark `P`, `Q`, `R` or
 `S`. The plan names a cipher and the implementation applies it, so with a wrong plan no implementation earns anything:
 the plan matters. A tiny model is warm-started to name the right plan 40 % of the time and to apply the cipher of its
-plan with slips, once per seed, and then trained from the same weights on the same prompts by a tree, and by flat GRPO on conversations of
-plan and implementation: 16 for each prompt (as many implementations as the tree) or 10 (as many sampled completions,
-since a tree has 4 + 16). Every run ends at the same number of generated tokens. Training is set in
-`configs/hierarchical.yaml`.
+plan with slips, once per seed, and then trained from the same weights on the same prompts by a tree, and by flat GRPO
+on conversations of plan and implementation: 16 for each prompt (as many implementations as the tree) or 10 (as many
+sampled completions, since a tree has 4 + 16). Every run ends at the same number of generated tokens. Training is set
+in `configs/hierarchical.yaml`.
 """
 
 import copy

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.compute import forward
 from trl_grpo_ext.compute.forward import why_not_shared
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -111,6 +113,34 @@ def test_same_gradient_for_every_loss(loss_type, beta, lora, model_path, dataset
         for name, value in metrics.items():
             if beta > 0.0 or name not in ("entropy", "vespo/phi_seq_mean"):  # these are of the rows that are computed
                 assert ours._metrics["train"][name] == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kept", [0, 2**28], ids=["fused head", "own head"])
+def test_same_gradient_and_entropy_with_either_head(kept, model_path, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(forward, "KEPT_LOGITS", kept)
+    options = {"temperature": 0.7}
+    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, **options)
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options)
+    inputs = rollouts(5, [4, 4, 4], old=True)
+    calls = []
+    monkeypatch.setattr(
+        forward,
+        "selective_log_softmax_and_entropy",
+        lambda *a, **k: calls.append(1) or selective_log_softmax_and_entropy(*a, **k),
+    )
+    _, expected = gradient(stock, inputs)
+    _, found = gradient(ours, inputs)
+    assert bool(calls) == bool(kept)
+    assert relative(found, expected) < 1e-5
+    assert ours._metrics["train"]["entropy"] == pytest.approx(stock._metrics["train"]["entropy"], abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"entropy_coef": 0.01}, {"use_adaptive_entropy": True}], ids=str)
+def test_an_entropy_bonus_has_its_gradient(options, model_path, dataset, tmp_path):
+    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, **options)
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options)
+    inputs = rollouts(6, [4, 4, 4])
+    assert relative(gradient(ours, inputs)[1], gradient(stock, inputs)[1]) < 1e-5
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd
+from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd, selective_log_softmax_and_entropy
 
 
 def parameters(function) -> list[str]:
@@ -50,6 +50,8 @@ def test_signature_of_the_constructor():
 def test_signatures_of_the_helpers():
     repeat = ["self", "data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
     assert parameters(RepeatSampler.__init__) == repeat
+    logps = ["logits", "index", "entropy_requires_grad", "temperature", "row_mask"]
+    assert parameters(selective_log_softmax_and_entropy) == logps
     assert parameters(nanstd) == ["tensor", "dim", "keepdim"]
     assert parameters(get_config_model_id) == ["config"]
     assert PREFIX_CHECKPOINT_DIR == "checkpoint"

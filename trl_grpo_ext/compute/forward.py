@@ -8,11 +8,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
 
 # Rotary embeddings that do not depend on the length of the sequence.
 ROTARY = ("default", "linear", "llama3", "yarn")
+# Logits that take no more bytes are kept for the backward pass on a CPU.
+KEPT_LOGITS = 2**28
 
 
 def unwrapped(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
@@ -146,6 +149,18 @@ def only_positions(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+def has_small_logits(model: PreTrainedModel, accelerator: Accelerator, num_positions: int) -> bool:
+    """
+    Whether the logits of so many positions are worth keeping.
+
+    TRL's fused head computes them in tiles and once more in the backward pass, to save memory. In float32 and without
+    its Triton kernel, keeping at most [`KEPT_LOGITS`] bytes of them is faster.
+    """
+    head = model.get_output_embeddings().weight
+    is_float32 = head.dtype == torch.float32 and accelerator.mixed_precision == "no"
+    return is_float32 and head.device.type == "cpu" and 4 * num_positions * head.size(0) <= KEPT_LOGITS
+
+
 def shared_logps(
     model: nn.Module,
     base: PreTrainedModel,
@@ -154,6 +169,7 @@ def shared_logps(
     attention_mask: Tensor,
     num_completion_columns: int,
     costs: Costs,
+    temperature: float | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """
     Log-probabilities and entropies of completions, from one forward pass in which equal prompts are computed once.
@@ -173,6 +189,9 @@ def shared_logps(
             `T`.
         costs ([`Costs`]):
             From [`costs_of`].
+        temperature (`float`, *optional*):
+            Temperature of the log-probabilities, for the model's own head, whose entropies have no gradient. Without
+            one, TRL's fused head, which has its own, is used for all sizes.
 
     Returns:
         `tuple` of `torch.Tensor` of shape `(N, T)`, *optional*: log-probabilities, and entropies where the head
@@ -190,20 +209,25 @@ def shared_logps(
     batch = fill(packing, input_ids, attention_mask, num_completion_columns)
     # Where there is no Triton, the fused head projects every position: hand it only those that are scored.
     scored = batch.labels != -100
+    labels = batch.labels[scored][None]
+    packed = {
+        "input_ids": batch.input_ids,
+        "attention_mask": attention_mask_for(base, batch),
+        "position_ids": batch.position_ids,
+    }
     with accelerator.autocast(), only_positions(base, scored):
-        outputs = model(
-            input_ids=batch.input_ids,
-            attention_mask=attention_mask_for(base, batch),
-            position_ids=batch.position_ids,
-            shift_labels=batch.labels[scored][None],
-            fused_lm_head=True,
-        )
+        if temperature is not None and has_small_logits(base, accelerator, labels.size(1)):
+            logits = model(**packed, use_cache=False).logits
+            log_probs, entropies = selective_log_softmax_and_entropy(
+                logits, labels, entropy_requires_grad=False, temperature=temperature
+            )
+        else:
+            outputs = model(**packed, shift_labels=labels, fused_lm_head=True)
+            log_probs, entropies = outputs.log_probs, outputs.entropy
     padding = attention_mask[:, width:] == 0
     place = (scored.flatten().cumsum(0) - 1)[batch.index]
 
-    def unpacked(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[0][place].masked_fill(padding, 0.0)
+    def unpacked(values: Tensor) -> Tensor:
+        return values[0][place].masked_fill(padding, 0.0)
 
-    log_probs = unpacked(outputs.log_probs)
-    assert log_probs is not None
-    return log_probs, unpacked(outputs.entropy)
+    return unpacked(log_probs), None if entropies is None else unpacked(entropies)

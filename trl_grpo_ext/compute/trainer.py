@@ -162,11 +162,13 @@ class LeanGRPOTrainer(GRPOTrainer):
             width = input_ids.size(1) - logits_to_keep
             order = torch.argsort(equal_rows(input_ids[:, :width], attention_mask[:, :width]), stable=True)
         costs = costs_of(base)
+        # An entropy bonus needs the gradient of the entropy, which the fused head has.
+        temperature = None if self._entropy_bonus_enabled else self.temperature
         logps: list[Tensor] = []
         entropies: list[Any] = []
         for rows in order.split(batch_size or num_rows):
             result = shared_logps(
-                model, base, self.accelerator, input_ids[rows], attention_mask[rows], logits_to_keep, costs
+                model, base, self.accelerator, input_ids[rows], attention_mask[rows], logits_to_keep, costs, temperature
             )
             if result is None:
                 result = super()._get_per_token_logps_and_entropies(
