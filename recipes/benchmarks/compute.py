@@ -66,10 +66,10 @@ def methods_of(workload: str) -> list[str]:
 def make_trainer(method: str, workload: str, shape: dict[str, int], folder: str) -> GRPOTrainer:
     """A trainer whose every step samples `ROWS` completions of `COMPLETION` tokens."""
     length, flat = WORKLOADS[workload]
-    words = {f"w{i}": i for i in range(shape["vocab_size"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, shape["vocab_size"])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w1", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", padding_side="left")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **shape))
     prompts = torch.randint(2, shape["vocab_size"], (ROWS // GROUP, length))
