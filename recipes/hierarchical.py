@@ -16,6 +16,8 @@ in `configs/hierarchical.yaml`.
 import copy
 import csv
 import functools
+import itertools
+import math
 import os
 import sys
 import warnings
@@ -34,6 +36,7 @@ from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, 
 
 METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
 COLUMNS = ("right answers", "right plans", "right answers to the right plan")
+TARGET = 0.75  # right answers
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Options:
     seeds: int = field(default=5, metadata={"help": "Number of seeds."})
     first_seed: int = field(default=0, metadata={"help": "Seed 100 was used to choose the learning rate."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which methods."})
-    tokens: int = field(default=150_000, metadata={"help": "Generated tokens of a run, at which it ends."})
+    tokens: int = field(default=100_000, metadata={"help": "Generated tokens of a run, at which it ends."})
     prompts_per_step: int = field(default=8, metadata={"help": "Prompts of a step."})
     prompts: int = field(default=512, metadata={"help": "Prompts to train on."})
     held_out: int = field(default=512, metadata={"help": "Held-out prompts."})
@@ -60,6 +63,13 @@ class Budget(GRPOCallback):
     def on_rollouts(self, args, state, control, batch, **kwargs):
         self.spent += int(batch.completion_lengths.sum())
         self.completions += batch.completion_lengths.numel()
+
+    def tokens_to_target(self) -> float:
+        """Generated tokens until so many answers were right, between two measurements by a straight line."""
+        for (before, low, *_), (after, high, *_) in itertools.pairwise([(0, 0.0), *self.curve]):
+            if low < TARGET <= high:
+                return before + (after - before) * (TARGET - low) / (high - low)
+        return math.inf
 
     def on_step_end(self, args, state, control, model, **kwargs):
         control.should_training_stop = self.spent >= self.tokens
@@ -103,7 +113,7 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
         start, args.seed = measure(model), seed
         for method in options.methods:
             budget = train(method, tasks, model, tokenizer, measure, args, options)
-            finals[method].append(budget.curve[-1][1:])
+            finals[method].append((*budget.curve[-1][1:], budget.tokens_to_target()))
             for tokens, *values in [(0, *start), *budget.curve]:
                 cell = {"method": method, "seed": seed, "completions": budget.completions, "tokens": tokens}
                 rows.append(cell | dict(zip(COLUMNS, values, strict=True)))
@@ -113,10 +123,10 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    print("method", *COLUMNS, sep=" | ")
+    print("method", *COLUMNS, f"tokens to {TARGET}", sep=" | ")
     for method, values in finals.items():
         cells = zip(*values, strict=True)
-        print(method, *(f"{median(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in cells), sep=" | ")
+        print(method, *(f"{median(c):.4g} ({min(c):.4g} to {max(c):.4g})" for c in cells), sep=" | ")
 
 
 if __name__ == "__main__":

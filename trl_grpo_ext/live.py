@@ -47,9 +47,11 @@ def reward_parts(logs: dict[str, Any]) -> dict[str, float]:
     means = [name for name in logs if name.startswith("rewards/") and name.endswith("/mean") and logs[name] is not None]
     names = [name.removeprefix("rewards/").removesuffix("/mean") for name in means]
     functions = [name for name in names if f"rewards/{name}/std" in logs]
-    if len(functions) == 1 and len(names) > 1:  # TRL's name for the whole
-        names.remove(functions[0])
-    return {name: float(logs[f"rewards/{name}/mean"]) for name in names}
+    whole = functions[0] if len(functions) == 1 and len(names) > 1 else None  # TRL's name for the whole
+    labels = {
+        name: name.removeprefix(f"{whole}/").replace("/turn_", " turn ").replace("turn_", "turn ") for name in names
+    }
+    return {labels[name]: float(logs[f"rewards/{name}/mean"]) for name in names if name != whole}
 
 
 def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
