@@ -255,7 +255,9 @@ def test_the_terminal_is_left_as_it_was_found(model_path, tmp_path, how):
     status, output = in_terminal(model_path, tmp_path, how)
     screen = screen_of(output, rows=80)
     lines = lines_of(screen)
-    assert status == {"finish": 0, "catch": 0, "SIGINT": -signal.SIGINT, "SIGTERM": -signal.SIGTERM}[how]
+    # An interrupted Python kills itself by SIGINT, unless a library runs code from a string at exit: then it returns 1.
+    expected = {"finish": {0}, "catch": {0}, "SIGINT": {-signal.SIGINT, 1}, "SIGTERM": {-signal.SIGTERM}}
+    assert status in expected[how]
     assert not screen.cursor.hidden
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split("  ")[0] for line in steps] == ["step 6/6" if how == "finish" else "step 2/6"]
