@@ -195,13 +195,14 @@ def save_failed(folder: str | os.PathLike[str], error: Exception) -> CheckpointE
     """The error to raise for a save that failed, after what is there of the checkpoint is deleted."""
     folder = Path(folder)
     place = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    free = "" if place is None else f", {shutil.disk_usage(place).free / 1e6:.0f} MB are free there"
+    free = 0 if place is None else shutil.disk_usage(place).free
+    disk = "the disk is full" if free < 2**20 else f"{free / 1e6:.0f} MB are free there"
     if folder.exists() and why_incomplete(folder) is not None:
         shutil.rmtree(folder, ignore_errors=True)  # it is of no use, and may hold what the disk lacks
     last, _ = last_complete(folder.parent)
     remedy = "there is no complete checkpoint" if last is None else f"the last complete checkpoint is {last}"
     reason = (str(error).splitlines() or [""])[0]
-    return CheckpointError(f"{folder} could not be written ({type(error).__name__}: {reason}{free}): {remedy}")
+    return CheckpointError(f"{folder} could not be written ({type(error).__name__}: {reason}; {disk}): {remedy}")
 
 
 def delete_old(newest: str | os.PathLike[str], limit: int | None, best: str | None) -> None:

@@ -1,5 +1,6 @@
 """[`SavingGRPOTrainer`]: TRL's trainer with checkpoints that are complete or do not count, and callbacks in them."""
 
+import math
 import os
 
 import torch
@@ -98,7 +99,9 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
 
     def _save_state(self, folder: str) -> None:
         # Between two generations, the rollouts still to be trained on are part of the state.
-        step = self._step % (self.args.steps_per_generation * self.num_iterations)
+        step = self._step % math.lcm(
+            self.args.steps_per_generation * self.num_iterations, self.args.gradient_accumulation_steps
+        )
         if self.args.should_save:
             state = {
                 "version": STATE_VERSION,
