@@ -212,6 +212,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
                 "A callback changed the total reward in on_total_rewards, which multi_objective_aggregation="
                 "'normalize_then_sum' does not use: change the rewards of each function in on_rewards"
             )
+        _check_finite(batch)
         raw_total = total_rewards(rewards, self.reward_weights.cpu())
         batch.is_shaped = not (_same(batch.rewards_per_func, rewards) and _same(batch.rewards, raw_total))
         return batch
@@ -309,6 +310,19 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             metrics["dynamic_sampling/rounds"].append(float(num_rounds))
             metrics["dynamic_sampling/discarded"].append(float(discarded))
         metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
+
+
+def _check_finite(batch: RolloutBatch) -> None:
+    """Raise `ValueError`, on every rank, where an infinite reward would make every weight NaN."""
+    if batch.rewards.isinf().any():
+        counts = batch.rewards_per_func.isinf().sum(0).tolist()
+        of = ", ".join(
+            f"{name!r} in {count} rows" for name, count in zip(batch.reward_names, counts, strict=True) if count
+        )
+        raise ValueError(
+            f"Rewards of step {batch.step} are infinite ({of or 'the total'}): return None where a reward does not "
+            'apply, set reward_clip_range, or leave such rows out with as_reward(func).on_error("skip")'
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -160,7 +160,9 @@ def said(error: BaseException) -> str:
         text = str(error)
     except Exception:
         text = "(it cannot say why)"
-    return f"raised {type(error).__name__}: {text[:2000]}".encode("utf-8", "backslashreplace").decode()
+    return f"raised {type(error).__name__}: {text.strip().partition(chr(10))[0][:2000]}".encode(
+        "utf-8", "backslashreplace"
+    ).decode()
 
 
 def shown(value: Any) -> str:

@@ -153,7 +153,7 @@ class Talk:
     ) -> Dialogue:
         """The conversation after an answer and what the user said to it."""
         end_of_turn, glue_ids = self._glue(said)
-        if answer.ids[-1] not in self.trainer.eos_token_ids:  # cut off
+        if not answer.ids or answer.ids[-1] not in self.trainer.eos_token_ids:  # cut off
             glue_ids = end_of_turn + glue_ids
         return replace(
             dialogue,
