@@ -170,7 +170,7 @@ def last_complete(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str
 
     ```
     """
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in checkpoints_in(folder):
         reason = why_incomplete(checkpoint)
         if reason is None:

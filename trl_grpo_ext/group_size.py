@@ -124,7 +124,7 @@ class PromptPosterior:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict)
         _check_same_dataset(state_dict.get("count"), self.count)
-        pool = state_dict.get("pool")
+        pool: Any = state_dict.get("pool")
         if isinstance(pool, Tensor) and pool.dim() == 2 and len(pool) != len(self.pool):
             raise ValueError(
                 f"The checkpoint knows {len(pool)} levels of difficulty and the dataset has "

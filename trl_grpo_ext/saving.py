@@ -24,17 +24,21 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that never resumes from half a checkpoint, and keeps the state of its [`GRPOCallback`]s.
 
-    It is the base of [`AdaptiveGRPOTrainer`], which has the callbacks.
+    It is the base of [`AdaptiveGRPOTrainer`], which calls them.
 
     Raises:
         [`~trl_grpo_ext.checkpoints.CheckpointError`]: where a checkpoint cannot be written, and when asked to resume
         from one that is not complete, or whose state of the callbacks is not what a save wrote.
     """
 
-    grpo_callbacks: list[GRPOCallback]
     _planner: Planner | None
     _num_rollouts: int
     _is_saving = False
+
+    @property
+    def grpo_callbacks(self) -> list[GRPOCallback]:
+        """The callbacks with hooks, in the order in which they run."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, GRPOCallback)]
 
     # TRL's seams
 
@@ -80,10 +84,10 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
     def _last_checkpoint(self) -> str | bool:
         """The last complete checkpoint of the run, the same on every process; `True` if there is nothing to look at."""
         found, skipped = checkpoints.last_complete(self.args.output_dir)
-        chosen = [None if found is None else found.name, skipped]
+        chosen = [(None if found is None else found.name, skipped)]
         if self.accelerator.num_processes > 1:  # the main process decides
             broadcast_object_list(chosen)
-        name, skipped = chosen
+        name, skipped = chosen[0]
         if skipped and name is None:
             raise checkpoints.CheckpointError(
                 f"No checkpoint in {self.args.output_dir} is complete ({'; '.join(skipped)}): start the run anew, "

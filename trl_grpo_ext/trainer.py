@@ -82,11 +82,6 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._num_rollouts = 0
         self._set_up(self.grpo_callbacks)
 
-    @property
-    def grpo_callbacks(self) -> list[GRPOCallback]:
-        """The callbacks with hooks, in the order in which they run."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, GRPOCallback)]
-
     def add_callback(self, callback):
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]

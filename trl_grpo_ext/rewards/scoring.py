@@ -147,9 +147,11 @@ def number_or_problem(value: Any) -> tuple[float | None, str | None]:
         return None, None
     if not isinstance(value, Real) or value != value or value in (math.inf, -math.inf):
         return None, "is not a finite number"
-    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
-        return None, "is not a finite number in float32"
-    return float(value), None
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    return (number, None) if abs(number) <= MAX_FLOAT32 else (None, "is not a finite number in float32")
 
 
 def said(error: BaseException) -> str:
