@@ -150,8 +150,9 @@ def main(options: Options) -> dict[str, float]:
     found = {f"logged {name}": sum(round(entry[f"rewards/judge/{name}"]) for entry in logs) for name in names}
     found |= {f"rows {name}" if name != "rows" else name: count for name, count in ledger.counts.items()}
     found |= {f"requests that the judge {name}": count for name, count in there.items()}
-    warm = ledger.memory[len(ledger.memory) // 5]
-    found |= {"MB after a fifth": warm / 1e6, "MB at the end": ledger.memory[-1] / 1e6, "seconds": seconds}
+    for fifth in range(1, 6):
+        found[f"MB after {fifth} of 5 parts"] = ledger.memory[len(ledger.memory) * fifth // 5 - 1] / 1e6
+    found["seconds"] = seconds
     for name, value in found.items():
         print(f"{name:40} {value:10.1f}" if isinstance(value, float) else f"{name:40} {value:10}", flush=True)
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
