@@ -125,12 +125,11 @@ def test_advantages_are_finite_whatever_the_rewards(rewards, scale, data):
     assert scaled.isfinite().all()
 
 
-@given(reward_rows, st.data())
+@given(reward_rows)
 @settings(deadline=None)
-def test_what_is_known_of_prompts_stays_finite(rewards, data):
+def test_what_is_known_of_prompts_stays_finite(rewards):
     posterior = PromptPosterior(num_prompts=3, decay=0.5, prior=2.0)
-    rewards = rewards.clamp(-1e18, 1e18)  # whose squares fit; infinite ones stay
-    rewards = torch.where(data.draw(st.booleans()) * rewards.isinf(), INF, rewards)[:, 0]
+    rewards = torch.where(rewards.isinf(), rewards, rewards.clamp(-1e18, 1e18))[:, 0]  # whose squares fit
     groups = torch.arange(len(rewards)) % 3
     posterior.update(torch.arange(3), *group_mean_std(rewards, groups, 3))
     assert posterior.variance().isfinite().all()

@@ -371,22 +371,31 @@ def test_a_process_that_cannot_start_stops_the_run_with_one_error(monkeypatch):
         ask(as_reward(ghost.reward).in_processes(1), "a")
 
 
-def hang_and_tell(completions, path, **kwargs):
-    Path(path[0]).write_text(str(os.getpid()))
+TRAINING = """
+import os, sys, time
+from trl_grpo_ext.rewards import as_reward
+
+def hang(completions, path, **kwargs):
+    with open(path[0] + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path[0] + ".new", path[0])
     time.sleep(600)
+
+if __name__ == "__main__":
+    as_reward(hang).in_processes(1)(prompts=["p"], completions=["c"], path=[sys.argv[1]])
+"""
 
 
 def test_processes_end_when_the_training_is_killed(tmp_path):
+    # The package's own __init__ imports TRL for the trainer, so a stand-in takes its place here.
+    (tmp_path / "trl_grpo_ext").mkdir()
+    (tmp_path / "trl_grpo_ext" / "__init__.py").write_text(f"__path__ = [{str(ROOT / 'trl_grpo_ext')!r}]")
+    (tmp_path / "train.py").write_text(TRAINING)
     path = tmp_path / "pid"
-    code = (
-        "import sys, test_robust_rewards as t; from trl_grpo_ext.rewards import as_reward\n"
-        "if __name__ == '__main__': t.ask(as_reward(t.hang_and_tell).in_processes(1), 'a', path=[sys.argv[1]])\n"
-    )
-    (tmp_path / "train.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     training = subprocess.Popen([sys.executable, str(tmp_path / "train.py"), str(path)], env=environment)
     try:
-        wait_until(lambda: path.exists() and path.read_text(), seconds=300)
+        wait_until(path.exists, seconds=300)
         worker = int(path.read_text())
         assert is_running(worker)
         os.kill(training.pid, signal.SIGKILL)
