@@ -15,7 +15,7 @@ import torch
 from conftest import config_kwargs, count_vowels, has_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
@@ -265,6 +265,21 @@ def test_the_limit_of_checkpoints_is_kept_and_the_previous_one_goes_last(model_p
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-3"]
     saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
     assert saved.save_total_limit == trainer.args.save_total_limit == 1
+
+
+def test_what_goes_to_the_hub_is_complete(model_path, dataset, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((Path(folder).name, why_incomplete(folder))),
+    )
+    trainer = make(model_path, dataset, tmp_path, max_steps=2)
+    trainer.args.push_to_hub = True  # not before: a repository would be made
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert pushed == [("checkpoint-1", None), ("checkpoint-2", None)]
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------

@@ -71,8 +71,14 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
             raise checkpoints.save_failed(folder, error) from error
         finally:
             self.args.save_total_limit, self._is_saving = limit, False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
         if self.args.should_save:
             checkpoints.delete_old(folder, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._is_saving:  # but once it is complete
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
