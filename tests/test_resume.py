@@ -99,6 +99,7 @@ def test_trainer_state_stays_small(model_path, dataset, tmp_path):
 def test_a_checkpoint_of_stock_trl_is_taken_with_a_warning(model_path, dataset, tmp_path, caplog):
     run(model_path, dataset, tmp_path / "cut", stop_at=2, group_size="variance")
     checkpoint = tmp_path / "cut" / "checkpoint-2"
-    (checkpoint / "grpo_callbacks.pt").unlink()
+    for name in ("grpo_callbacks.pt", "grpo_checkpoint.json"):
+        (checkpoint / name).unlink()
     run(model_path, dataset, tmp_path / "cut", resume=str(checkpoint), group_size="variance")
     assert "start from scratch" in caplog.text

@@ -566,8 +566,8 @@ def test_division_by_zero():
         RewardError, match=r"'column_a_per_column_b', row 1: 3.0 / 0.0 is not a finite number: .*divisor > 0"
     ):
         call(A / B, a=[1.0, 3.0], b=[1.0, 0.0])
-    with pytest.raises(RewardError, match=r"1e\+200 \* 1e\+200 is not a finite number: clip the operands"):
-        call(A * B * 1e200, a=[1e200], b=[1.0])
+    with pytest.raises(RewardError, match=r"1e\+30 \* 1e\+30 is not a finite number in float32: clip the op"):
+        call(A * B * 1e30, a=[1e30], b=[1.0])
     logs = Logs()
     assert call((A / B).on_error("skip"), n=2, a=[1.0, 3.0], b=[1.0, 0.0], **logs.kwargs()) == [1.0, None]
     assert ("rewards/column_a_per_column_b/errors", 1.0) in logs.metrics

@@ -12,6 +12,8 @@ SEAMS = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "save_model": ["self", "output_dir", "_internal_call"],
     "_remove_unused_columns": ["self", "dataset", "description"],
     "_get_output_dir": ["self", "trial"],
     "add_callback": ["self", "callback"],

@@ -8,6 +8,7 @@ import torch
 from .callbacks import GRPOCallback
 from .kl import AdaptiveKLCallback
 from .sampler import fit_group_sizes, num_groups_that_fit
+from .state import check_state
 
 BETA_FACTOR = 2.0  # β is multiplied by this each time
 BETA_MAX_SCALE = 8.0  # and never goes above this multiple of `beta`
@@ -83,6 +84,9 @@ class AdaptBeta(Action):
         return {"scale": self.scale, "is_held": self.is_held}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, scale=float, is_held=bool)
+        if not 1 <= state_dict["scale"] <= BETA_MAX_SCALE:
+            raise ValueError(f"'scale' is {state_dict['scale']}: not between 1 and {BETA_MAX_SCALE:g}")
         self.is_held = state_dict["is_held"]
         self._set(state_dict["scale"])
 
@@ -129,6 +133,7 @@ class CoolLearningRate(Action):
         return {"num_left": self.num_left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, num_left=int)
         self.num_left = state_dict["num_left"]
 
 
@@ -180,6 +185,7 @@ class CapGroupSize(Action):
         return {"is_capped": self.is_capped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, is_capped=bool)
         self.is_capped = state_dict["is_capped"]
 
 

@@ -1,8 +1,8 @@
 """Group statistics and advantages as segment reductions over group ids.
 
 Axis suffixes: `N` rows (completions), `P` groups (prompts), `K` reward functions. Groups may have any sizes and need
-not be contiguous. NaN means "this reward does not apply". Everything is computed in float64 and returned in the dtype
-that came in, so that results do not depend on the order of the rows.
+not be contiguous. NaN means "this reward does not apply", and so does what is infinite, which has no mean. Everything
+is computed in float64 and returned in the dtype that came in, so that results do not depend on the order of the rows.
 """
 
 import torch
@@ -13,7 +13,7 @@ EPS = 1e-4  # what TRL adds to a standard deviation before dividing by it
 
 def group_mean_std(values: Tensor, group_ids: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """
-    Mean, standard deviation and number of the non-NaN values of each group.
+    Mean, standard deviation and number of the finite values of each group.
 
     Args:
         values (`torch.Tensor` of shape `(N,)` or `(N, K)`):
@@ -40,7 +40,7 @@ def group_mean_std(values: Tensor, group_ids: Tensor, num_groups: int) -> tuple[
 
     ```
     """
-    valid = ~values.isnan()
+    valid = values.isfinite()
     zeros = torch.zeros(num_groups, *values.shape[1:], dtype=torch.float64, device=values.device)
     filled = torch.where(valid, values.double(), 0.0)
     count = zeros.index_add(0, group_ids, valid.double())
@@ -77,7 +77,7 @@ def flat_groups(rewards: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
 
     ```
     """
-    missing = rewards.isnan()
+    missing = ~rewards.isfinite()
     low = torch.full((num_groups,), torch.inf, dtype=rewards.dtype, device=rewards.device)
     high = low.neg().scatter_reduce(0, group_ids, rewards.masked_fill(missing, -torch.inf), "amax")
     low = low.scatter_reduce(0, group_ids, rewards.masked_fill(missing, torch.inf), "amin")
@@ -144,6 +144,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, num_groups: int, scale_
 
     ```
     """
+    rewards = rewards.masked_fill(rewards.isinf(), torch.nan)
     mean, std, _ = group_mean_std(rewards, group_ids, num_groups)
     advantages = rewards.double() - mean[group_ids]
     if scale_rewards == "group":
@@ -187,6 +188,7 @@ def normalize_then_sum(
 
     ```
     """
+    rewards_per_func = rewards_per_func.masked_fill(rewards_per_func.isinf(), torch.nan)
     mean, std, _ = group_mean_std(rewards_per_func, group_ids, num_groups)
     normalized = (rewards_per_func.double() - mean[group_ids]) / (std[group_ids] + EPS)
     rewards = total_rewards(normalized, reward_weights.double())

@@ -17,6 +17,7 @@ from .readings import (
     runaway,
     spike,
 )
+from .state import check_state
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,13 @@ class AlarmDetector:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, num_logs=int, first=dict, recent=dict, raised=list, streaks=dict)
+        for part in ("first", "recent"):
+            for name, values in state_dict[part].items():
+                check_state({name: values}, **{str(name): list})
+                for value in values:
+                    check_state({name: value}, **{str(name): float})
+        check_state(state_dict["streaks"], **dict.fromkeys(state_dict["streaks"], int))
         first, recent = ({k: list(v) for k, v in state_dict[part].items()} for part in ("first", "recent"))
         self.history = History(state_dict["num_logs"], first, recent)
         known = {alarm.name for alarm in self.alarms}

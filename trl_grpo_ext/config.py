@@ -1,5 +1,6 @@
 """[`AdaptiveGRPOConfig`]: what a YAML file or a command line can set."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -270,7 +271,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
                 f"{self.max_group_size}), so no group could give a row to another: set min_group_size below and "
                 "max_group_size above it, or raise num_generations"
             )
-        if self.group_std_threshold < 0:
+        if not self.group_std_threshold >= 0:
             raise ValueError(f"group_std_threshold={self.group_std_threshold} must not be negative: try 0.1")
         if self.dynamic_sampling_rounds < 0:
             raise ValueError(
@@ -281,6 +282,8 @@ class AdaptiveGRPOConfig(GRPOConfig):
                 f"curriculum={self.curriculum!r} needs difficulty_column, the dataset column with the difficulty: set "
                 "it, or use curriculum='online', which needs none"
             )
+        if not math.isfinite(self.curriculum_goal):
+            raise ValueError(f"curriculum_goal={self.curriculum_goal} must be finite: try 0.5")
         if not 0 <= self.curriculum_exploration <= 1:
             raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
         if self.skip_zero_advantage:

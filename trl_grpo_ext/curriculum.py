@@ -9,6 +9,7 @@ from torch import Tensor
 from .callbacks import GRPOCallback, RolloutBatch
 from .difficulty import as_levels, as_numbers, check_levels, read_difficulty
 from .group_size import posterior_of
+from .state import check_state
 
 
 def staged_weights(levels: Tensor, num_levels: int, progress: float, smoothing: float = 0.5) -> Tensor:
@@ -314,4 +315,7 @@ class TargetCurriculumCallback(_Curriculum):
         return {"target": self.target}
 
     def load_state_dict(self, state_dict):
+        check_state(state_dict, target=float)
+        if not 0 <= state_dict["target"] <= 1:
+            raise ValueError(f"'target' is {state_dict['target']}: not between 0 and 1")
         self.target = state_dict["target"]

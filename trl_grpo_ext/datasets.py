@@ -61,10 +61,16 @@ def _read(path: str, config: str | None) -> dict[str, Dataset]:
     ending = os.path.splitext(path)[1]
     if ending not in FORMATS:
         raise ValueError(f"{path!r} ends in {ending!r}: use one of {', '.join(FORMATS)}")
-    rows = load_dataset(FORMATS[ending], data_files=path, split="train")
+    try:
+        rows = load_dataset(FORMATS[ending], data_files=path, split="train")
+    except Exception as error:  # datasets, pyarrow and pandas each raise their own
+        reason = (str(error.__cause__ or error).splitlines() or [""])[0]
+        raise ValueError(f"{path!r} cannot be read as {ending}: {reason}") from error
     if "split" not in rows.column_names:
         return {"train": rows}
     names = rows["split"]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"The column 'split' of {path!r} holds more than names: write 'train' and 'test' into it")
     index = {name: [i for i, other in enumerate(names) if other == name] for name in set(names)}
     return {name: rows.select(own).remove_columns("split") for name, own in index.items()}
 
@@ -78,6 +84,8 @@ def _conversational(dataset: Dataset, name: str) -> Dataset:
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"Row {row} of {name!r} has no prompt: remove it or fill it in")
+        if not isinstance(prompt, str | list):
+            raise ValueError(f"Row {row} of {name!r} has the prompt {prompt!r:.80}: write text or a list of messages")
     if not isinstance(prompts[0], str):
         return dataset
     return dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})

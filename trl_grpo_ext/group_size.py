@@ -11,6 +11,7 @@ from .advantages import group_mean_std
 from .callbacks import GRPOCallback, RolloutBatch
 from .difficulty import as_levels, read_difficulty
 from .sampler import fit_group_sizes
+from .state import check_state
 
 logger = logging.getLogger(__name__)
 
@@ -121,18 +122,28 @@ class PromptPosterior:
         return {"count": self.count, "mean": self._mean, "variance": self._variance, "pool": self.pool}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        _check_same_dataset(state_dict["count"], self.count)
-        if state_dict["pool"].shape != self.pool.shape:
+        check_state(state_dict)
+        _check_same_dataset(state_dict.get("count"), self.count)
+        pool: Any = state_dict.get("pool")
+        if isinstance(pool, Tensor) and pool.dim() == 2 and len(pool) != len(self.pool):
             raise ValueError(
-                f"The checkpoint knows {len(state_dict['pool'])} levels of difficulty and the dataset has "
+                f"The checkpoint knows {len(pool)} levels of difficulty and the dataset has "
                 f"{len(self.pool)}: resume with the difficulty_column of the interrupted run"
             )
+        check_state(state_dict, **self.state_dict())
+        for key, part in {
+            "count": state_dict["count"],
+            "variance": state_dict["variance"],
+            "pool": pool[:, ::2],
+        }.items():
+            if (part < 0).any():
+                raise ValueError(f"{key!r} holds negative weights or variances")
         self.count, self._mean = state_dict["count"].clone(), state_dict["mean"].clone()
         self._variance, self.pool = state_dict["variance"].clone(), state_dict["pool"].clone()
 
 
-def _check_same_dataset(saved: Tensor, current: Tensor) -> None:
-    if saved.shape != current.shape:
+def _check_same_dataset(saved: Any, current: Tensor) -> None:
+    if isinstance(saved, Tensor) and saved.shape != current.shape:
         raise ValueError(
             f"The checkpoint knows {saved.numel()} prompts and the dataset has {current.numel()}: "
             "resume with the dataset of the interrupted run"
@@ -186,7 +197,9 @@ class ThresholdGroupSizeCallback(GRPOCallback):
         return {"sizes": self.sizes}
 
     def load_state_dict(self, state_dict):
-        _check_same_dataset(state_dict["sizes"], self.sizes)
+        check_state(state_dict)
+        _check_same_dataset(state_dict.get("sizes"), self.sizes)
+        check_state(state_dict, sizes=self.sizes)
         self.sizes = state_dict["sizes"].clone()
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from .callbacks import GRPOCallback
+from .state import check_state
 
 MAX_ERROR = 0.2  # the relative error is clipped to this (arXiv 1909.08593, section 2.2)
 BETA_RANGE = 1e4  # β stays within this factor of its start: 0 is a fixed point, and TRL stops measuring the KL there
@@ -105,6 +106,9 @@ class AdaptiveKLCallback(GRPOCallback):
         return {"beta": self.trainer.beta}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, beta=float)
+        if not state_dict["beta"] > 0:
+            raise ValueError(f"'beta' is {state_dict['beta']}: not above 0")
         self.trainer.beta = state_dict["beta"]
 
 

@@ -271,7 +271,9 @@ class LiveCallback(TrainerCallback):
             return
         self.view.log(logs)
         if open_alarms(logs):
-            self.view.remedies = {alarm["name"]: alarm["remedy"] for alarm in read_alarms(self._alarms)[0]}
+            self.view.remedies = {
+                alarm["name"]: alarm["remedy"] for alarm in read_alarms(self._alarms, self._alarms.parent)[0]
+            }
         if self._live is None:
             line = readable(logs, state.global_step, state.max_steps)
             file = sys.stdout if self.console is None else self.console.file

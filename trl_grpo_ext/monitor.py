@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import re
 import time
@@ -23,6 +22,8 @@ from .actions import ACTIONS, Action, check_on_alarm
 from .advantages import flat_groups
 from .alarms import Alarm, AlarmDetector, Event, make_alarms
 from .callbacks import GRPOCallback, RolloutBatch
+from .checkpoints import read_object, write_whole
+from .state import check_state
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,10 @@ class MonitorCallback(GRPOCallback):
         return {"detector": self.detector.state_dict(), "reward_range": list(self.reward_range)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, detector=dict, reward_range=list)
         self.detector.load_state_dict(state_dict["detector"])
-        self.reward_range = tuple(state_dict["reward_range"])
+        low, high = map(float, state_dict["reward_range"])  # infinite as long as there was no reward
+        self.reward_range = (low, high)
 
 
 class RunRecord:
@@ -200,14 +203,14 @@ class RunRecord:
             _replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         if step > 0:
-            before = json.loads(self.run.read_text(encoding="utf-8")) if self.run.exists() else {}
+            before = read_object(self.run)
+            resumed = before.get("resumed_at_steps")
             started["started"] = before.get("started", started["started"])
-            started["resumed_at_steps"] = [*before.get("resumed_at_steps", []), step]
+            started["resumed_at_steps"] = [*(resumed if isinstance(resumed, list) else []), step]
         _replace(self.run, json.dumps({**started, **description, "status": "running"}, indent=2) + "\n")
 
     def update(self, **changes: Any) -> None:
-        description = json.loads(self.run.read_text(encoding="utf-8"))
-        _replace(self.run, json.dumps({**description, **changes}, indent=2) + "\n")
+        _replace(self.run, json.dumps({**read_object(self.run), **changes}, indent=2) + "\n")
 
     def log(self, step: int, logs: dict[str, Any], events: list[tuple[Event, str | None]]) -> None:
         """Append the metrics of a training step or an evaluation, and the alarms that came with them."""
@@ -260,11 +263,13 @@ def without_secrets(value: Any) -> Any:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a record, without one that a killed run left half written."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
     return entries
 
 
@@ -278,10 +283,7 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write all or nothing: a reader, or a kill in the middle, never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _version(package: str) -> str | None:

@@ -49,6 +49,12 @@ class Rollout:
                 f"{type(callback).__name__}.on_generate returned {'nothing' if rows is None else f'{len(rows)} rows'}: "
                 f"return one RolloutRow for each of the {len(prompts)} rows"
             )
+        empty = [number for number, row in enumerate(rows) if not row.answers or not all(a.ids for a in row.answers)]
+        if empty:
+            raise ValueError(
+                f"{type(callback).__name__}.on_generate returned row {empty[0]} with an answer of no tokens: end it "
+                "with the end-of-turn token at least"
+            )
         self.rows = rows
         self.index = AnswerIndex.build(gather_object([describe(rows)]), len(rows))
         return pack(rows)

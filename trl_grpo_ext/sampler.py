@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .state import check_state
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -268,10 +270,14 @@ class PromptSampler:
         return {**counters, "pending": list(self.pending), "num_prompts": self.num_prompts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, epoch=int, position=int, draws=int, num_prompts=int, pending=list)
         if state_dict["num_prompts"] != self.num_prompts:
             raise ValueError(
                 f"The checkpoint knows {state_dict['num_prompts']} prompts and the dataset has {self.num_prompts}: "
                 "resume with the dataset of the interrupted run"
             )
+        for key, values in {"position": [state_dict["position"]], "pending": state_dict["pending"]}.items():
+            if not all(isinstance(value, int) and 0 <= value < self.num_prompts for value in values):
+                raise ValueError(f"{key!r} is not among the {self.num_prompts} prompts of the dataset")
         self.epoch, self.position, self.draws = (state_dict[key] for key in ("epoch", "position", "draws"))
         self.pending = list(state_dict["pending"])

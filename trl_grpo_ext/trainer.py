@@ -1,32 +1,27 @@
 """[`AdaptiveGRPOTrainer`]: TRL's trainer with hooks. The seams and the hook calls, nothing else."""
 
-import os
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import get_config_model_id, nanstd
 
 from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
 from .callbacks import GRPOCallback, RolloutBatch, check_shape
-from .compute.trainer import LeanGRPOTrainer
 from .config import AdaptiveGRPOConfig
 from .features import callbacks_of
 from .planner import Planner, check_plannable, plans
 from .resampling import global_positions, put_logs, replace_rows, rows_to_regenerate, take_logs
 from .rollout import Rollout
 from .sampler import RolloutPlan
+from .saving import SavingGRPOTrainer
 
 logger = get_logger(__name__)
 
-STATE_FILE = "grpo_callbacks.pt"
-ROLLOUTS_FILE = "grpo_rollouts_{rank}.pt"
 
-
-class AdaptiveGRPOTrainer(LeanGRPOTrainer):
+class AdaptiveGRPOTrainer(SavingGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with hooks into the life of a generation batch, and the features built on them.
 
@@ -87,11 +82,6 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
         self._num_rollouts = 0
         self._set_up(self.grpo_callbacks)
 
-    @property
-    def grpo_callbacks(self) -> list[GRPOCallback]:
-        """The callbacks with hooks, in the order in which they run."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, GRPOCallback)]
-
     def add_callback(self, callback):
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]
@@ -149,52 +139,6 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
         output["advantages"] = self._own_advantages(batch, mask.size(1)).to(output["advantages"])
         self._log_batch(batch, num_rounds, is_ours)
         return output
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if not self.grpo_callbacks or self.args.save_only_model:
-            return
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        # Between two generations, the rollouts still to be trained on are part of the state.
-        in_between = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        if self.args.should_save:
-            state = {
-                "callbacks": [(type(callback).__name__, callback.state_dict()) for callback in self.grpo_callbacks],
-                "planner": None if self._planner is None else self._planner.state_dict(),
-                "num_rollouts": self._num_rollouts,
-                "ranks_with_rollouts": self.accelerator.num_processes if in_between else 0,
-            }
-            torch.save(state, os.path.join(folder, STATE_FILE))
-        if in_between:
-            os.makedirs(folder, exist_ok=True)
-            rollouts = {"step": self._step, "inputs": self._buffered_inputs}
-            torch.save(rollouts, os.path.join(folder, ROLLOUTS_FILE.format(rank=self.accelerator.process_index)))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.grpo_callbacks:
-            return
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.exists(path):
-            logger.warning(f"{checkpoint} has no {STATE_FILE}: the callbacks start from scratch")
-            return
-        state = torch.load(path, weights_only=True)
-        self._num_rollouts = state["num_rollouts"]
-        if self._planner is not None and state["planner"] is not None:
-            self._planner.load_state_dict(state["planner"])
-        for callback in self.grpo_callbacks:
-            name = type(callback).__name__
-            found = next((entry for entry in state["callbacks"] if entry[0] == name), None)
-            if found is not None:
-                state["callbacks"].remove(found)
-                callback.load_state_dict(found[1])
-            elif callback.state_dict():
-                logger.warning(f"{checkpoint} has no state of {name}: it starts from scratch")
-        # With another number of processes, every rank generates anew.
-        if state["ranks_with_rollouts"] == self.accelerator.num_processes:
-            path = os.path.join(checkpoint, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
-            rollouts = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-            self._step, self._buffered_inputs = rollouts["step"], rollouts["inputs"]
 
     # The life of a batch
 
@@ -263,6 +207,7 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
                 "A callback changed the total reward in on_total_rewards, which multi_objective_aggregation="
                 "'normalize_then_sum' does not use: change the rewards of each function in on_rewards"
             )
+        _check_finite(batch)
         raw_total = total_rewards(rewards, self.reward_weights.cpu())
         batch.is_shaped = not (_same(batch.rewards_per_func, rewards) and _same(batch.rewards, raw_total))
         return batch
@@ -360,6 +305,19 @@ class AdaptiveGRPOTrainer(LeanGRPOTrainer):
             metrics["dynamic_sampling/rounds"].append(float(num_rounds))
             metrics["dynamic_sampling/discarded"].append(float(discarded))
         metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
+
+
+def _check_finite(batch: RolloutBatch) -> None:
+    """Raise `ValueError`, on every rank, where an infinite reward would make every weight NaN."""
+    if batch.rewards.isinf().any():
+        counts = batch.rewards_per_func.isinf().sum(0).tolist()
+        of = ", ".join(
+            f"{name!r} in {count} rows" for name, count in zip(batch.reward_names, counts, strict=True) if count
+        )
+        raise ValueError(
+            f"Rewards of step {batch.step} are infinite ({of or 'the total'}): return None where a reward does not "
+            'apply, set reward_clip_range, or leave such rows out with as_reward(func).on_error("skip")'
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .reader import Run
+from .reader import Run, is_number, is_own_file
 from .text import message_text
 
 MAX_CHARACTERS = 4000  # of one prompt or completion on the page
@@ -32,7 +32,8 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
               `[completion, advantage, total, values]`, the best advantage first;
             - a sentence on what is shown and what is not.
     """
-    files = sorted((run.folder / "completions").glob("completions_*.parquet"), key=_step_of)
+    found_files = (run.folder / "completions").glob("completions_*.parquet")
+    files = sorted((path for path in found_files if is_own_file(run.folder, path)), key=_step_of)
     if not files:
         return [], [], "No completions were logged. Set log_completions=True to browse them here."
     notes = []
@@ -48,12 +49,12 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
     broken = 0
     for path in chosen:
         try:
-            table = _table(path)
+            tabled = _groups(run, _table(path))
         except Exception:  # a table that is being written, or is none: pyarrow raises many kinds
             broken += 1
             continue
         groups = []
-        for group in _groups(run, table):
+        for group in tabled:
             key = hashlib.blake2b(repr((group["prompt"], group["rows"])).encode("utf-8", "replace")).digest()
             if key not in seen:  # TRL logs a batch again until the next one is generated
                 seen.add(key)
@@ -81,7 +82,7 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
 
 def _step_of(path: Path) -> int:
     digits = path.stem.removeprefix("completions_")
-    return int(digits) if digits.isascii() and digits.isdigit() else 0
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else 0
 
 
 def _choose(files: list[Path], max_completions: int) -> list[Path]:
@@ -170,9 +171,7 @@ def _ordered(run: Run, names: list[str]) -> list[str]:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_number(value) else None
 
 
 def _shown(value: Any) -> float | str | None:

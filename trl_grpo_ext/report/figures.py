@@ -11,6 +11,7 @@ from .text import file_name, one_line
 # Colours that colour-blind readers tell apart (Okabe and Ito, 2008); the total is drawn in black.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("solid", "dashed", "dotted")  # for the seventh line and beyond
+MAX = 1e100  # of a coordinate in a plot
 MAX_POINTS = 400  # per line; longer runs are averaged
 MAX_LINES = 12
 
@@ -282,6 +283,8 @@ def write_pngs(panels: list[Panel], axes: list[Axis], folder: str | Path) -> lis
     from matplotlib.figure import Figure
 
     folder = Path(folder)
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, and plots would go where it leads: delete it, or choose another output")
     folder.mkdir(parents=True, exist_ok=True)
     # Runs are compared at the same number of rollouts where both count them.
     kind = "rollouts" if len(axes) > 1 and all("rollouts" in axis.x for axis in axes) else "step"
@@ -290,12 +293,13 @@ def write_pngs(panels: list[Panel], axes: list[Axis], folder: str | Path) -> lis
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         for panel in panels:
-            if panel.is_extra:
+            if panel.is_extra or not any(_drawn(axes[line.run].x[kind], line.y) for line in panel.lines):
                 continue
             figure = Figure(figsize=(7.5, 4.2), layout="constrained")
             FigureCanvasAgg(figure)
             _draw(figure.subplots(), panel, axes, kind)
             files.append(folder / panel.file)
+            files[-1].unlink(missing_ok=True)  # it may be a link
             figure.savefig(files[-1], dpi=120)
     return files
 
@@ -306,9 +310,10 @@ def _draw(plot: Any, panel: Panel, axes: list[Axis], kind: str) -> None:
     for line in panel.lines:
         x = axes[line.run].x[kind]
         color = "black" if line.color < 0 else COLORS[line.color % len(COLORS)]
-        points = [(a, b) for a, b in zip(x, line.y, strict=True) if a is not None and b is not None]
-        if line.low is not None and line.high is not None:
-            band = [p for p in zip(x, line.low, line.high, strict=True) if None not in p]
+        points = _drawn(x, line.y)
+        if not points:
+            continue
+        if line.low is not None and line.high is not None and (band := _drawn(x, line.low, line.high)):
             plot.fill_between(*map(list, zip(*band, strict=True)), color=color, alpha=0.2, linewidth=0)
         (handle,) = plot.plot(
             *map(list, zip(*points, strict=True)),
@@ -351,6 +356,12 @@ def _draw(plot: Any, panel: Panel, axes: list[Axis], kind: str) -> None:
     labels = [f" {label}" if label.startswith("_") else label for label in labels]
     columns = 1 if max(map(len, labels)) > 32 else 2 if max(map(len, labels)) > 18 else 4
     plot.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
+def _drawn(*columns: list[float | None]) -> list[tuple[float, ...]]:
+    """The points that matplotlib can draw: with all coordinates, none of them beyond what its axes can hold."""
+    rows = zip(*columns, strict=True)
+    return [tuple(p for p in row if p is not None) for row in rows if all(p is not None and abs(p) < MAX for p in row)]
 
 
 def _position(step: float, steps: list[float | None], x: list[float | None]) -> float | None:

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import write_whole
 from .completions import read_groups
 from .figures import Axis, Panel, axes_of, panels_of, run_names, write_pngs
 from .reader import Run, read_run
@@ -52,7 +53,8 @@ def write_report(
     page = page if page.suffix.lower() in (".html", ".htm") else page / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     axes, panels = axes_of(runs), panels_of(runs)
-    page.write_text(render(page_data(runs, axes, panels, max_completions)), encoding="utf-8")
+    html = render(page_data(runs, axes, panels, max_completions)).encode()
+    write_whole(page, lambda file: file.write(html))  # in place of a link, and not through it
     try:
         write_pngs(panels, axes, page.with_name(f"{page.stem}_figures"))
     except ModuleNotFoundError as error:

@@ -2,15 +2,24 @@
 
 import itertools
 import json
-import math
+import stat
+import sys
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from .text import one_line
+
 MONITOR = "monitor"
 INFO, METRICS, ALARMS = "run.json", "metrics.jsonl", "alarms.jsonl"
+MAX_LINE = 2**20  # characters of a line, of which a log takes a few thousand
+MAX_FILE = 2**28  # bytes of a file that is read as a whole
+MAX_DEPTH = 40  # of lists and dictionaries in each other
+MAX_STEP = 2**53  # what a float counts exactly
+MAX_TEXT = 2000  # characters of a text in an alarm
+MAX_TIME = 1e11  # seconds since 1970: the year 5138
 
 
 class NotARunError(ValueError):
@@ -56,7 +65,7 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         value = self.info.get("max_steps")
-        return value if isinstance(value, int) and value > 0 else None
+        return value if isinstance(value, int) and 0 < value < MAX_STEP else None
 
     @property
     def metric_names(self) -> list[str]:
@@ -91,7 +100,7 @@ class Run:
         given = self.info.get("reward_weights")
         if not isinstance(given, list) or len(given) != len(self.function_names):
             return None
-        return [float(value) for value in given] if all(_is_number(value) for value in given) else None
+        return [float(value) for value in given] if all(is_number(value) for value in given) else None
 
     @property
     def open_alarms(self) -> list[dict[str, Any]]:
@@ -131,18 +140,21 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _read_monitor(run: Run, monitor: Path) -> None:
+    for name in (INFO, METRICS, ALARMS):
+        if (monitor / name).exists() and not is_own_file(run.folder, monitor / name):
+            run.notes.append(f"{MONITOR}/{name} is no file of this folder and is left out.")
     try:
-        info = json.loads((monitor / INFO).read_text(encoding="utf-8", errors="replace"))
+        info = _read_whole(run.folder, monitor / INFO)
         run.info = info if isinstance(info, dict) else {}
     except (OSError, ValueError):
         run.notes.append(f"{MONITOR}/{INFO} is missing or broken, so the configuration is unknown.")
-    lines, broken = read_lines(monitor / METRICS)
+    lines, broken = read_lines(monitor / METRICS, run.folder)
     if broken:
         run.notes.append(f"{broken} lines of {MONITOR}/{METRICS} could not be read and are left out.")
     run.metrics = _merge(lines)
     if run.info.get("resumed_at_steps"):
-        run.notes.append(f"The run was resumed at steps {run.info['resumed_at_steps']}.")
-    run.alarms, broken = read_alarms(monitor / ALARMS)
+        run.notes.append(f"The run was resumed at steps {one_line(run.info['resumed_at_steps'], 1000)}.")
+    run.alarms, broken = read_alarms(monitor / ALARMS, run.folder)
     if broken:
         run.notes.append(f"{broken} lines of {MONITOR}/{ALARMS} could not be read and are left out.")
     times = [entry["time"] for entry in run.metrics if entry.get("time") is not None]
@@ -155,10 +167,10 @@ def _read_trainer_state(run: Run) -> bool:
     states = []
     for path in paths:
         try:
-            state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            history, step = state["log_history"], int(state["global_step"])
+            state = _read_whole(run.folder, path)
+            history, step = list(state["log_history"]), int(state["global_step"])
             states.append((step, path.stat().st_mtime, path, history, state))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             run.notes.append(f"{path.relative_to(run.folder)} is broken and is left out.")
     if not states:
         return bool(paths)
@@ -172,24 +184,59 @@ def _read_trainer_state(run: Run) -> bool:
     return True
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file with one per line, and how many lines are broken (a last, half-written one aside)."""
+def is_own_file(folder: Path, path: Path) -> bool:
+    """Whether `path` is an ordinary file that no link leads out of `folder`: no secret, no device, nothing endless."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return [], 0
+        real = path.resolve(strict=True)
+        return real.is_relative_to(folder.resolve()) and stat.S_ISREG(real.stat().st_mode)
+    except (OSError, RuntimeError):
+        return False
+
+
+def _parse(text: str) -> Any:
+    """The value that JSON stands for. Raises `ValueError` for what is none, or nested beyond reason."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level, depth = [value], 0
+    while level := [part for item in level for part in _parts(item)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("nested too deeply")
+    return value
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _read_whole(folder: Path, path: Path) -> Any:
+    if not is_own_file(folder, path) or path.stat().st_size > MAX_FILE:
+        raise OSError(f"{path} is no file of this folder, or too large")
+    return _parse(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def read_lines(path: Path, folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file with one per line, and how many lines are broken (a last, half-written one aside)."""
     found, broken = [], 0
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            found.append(value)
-        elif number < len(lines) - 1:  # the last line is still being written
-            broken += 1
+    if not is_own_file(folder, path):
+        return [], 0
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        while line := file.readline(MAX_LINE):
+            end = line
+            while end and not end.endswith("\n"):  # too long: pass over the rest
+                end = file.readline(MAX_LINE)
+            if not line.strip():
+                continue
+            try:
+                value = _parse(line)
+            except ValueError:
+                value = None
+            if isinstance(value, dict):
+                found.append(value)
+            elif end:  # a last line without an end is still being written
+                broken += 1
     return found, broken
 
 
@@ -198,35 +245,41 @@ def _merge(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     entries: dict[int, dict[str, Any]] = {}
     for line in lines:
         step = line.get("step")
-        if not _is_number(step) or step < 0:
+        if not is_number(step) or not 0 <= step < MAX_STEP:
             continue
-        values = {str(key): value if _is_number(value) else None for key, value in line.items()}
+        values = {str(key): value if is_number(value) else None for key, value in line.items()}
+        if not 0 <= (values.get("time") or 0) <= MAX_TIME:
+            values["time"] = None
         entry = entries.setdefault(int(step), {})
         entry |= {key: value for key, value in values.items() if value is not None or key not in entry}
     return [{**entries[step], "step": step} for step in sorted(entries)]
 
 
-def read_alarms(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_alarms(path: Path, folder: Path) -> tuple[list[dict[str, Any]], int]:
     """Raised and cleared, joined into one entry per alarm, and how many lines are broken."""
-    events, broken = read_lines(path)
+    events, broken = read_lines(path, folder)
     found: list[dict[str, Any]] = []
     still_open: dict[str, dict[str, Any]] = {}
     for event in events:
-        step, name = event.get("step"), str(event.get("name"))
-        if not _is_number(step):
+        step, name = event.get("step"), str(event.get("name"))[:MAX_TEXT]
+        if not is_number(step) or not 0 <= step < MAX_STEP:
             continue
         if event.get("state") == "cleared":
             if name in still_open:
                 still_open.pop(name)["cleared"] = int(step)
         elif name not in still_open:
-            texts = {key: str(event.get(key) or "") for key in ("evidence", "cause", "remedy", "action")}
+            texts = {key: str(event.get(key) or "")[:MAX_TEXT] for key in ("evidence", "cause", "remedy", "action")}
             still_open[name] = {"step": int(step), "cleared": None, "name": name, **texts}
             found.append(still_open[name])
     return found, broken
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> TypeGuard[float]:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
@@ -265,7 +318,7 @@ def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
 def _started(run: Run) -> float | None:
     try:
         return datetime.fromisoformat(str(run.info.get("started"))).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError, OSError):
         return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..monitor import without_secrets
 from .reader import Run, duration, seconds_between_logs, state_of
 
+MAX_SHOWN = 4000  # characters of an option
 NOISE = 2.0  # a difference counts when it is this many times its standard error
 
 
@@ -48,16 +49,18 @@ def slope(values: list[float]) -> tuple[float, float]:
     if n < 3:
         return 0.0, math.inf
     center, mean = (n - 1) / 2, sum(values) / n
-    spread = sum((i - center) ** 2 for i in range(n))
+    spread = sum((i - center) * (i - center) for i in range(n))
     per_step = sum((i - center) * (value - mean) for i, value in enumerate(values)) / spread
-    residual = sum((value - mean - per_step * (i - center)) ** 2 for i, value in enumerate(values))
+    # Products, because a power of a large float raises an error where a product is infinite.
+    residuals = [value - mean - per_step * (i - center) for i, value in enumerate(values)]
+    residual = sum(value * value for value in residuals)
     return per_step * (n - 1), math.sqrt(residual / (n - 2) / spread) * (n - 1)
 
 
 def _variance(values: list[float]) -> float:
     """From the differences of neighbours, so that a trend does not count as noise (von Neumann, 1941)."""
     gaps = [after - before for before, after in itertools.pairwise(values)]
-    return sum(gap**2 for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
+    return sum(gap * gap for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
 
 
 def _direction(difference: float, error: float) -> str:
@@ -264,4 +267,5 @@ def shown(value: Any) -> str:
         value = int(value)  # JSON does not tell 1 from 1.0
     if isinstance(value, tuple):
         value = list(value)
-    return value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… [{len(text) - MAX_SHOWN} more characters]"

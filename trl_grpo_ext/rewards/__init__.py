@@ -5,7 +5,8 @@ reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
 ```
 """
 
-from .base import Reward, maximum, minimum
+from .base import Reward
+from .composites import maximum, minimum
 from .leaves import as_reward
 from .models import RewardModel
 from .schedules import constant, cosine, linear, piecewise

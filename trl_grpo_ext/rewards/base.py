@@ -1,25 +1,23 @@
-"""The reward algebra: what every reward can do, and the composites that its operators make.
+"""The reward algebra: what every reward can do.
 
-Calling a composite first evaluates its distinct leaves (once each, async ones concurrently), then walks the tree row by
-row. Only the first half can be async: hence one sync and one async class of composite, and `compose` chooses. Leaves
-are in `leaves.py`, combinators in `ops.py`, names and `repr` in `describe.py`.
+Operators and methods build composites (`composites.py`) over leaves (`leaves.py`). Combinators are in `ops.py`, names
+and `repr` in `describe.py`, what guards a leaf against slowness and failure in `guards.py`.
 """
 
-import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import ops
-from .describe import describe, weights
-from .schedules import Constant, Schedule, training_progress
-from .scoring import RewardError
+from .guards import Guard
+from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
+    from .composites import Composite
     from .leaves import Leaf
 
 Value: TypeAlias = float | None
@@ -109,12 +107,83 @@ class Reward:
 
         Args:
             action (`str`):
-                `"raise"` (the default of every reward) stops with a [`RewardError`]. `"skip"` makes the offending rows
-                `None` (all rows if it raised), warns, and counts them in the metric `rewards/{name}/errors`.
+                `"raise"` stops with a [`RewardError`]; the default of a reward, as long as none of `timeout`, `retry`,
+                `concurrency` and `in_processes` is called. `"skip"`, their default, makes the offending rows `None`
+                (all rows if a reward that is asked about all of them at once raised), warns, and counts them in the
+                metric `rewards/{name}/errors`.
         """
         if action not in ("raise", "skip"):
             raise ValueError(f'on_error: {action!r} is unknown: choose "raise" or "skip"')
         return self.map_leaves(lambda leaf: replace(leaf, errors=action))
+
+    def timeout(self, seconds: float) -> "Reward":
+        """
+        Give an async reward up on a row for which it has not answered in time. It is asked about each row alone.
+
+        Args:
+            seconds (`float`):
+                For one attempt at one row, from when it is asked. A reward that does not await cannot be stopped: run
+                it with [`in_processes`][trl_grpo_ext.rewards.Reward.in_processes].
+
+        Raises:
+            `TypeError`: for a sync reward that does not run in processes.
+        """
+        return self._guarded("timeout", timeout=float(seconds))
+
+    def retry(self, times: int, wait: float = 1.0, max_wait: float = 30.0) -> "Reward":
+        """
+        Ask again about a row where the reward raised, took too long or returned no number. Each row is asked alone.
+
+        The pause before the `n`-th retry is drawn uniformly from 0 to `min(max_wait, wait * 2 ** (n - 1))` seconds, so
+        that rows that failed together do not come back together.
+
+        Args:
+            times (`int`):
+                Most retries of a row.
+            wait (`float`, *optional*, defaults to `1.0`):
+                Longest pause before the first retry, in seconds.
+            max_wait (`float`, *optional*, defaults to `30.0`):
+                Longest pause before any retry, in seconds.
+        """
+        return self._guarded("retry", retries=times, wait=float(wait), max_wait=float(max_wait))
+
+    def concurrency(self, limit: int) -> "Reward":
+        """
+        Ask an async reward about each row alone, about at most `limit` of them at once.
+
+        Args:
+            limit (`int`):
+                Rows at once, for each process of the training. 16 where only `timeout` or `retry` is called.
+
+        Raises:
+            `TypeError`: for a sync reward.
+        """
+        return self._guarded("concurrency", at_once=limit)
+
+    def in_processes(self, count: int, timeout: float = 60.0) -> "Reward":
+        """
+        Run a sync reward in processes of its own, a row at a time: one that never returns or crashes costs its row.
+
+        The reward must be picklable, so its function has to stand at the top of a module, and a script that uses this
+        needs `if __name__ == "__main__":`. It gets the dataset columns, but not `trainer_state`, `environments`,
+        `log_metric` and `log_extra`. Processes start at the first call, are kept, and are replaced when they die. They
+        contain accidents; they are no sandbox for hostile code.
+
+        Args:
+            count (`int`):
+                Processes for each process of the training.
+            timeout (`float`, *optional*, defaults to `60.0`):
+                Seconds for one attempt at one row. Then the process is killed, with all that it started.
+
+        Raises:
+            `TypeError`: for an async reward, and for one that cannot be pickled.
+        """
+        return self._guarded("in_processes", processes=count, timeout=float(timeout))
+
+    def _guarded(self, method: str, **changes: Any) -> "Reward":
+        return self.map_leaves(
+            lambda leaf: replace(leaf, guard=(leaf.guard or Guard()).changed(leaf, is_async(leaf), method, changes))
+        )
 
     def clip(self, low: float = -math.inf, high: float = math.inf) -> "Reward":
         """The value, no lower than `low` and no higher than `high`."""
@@ -188,157 +257,15 @@ class Reward:
         )
 
 
-@dataclass(frozen=True, repr=False)
-class Composite(Reward):
-    """
-    A combinator over rewards, schedules and constants; made by the operators and methods of [`Reward`].
-
-    Where TRL's `log_metric` and `log_extra` are among the keyword arguments, each distinct leaf logs its raw mean as
-    `rewards/{leaf}/mean` and its raw values as a column of the completions table, and each scheduled weight logs
-    `reward_weights/{what it weighs}`.
-    """
-
-    op: ops.Op
-    children: tuple[Operand, ...]
-    name: str | None = None
-
-    def __post_init__(self):
-        names = [leaf.name for leaf in self.leaves()]
-        if not names:
-            raise TypeError(
-                f"{self!r} holds no reward: pass one at least, for numbers alone Python has its own functions"
-            )
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f'two different rewards are called {name!r}: tell them apart with .named("another name")'
-                )
-        if self.__name__ in names:
-            raise ValueError(
-                f"{self.__name__!r} is the name of a reward inside it, and their metrics would mix: choose another one"
-            )
-
-    @property
-    def __name__(self) -> str:
-        return describe(self, naming=True)
-
-    def __repr__(self) -> str:
-        return describe(self, naming=False)
-
-    def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
-        call = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
-        return self._combine(call, [leaf.evaluate(call) for leaf in self.leaves()])
-
-    def nodes(self) -> Iterator[Reward]:
-        """This node and all rewards below it, as often as they occur."""
-        yield self
-        for child in self.children:
-            if isinstance(child, Composite):
-                yield from child.nodes()
-            elif isinstance(child, Reward):
-                yield child
-
-    def leaves(self) -> list["Leaf"]:
-        distinct: list[Leaf] = []
-        for node in self.nodes():
-            if not isinstance(node, Composite):
-                distinct += [leaf for leaf in node.leaves() if leaf not in distinct]
-        return distinct
-
-    def map_leaves(self, change: Callable[["Leaf"], "Leaf"]) -> "Composite":
-        children = (child.map_leaves(change) if isinstance(child, Reward) else child for child in self.children)
-        return replace(self, children=tuple(children))
-
-    def _combine(self, call: dict[str, Any], columns: list[list[Value]]) -> list[Value]:
-        """Log the leaves' values, then walk the tree once per row."""
-        leaves, progress = self.leaves(), training_progress(call.get("trainer_state"))
-        log_metric, log_extra = call.get("log_metric"), call.get("log_extra")
-        for leaf, values in zip(leaves, columns, strict=True):
-            present = [value for value in values if value is not None]
-            if log_metric and present:
-                log_metric(f"rewards/{leaf.name}/mean", sum(present) / len(present))
-            if log_extra:
-                log_extra(leaf.name, values)
-        if log_metric:
-            for node in self.nodes():
-                for weight, weighed in weights(node):
-                    if not isinstance(weight, Constant):
-                        log_metric(f"reward_weights/{weighed.__name__}", weight(progress))
-        # By identity, since comparing leaves for every row and occurrence would be slow.
-        of_leaf = {id(leaf): columns[leaves.index(leaf)] for node in self.nodes() for leaf in node.leaves()}
-        skip = all(leaf.errors == "skip" for leaf in leaves)
-        results: list[Value] = []
-        errors = 0
-        for row in range(len(call["completions"])):
-            try:
-                results.append(self._value(row, of_leaf, progress))
-            except RewardError:
-                if not skip:
-                    raise
-                results.append(None)
-                errors += 1
-        if skip and log_metric:
-            log_metric(f"rewards/{self.__name__}/errors", float(errors))
-        return results
-
-    def _value(self, row: int, of_leaf: dict[int, list[Value]], progress: float) -> Value:
-        def look(operand: Operand) -> Value:
-            if isinstance(operand, Schedule):
-                return operand(progress)
-            return (
-                operand._value(row, of_leaf, progress) if isinstance(operand, Composite) else of_leaf[id(operand)][row]
-            )
-
-        if isinstance(self.op, ops.Where):
-            value, condition, otherwise = self.children
-            holds = look(condition)
-            return None if holds is None else look(value if holds else otherwise)
-        values = [look(child) for child in self.children]
-        none = [value is None for value, child in zip(values, self.children, strict=True) if isinstance(child, Reward)]
-        if all(none) or (self.op.strict and any(none)):
-            return None
-        try:
-            result = self.op(*values)
-            finite = result is None or math.isfinite(result)
-        except ArithmeticError:
-            finite = False
-        if not finite:
-            remedy = "divide only .where(divisor > 0)" if isinstance(self.op, ops.Divide) else "clip the operands"
-            raise RewardError(
-                f"reward {self.__name__!r}, row {row}: {self.op.source(*map(str, values))} is not a finite number: "
-                f'{remedy}, or leave such rows out with .on_error("skip")'
-            )
-        return result
-
-
-@dataclass(frozen=True, repr=False)
-class AsyncComposite(Composite):
-    """A composite with an async leaf. Async leaves run concurrently, and beside them one thread runs the others."""
-
-    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
-        call = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
-        leaves = self.leaves()
-        blocking = [leaf for leaf in leaves if not is_async(leaf)]
-        waiting = [leaf for leaf in leaves if is_async(leaf)]
-        ready, *awaited = await asyncio.gather(
-            asyncio.to_thread(lambda: [leaf.evaluate(call) for leaf in blocking]),
-            *(leaf.evaluate(call) for leaf in waiting),
-            return_exceptions=True,  # so that no coroutine is left running when another one fails
-        )
-        for result in (ready, *awaited):
-            if isinstance(result, BaseException):
-                raise result
-        columns = {id(leaf): values for leaf, values in zip(blocking + waiting, [*ready, *awaited], strict=True)}
-        return self._combine(call, [columns[id(leaf)] for leaf in leaves])
-
-
 def is_operand(x: Any) -> bool:
     """Whether the algebra takes `x`: a reward, a schedule, a number, or a TRL reward function."""
     return isinstance(x, Reward | Schedule | Real) or callable(x)
 
 
-def compose(op: ops.Op, *operands: Any) -> Composite:
+def compose(op: ops.Op, *operands: Any) -> "Composite":
     """The composite of `op` over rewards, schedules, numbers and TRL reward functions, async where a leaf is."""
+    from .composites import AsyncComposite, Composite
+
     children: list[Operand] = []
     for operand in operands:
         if not is_operand(operand):
@@ -354,47 +281,3 @@ def compose(op: ops.Op, *operands: Any) -> Composite:
 def _infix(op: ops.Op, left: Any, right: Any) -> Any:
     # `NotImplemented` lets Python ask the other side, and then say which operator does not fit which types.
     return compose(op, left, right) if is_operand(left) and is_operand(right) else NotImplemented
-
-
-def minimum(*operands: Any) -> Composite:
-    """
-    The smallest operand, per row, over those that are not `None`; `None` where no reward among them applies.
-
-    Args:
-        operands ([`Reward`], `float`, schedule or TRL reward function):
-            At least one of them a reward.
-
-    Returns:
-        [`Reward`]
-
-    Example:
-    ```python
-    >>> from trl_grpo_ext.rewards import Length
-    >>> minimum(Length("characters"), 3)(prompts=["", ""], completions=["ab", "abcde"])
-    [2.0, 3.0]
-
-    ```
-    """
-    return compose(ops.Extreme("minimum"), *operands)
-
-
-def maximum(*operands: Any) -> Composite:
-    """
-    The largest operand, per row, over those that are not `None`; `None` where no reward among them applies.
-
-    Args:
-        operands ([`Reward`], `float`, schedule or TRL reward function):
-            At least one of them a reward.
-
-    Returns:
-        [`Reward`]
-
-    Example:
-    ```python
-    >>> from trl_grpo_ext.rewards import Length
-    >>> maximum(Length("characters"), 3)(prompts=["", ""], completions=["ab", "abcde"])
-    [3.0, 5.0]
-
-    ```
-    """
-    return compose(ops.Extreme("maximum"), *operands)

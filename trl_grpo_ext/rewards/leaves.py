@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .base import Reward, Value, is_async
+from .guards import Guard, run, run_async
+from .processes import Workers
 from .scoring import Memory, begin, settle
 
 
@@ -17,16 +19,20 @@ class Leaf(Reward):
     Args:
         name (`str`, *optional*, defaults to `default_name`):
             Name in the logs.
-        errors (`str`, *optional*, defaults to `"raise"`):
-            Set by [`~Reward.on_error`].
+        errors (`str`, *optional*):
+            Set by [`~Reward.on_error`]; `None` is `"skip"` for a guarded leaf, and else `"raise"`.
         cache_size (`int`, *optional*):
             Set by [`~Reward.cached`].
+        guard ([`Guard`], *optional*):
+            Set by `timeout`, `retry`, `concurrency` and `in_processes`.
     """
 
     name: str = field(default="", kw_only=True)
-    errors: str = field(default="raise", kw_only=True)
+    errors: str | None = field(default=None, kw_only=True)
     cache_size: int | None = field(default=None, kw_only=True)
+    guard: Guard | None = field(default=None, kw_only=True)
     _memory: Memory = field(default_factory=Memory, init=False, compare=False)
+    _workers: Workers = field(default_factory=Workers, init=False, compare=False)
 
     def __post_init__(self):
         if not self.name:
@@ -43,6 +49,11 @@ class Leaf(Reward):
     def __name__(self) -> str:
         return self.name
 
+    @property
+    def skips(self) -> bool:
+        """Whether rows without a usable value are left out, rather than stopping the training."""
+        return self.errors == "skip" or (self.errors is None and self.guard is not None)
+
     def score(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
         """Values for the rows, one each; what a subclass writes."""
         raise NotImplementedError
@@ -55,7 +66,7 @@ class Leaf(Reward):
     def evaluate(self, call: dict[str, Any]) -> Any:
         """Checked values for TRL's keyword arguments `call`."""
         job = begin(self, call)
-        return settle(self, call, job, job.run(self.score))
+        return settle(self, call, job, run(self, job))
 
     def leaves(self) -> list["Leaf"]:
         return [self]
@@ -68,14 +79,16 @@ class Leaf(Reward):
         for item in fields(self):
             value = getattr(self, item.name)
             default = self.default_name if item.name == "name" else item.default
-            # `errors` and `cache_size` are shown as the methods that set them.
-            if item.init and item.name not in ("errors", "cache_size") and value != default:
+            # `errors`, `cache_size` and `guard` are shown as the methods that set them.
+            if item.init and item.name not in ("errors", "cache_size", "guard") and value != default:
                 shown.append(f"{item.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def __repr__(self) -> str:
         cached = "" if self.cache_size is None else f".cached(max_size={self.cache_size})"
-        return self._constructor() + cached + ("" if self.errors == "raise" else f".on_error({self.errors!r})")
+        guarded = "" if self.guard is None else self.guard.source()
+        shown = self.errors is not None and self.errors != ("raise" if self.guard is None else "skip")
+        return self._constructor() + guarded + cached + (f".on_error({self.errors!r})" if shown else "")
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +118,7 @@ class AsyncFunctionReward(FunctionReward):
 
     async def evaluate(self, call: dict[str, Any]) -> list[Value]:
         job = begin(self, call)
-        return settle(self, call, job, await job.run_async(self.score))
+        return settle(self, call, job, await run_async(self, job))
 
 
 def callable_name(function: Callable) -> str:

@@ -4,20 +4,30 @@ import hashlib
 import logging
 import math
 import pickle
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What TRL passes besides the rows. A cached value must not depend on these.
-_NOT_OF_THE_ROW = ("trainer_state", "environments", "log_metric", "log_extra")
+# What TRL passes besides the rows. A cached value must not depend on these, and they cannot go to another process.
+NOT_OF_THE_ROW = ("trainer_state", "environments", "log_metric", "log_extra")
+# What a guarded leaf logs as `rewards/{name}/{kind}`: bad answers by kind, retried ones included, and retries.
+TALLIES = ("failures", "timeouts", "garbage", "retries")
+MAX_FLOAT32 = 3.4028234663852886e38  # TRL keeps rewards in float32
 
 
 class RewardError(ValueError):
     """A reward raised, or returned something that is no list of finite numbers and `None`, one per completion."""
+
+
+class RowError(RuntimeError):
+    """What went wrong with one row, where the message says it all. `kind` is one of [`TALLIES`]."""
+
+    def __init__(self, message: str, kind: str = "failures"):
+        super().__init__(message)
+        self.kind = kind
 
 
 class Memory(OrderedDict):
@@ -43,34 +53,16 @@ class Memory(OrderedDict):
 
 @dataclass(frozen=True)
 class Job:
-    """What a leaf has to score: one key per row of TRL's call, which `rows` are not `known`, and a `call` for those."""
+    """
+    What a leaf has to score: one key per row of TRL's call, which `rows` are not `known`, and a `call` for those.
+    `tally` counts what goes wrong on the way.
+    """
 
     call: dict[str, Any]
     rows: list[int]
     keys: list[Any]
     known: dict[Any, float | None]
-
-    def run(self, score: Callable) -> Any:
-        """What `score` returns, or the exception it raised."""
-        if not self.rows:
-            return []
-        try:
-            return score(**self.call)
-        except ImportError:  # a missing package is for the user to install, never for `on_error` to skip
-            raise
-        except Exception as error:
-            return error
-
-    async def run_async(self, score: Callable) -> Any:
-        """The same for an async `score`."""
-        if not self.rows:
-            return []
-        try:
-            return await score(**self.call)
-        except ImportError:
-            raise
-        except Exception as error:
-            return error
+    tally: Counter[str] = field(default_factory=Counter)
 
 
 def begin(leaf: Any, call: dict[str, Any]) -> Job:
@@ -78,7 +70,7 @@ def begin(leaf: Any, call: dict[str, Any]) -> Job:
     count = len(call["completions"])
     if leaf.cache_size is None:
         return Job(call=call, rows=list(range(count)), keys=list(range(count)), known={})
-    call = {name: value for name, value in call.items() if name not in _NOT_OF_THE_ROW}
+    call = {name: value for name, value in call.items() if name not in NOT_OF_THE_ROW}
     columns = {name: value for name, value in call.items() if isinstance(value, list | tuple) and len(value) == count}
     others = {name: value for name, value in call.items() if name not in columns}
     keys = [_key({name: column[row] for name, column in columns.items()} | others) for row in range(count)]
@@ -94,7 +86,7 @@ def settle(leaf: Any, call: dict[str, Any], job: Job, outcome: Any) -> list[floa
     values, problems = _read(outcome, job.rows)
     if problems:
         message = f"reward {leaf.name!r}{next(iter(problems.values()))}"
-        if leaf.errors == "raise":
+        if not leaf.skips:
             raise RewardError(message) from (outcome if isinstance(outcome, Exception) else None)
         logger.warning("%s (skipped %d of %d rows)", message, len(problems), len(job.rows))
     found = dict(job.known)
@@ -106,9 +98,12 @@ def settle(leaf: Any, call: dict[str, Any], job: Job, outcome: Any) -> list[floa
             failed.add(key)  # and not remembered: the error may be gone next time
         elif leaf.cache_size is not None:
             leaf._memory.remember(key, value, leaf.cache_size)
-    if leaf.errors == "skip" and call.get("log_metric"):
+    if call.get("log_metric"):
         # Zero counts too: TRL averages what is logged, and silence would make a rare error look frequent.
-        call["log_metric"](f"rewards/{leaf.name}/errors", float(sum(key in failed for key in job.keys)))
+        if leaf.skips:
+            call["log_metric"](f"rewards/{leaf.name}/errors", float(sum(key in failed for key in job.keys)))
+        for kind in TALLIES if leaf.guard is not None else ():
+            call["log_metric"](f"rewards/{leaf.name}/{kind}", float(job.tally[kind]))
     return [found[key] for key in job.keys]
 
 
@@ -117,7 +112,7 @@ def _read(outcome: Any, rows: list[int]) -> tuple[list[float | None], dict[int, 
     skip = 'leave such rows out with .on_error("skip")'
     nothing: list[float | None] = [None] * len(rows)
     if isinstance(outcome, Exception):
-        what = f" raised {type(outcome).__name__}: {outcome}: mend the cause, or {skip}"
+        what = f" {said(outcome)}: mend the cause, or {skip}"
         return nothing, dict.fromkeys(rows, what)
     values = outcome.tolist() if hasattr(outcome, "tolist") else outcome  # tensors and arrays
     if not isinstance(values, list | tuple) or len(values) != len(rows):
@@ -126,14 +121,70 @@ def _read(outcome: Any, rows: list[int]) -> tuple[list[float | None], dict[int, 
         return nothing, dict.fromkeys(rows, what)
     problems = {}
     for index, (row, value) in enumerate(zip(rows, values, strict=True)):
-        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # scalars of torch and numpy
-            value = value.item()
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
-            what = f'{value!r:.80} is not a finite number: return None for "does not apply", or {skip}'
-            problems[row] = f", row {row}: {what}"
-        else:
-            nothing[index] = None if value is None else float(value)
+        if isinstance(value, Exception):
+            problems[row] = f", row {row}: {said(value)}: mend the cause, or {skip}"
+            continue
+        number, problem = number_or_problem(value)
+        if problem is not None:
+            problems[row] = f', row {row}: {shown(value)} {problem}: return None for "does not apply", or {skip}'
+        nothing[index] = number
     return nothing, problems
+
+
+def number_or_problem(value: Any) -> tuple[float | None, str | None]:
+    """
+    `value` as a reward, `None` for "does not apply"; or else what is wrong with it.
+
+    ```python
+    >>> number_or_problem(2), number_or_problem("two"), number_or_problem(10**40)
+    ((2.0, None), (None, 'is not a finite number'), (None, 'is not a finite number in float32'))
+
+    ```
+    """
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # scalars of torch and numpy
+        value = value.item()
+    if value is None:
+        return None, None
+    if not isinstance(value, Real) or value != value or value in (math.inf, -math.inf):
+        return None, "is not a finite number"
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    return (number, None) if abs(number) <= MAX_FLOAT32 else (None, "is not a finite number in float32")
+
+
+def said(error: BaseException) -> str:
+    """What an exception of a reward says, in text that any log takes."""
+    if isinstance(error, RowError):
+        return str(error)
+    try:
+        text = str(error)
+    except Exception:
+        text = "(it cannot say why)"
+    return f"raised {type(error).__name__}: {text.strip().partition(chr(10))[0][:2000]}".encode(
+        "utf-8", "backslashreplace"
+    ).decode()
+
+
+def shown(value: Any) -> str:
+    """The beginning of the `repr` of what a reward returned, which may be anything."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # Python prints no integer of 5000 digits
+        return f"a {type(value).__name__}"
+
+
+def only_value(outcome: Any) -> float | None:
+    """The value that a leaf returned for a call of one row. Raises [`RowError`] where that is no reward."""
+    values = outcome.tolist() if hasattr(outcome, "tolist") else outcome
+    if not isinstance(values, list | tuple) or len(values) != 1:
+        given = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+        raise RowError(f"it returned {given} for 1 completion", "garbage")
+    number, problem = number_or_problem(values[0])
+    if problem is not None:
+        raise RowError(f"{shown(values[0])} {problem}", "garbage")
+    return number
 
 
 def _key(row: dict[str, Any]) -> bytes:

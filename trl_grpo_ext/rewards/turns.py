@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Reward, Value, is_async
+from .guards import run_async
 from .leaves import Leaf, as_reward
 from .scoring import begin, settle
 
@@ -77,7 +78,7 @@ class AsyncViewReward(ViewReward):
 
     async def evaluate(self, call: dict[str, Any]) -> list[Value]:
         job = begin(self, call)
-        return settle(self, call, job, await job.run_async(self.score))
+        return settle(self, call, job, await run_async(self, job))
 
     async def score(self, prompts, completions, completion_ids=None, **kwargs):
         positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import gather_object
-from trl.data_utils import is_conversational
 
 from ..answers import Answer, RolloutRow
 
@@ -76,24 +75,35 @@ def read_turns(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]
 
     ```
     """
-    if not is_conversational({"prompt": row["prompt"]}):
+    prompt, turns = row.get("prompt"), row.get("turns") or []
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
         raise ValueError(
-            f"prompt={row['prompt']!r} is no list of messages: write "
+            f"prompt={prompt!r:.500} is no list of messages: write "
             '[{"role": "user", "content": "..."}] and put what the user says later into `turns`'
         )
+    if not isinstance(turns, list) or not all(isinstance(turn, str) or _is_message(turn, True) for turn in turns):
+        raise ValueError(f"turns={turns!r:.500} is no list of what the user says: write texts or messages into it")
     parts: list[list[Message]] = [[]]
-    for message in row["prompt"]:
+    for message in prompt:
         if message["role"] == "assistant" and not message.get("content"):
             parts.append([])
         else:
             parts[-1].append(message)
-    for turn in row.get("turns") or []:
+    for turn in turns:
         parts.append([{"role": "user", "content": turn}] if isinstance(turn, str) else [turn])
     if len(parts) > 1 and not parts[-1]:
         parts.pop()  # a last assistant message is where the last answer goes anyway
     if not all(part and part[-1]["role"] != "assistant" for part in parts):
-        raise ValueError(f"prompt={row['prompt']!r} has a turn in which the user says nothing: fill it in or remove it")
+        raise ValueError(f"prompt={prompt!r:.500} has a turn in which the user says nothing: fill it in or remove it")
     return parts[0], parts[1:]
+
+
+def _is_message(value: Any, is_whole: bool = False) -> bool:
+    """Whether `value` is a message of a chat. Only that of an assistant who is still to answer has no content."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    is_open = value["role"] == "assistant" and not is_whole
+    return isinstance(value.get("content"), str | list) or (is_open and not value.get("content"))
 
 
 class Talk:
@@ -153,7 +163,7 @@ class Talk:
     ) -> Dialogue:
         """The conversation after an answer and what the user said to it."""
         end_of_turn, glue_ids = self._glue(said)
-        if answer.ids[-1] not in self.trainer.eos_token_ids:  # cut off
+        if not answer.ids or answer.ids[-1] not in self.trainer.eos_token_ids:  # cut off
             glue_ids = end_of_turn + glue_ids
         return replace(
             dialogue,

@@ -13,6 +13,7 @@ from ..callbacks import GRPOCallback, RolloutBatch
 from ..credit import leave_one_out_advantages, returns
 from ..group_size import ThresholdGroupSizeCallback
 from ..sampler import RolloutPlan
+from ..state import check_state
 from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out_rows
 
 HISTORIES = ("shared", "independent")
@@ -158,6 +159,7 @@ class MultiTurnCallback(GRPOCallback):
         return {"num_batches": self.num_batches}
 
     def load_state_dict(self, state_dict):
+        check_state(state_dict, num_batches=int)
         self.num_batches = state_dict["num_batches"]
 
     # Rollout

@@ -1,0 +1,258 @@
+"""Checkpoints that are complete or do not count, and files that are written whole or not at all.
+
+transformers writes a checkpoint file by file into its final folder, and takes the folder with the highest step for the
+last checkpoint, whatever it holds. Here a manifest says whether a folder is complete: `"complete": false` is written
+before anything else, the size of every file after everything else. Folders without a manifest come from stock TRL and
+count as soon as they hold a readable `trainer_state.json`, which transformers writes last.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+MANIFEST = "grpo_checkpoint.json"
+OURS = "grpo_*"  # what this package adds to a checkpoint
+TRAINER_STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, is not complete, or holds what no training writes."""
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
+    """
+    Write a file so that a crash at any moment, of the machine too, leaves the old one or the new one.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        write (`Callable`):
+            Called with a binary file to write to.
+
+    Raises:
+        `OSError`: where it cannot be written; then the old file is still there.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "state"
+    >>> write_whole(path, lambda file: file.write(b"whole"))
+    >>> path.read_bytes(), len(list(path.parent.iterdir()))
+    (b'whole', 1)
+
+    ```
+    """
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(temporary.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names in a folder last, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # and some file systems sync none
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def begin(folder: str | os.PathLike[str]) -> None:
+    """Say that a checkpoint is being written, before anything of it is. What an earlier save left of ours goes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_manifest(folder, {"format": 1, "complete": False})
+    for stale in folder.glob(OURS):
+        if stale.name != MANIFEST:
+            stale.unlink()
+
+
+def complete(folder: str | os.PathLike[str]) -> None:
+    """Say that a checkpoint is written, once all processes have written their parts and the disk holds them."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in files:
+        # Some file systems tell only now that they are full.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    _write_manifest(folder, {"format": 1, "complete": True, "files": sizes})
+
+
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    write_whole(folder / MANIFEST, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
+    """What is wrong with the checkpoint in a folder, as the end of a sentence; `None` if it is complete."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        state = read_object(folder / TRAINER_STATE)
+        return None if "global_step" in state else f"it has no readable {TRAINER_STATE}, which is written last"
+    manifest = read_object(folder / MANIFEST)
+    if manifest.get("complete") is False:
+        return "writing it was interrupted"
+    sizes = manifest.get("files")
+    if manifest.get("complete") is not True or not isinstance(sizes, dict):
+        return f"its {MANIFEST} is broken"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, the last step first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_complete(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """
+    The checkpoint to resume a run from.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            `output_dir` of the run.
+
+    Returns:
+        `tuple[Path, list[str]]`:
+            The complete checkpoint with the highest step, `None` if there is none, and what is wrong with each of those
+            after it.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> run = Path(tempfile.mkdtemp())
+    >>> begin(run / "checkpoint-10"), complete(run / "checkpoint-10"), begin(run / "checkpoint-20")
+    (None, None, None)
+    >>> path, skipped = last_complete(run)
+    >>> path.name, skipped
+    ('checkpoint-10', ['checkpoint-20: writing it was interrupted'])
+
+    ```
+    """
+    skipped: list[str] = []
+    for checkpoint in checkpoints_in(folder):
+        reason = why_incomplete(checkpoint)
+        if reason is None:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint.name}: {reason}")
+    return None, skipped
+
+
+def check_complete(folder: str | os.PathLike[str]) -> None:
+    """Raise [`CheckpointError`] for a checkpoint that is not complete."""
+    reason = why_incomplete(folder)
+    if reason is not None:
+        last, _ = last_complete(Path(folder).parent)
+        remedy = "there is no complete one beside it" if last is None else f"resume from {last}"
+        raise CheckpointError(
+            f"{folder} is not complete: {reason}. Not resuming from it; {remedy}. If files were taken out of it on "
+            f"purpose, delete its {MANIFEST}"
+        )
+
+
+def save_failed(folder: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    """The error to raise for a save that failed, after what is there of the checkpoint is deleted."""
+    folder = Path(folder)
+    place = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    free = 0 if place is None else shutil.disk_usage(place).free
+    disk = "the disk is full" if free < 2**20 else f"{free / 1e6:.0f} MB are free there"
+    if folder.exists() and why_incomplete(folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)  # it is of no use, and may hold what the disk lacks
+    last, _ = last_complete(folder.parent)
+    remedy = "there is no complete checkpoint" if last is None else f"the last complete checkpoint is {last}"
+    reason = (str(error).splitlines() or [""])[0]
+    return CheckpointError(f"{folder} could not be written ({type(error).__name__}: {reason}; {disk}): {remedy}")
+
+
+def delete_old(newest: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
+    """
+    Keep `limit` checkpoints of a run, as transformers does, but delete those that are not complete first.
+
+    Args:
+        newest (`str` or `os.PathLike`):
+            The checkpoint that was just completed, which stays.
+        limit (`int`, *optional*):
+            Checkpoints to keep; all of them if `None` or not positive.
+        best (`str`, *optional*):
+            The best checkpoint, which stays.
+    """
+    if limit is None or limit <= 0:
+        return
+    newest = Path(newest)
+    keep = {newest.absolute()} | ({Path(best).absolute()} if best else set())
+    old = [path for path in checkpoints_in(newest.parent) if path.absolute() not in keep]
+    old.sort(key=lambda path: (why_incomplete(path) is None, path.stat().st_mtime))
+    count = len(old) + len(keep)
+    for path in old[: max(0, count - max(limit, len(keep)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_tensors(path: str | os.PathLike[str], device: Any = "cpu") -> dict[str, Any]:
+    """
+    Tensors and plain data from a file; no code in it runs.
+
+    Raises:
+        [`CheckpointError`]: for a file that is cut off, damaged, or holds anything else.
+    """
+    try:
+        content = torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # zip, pickle and torch each have their own
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{os.fspath(path)} cannot be read ({type(error).__name__}: {reason}): it is cut off, damaged, or holds "
+            "more than tensors and plain data. Resume from another checkpoint"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{os.fspath(path)} holds a {type(content).__name__}, not a dict: not written by a save")
+    return content
+
+
+@contextlib.contextmanager
+def blaming(place: str) -> Iterator[None]:
+    """Whatever a state makes the code in this block raise becomes a `CheckpointError` that says where it stands."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{place}: {what}") from error

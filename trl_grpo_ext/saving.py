@@ -1,0 +1,162 @@
+"""[`SavingGRPOTrainer`]: TRL's trainer with checkpoints that are complete or do not count, and callbacks in them."""
+
+import math
+import os
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import checkpoints
+from .callbacks import GRPOCallback
+from .compute.trainer import LeanGRPOTrainer
+from .planner import Planner
+from .state import check_rollouts, check_state
+
+logger = get_logger(__name__)
+
+STATE_FILE, STATE_VERSION = "grpo_callbacks.pt", 1
+ROLLOUTS_FILE = "grpo_rollouts_{rank}.pt"
+
+
+class SavingGRPOTrainer(LeanGRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] that never resumes from half a checkpoint, and keeps the state of its [`GRPOCallback`]s.
+
+    It is the base of [`AdaptiveGRPOTrainer`], which calls them.
+
+    Raises:
+        [`~trl_grpo_ext.checkpoints.CheckpointError`]: where a checkpoint cannot be written, and when asked to resume
+        from one that is not complete, or whose state of the callbacks is not what a save wrote.
+    """
+
+    _planner: Planner | None
+    _num_rollouts: int
+    _is_saving = False
+
+    @property
+    def grpo_callbacks(self) -> list[GRPOCallback]:
+        """The callbacks with hooks, in the order in which they run."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, GRPOCallback)]
+
+    # TRL's seams
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
+            checkpoints.check_complete(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, *args, **kwargs):
+        super().save_model(*args, **kwargs)
+        if self._is_saving:  # training_args.bin holds the limit now, and old checkpoints are for us to delete
+            self.args.save_total_limit = None
+
+    def _save_checkpoint(self, model, trial):
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        limit, self._is_saving = self.args.save_total_limit, True
+        try:
+            if self.args.should_save:
+                checkpoints.begin(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.grpo_callbacks and not self.args.save_only_model:
+                self._save_state(folder)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.complete(folder)
+        except Exception as error:
+            raise checkpoints.save_failed(folder, error) from error
+        finally:
+            self.args.save_total_limit, self._is_saving = limit, False
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        if self.args.should_save:
+            checkpoints.delete_old(folder, limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._is_saving:  # but once it is complete
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.grpo_callbacks:
+            self._load_state(checkpoint)
+
+    # Checkpoints
+
+    def _last_checkpoint(self) -> str | bool:
+        """The last complete checkpoint of the run, the same on every process; `True` if there is nothing to look at."""
+        found, skipped = checkpoints.last_complete(self.args.output_dir)
+        chosen = [(None if found is None else found.name, skipped)]
+        if self.accelerator.num_processes > 1:  # the main process decides
+            broadcast_object_list(chosen)
+        name, skipped = chosen[0]
+        if skipped and name is None:
+            raise checkpoints.CheckpointError(
+                f"No checkpoint in {self.args.output_dir} is complete ({'; '.join(skipped)}): start the run anew, "
+                "without resume_from_checkpoint"
+            )
+        if skipped:
+            logger.warning(f"Resuming from {name}: {'; '.join(skipped)}")
+        if name is None:
+            return True  # transformers says that there is none
+        path = os.path.join(self.args.output_dir, name)
+        checkpoints.check_complete(path)  # on this machine too
+        return path
+
+    def _save_state(self, folder: str) -> None:
+        # Between two generations, the rollouts still to be trained on are part of the state.
+        step = self._step % math.lcm(
+            self.args.steps_per_generation * self.num_iterations, self.args.gradient_accumulation_steps
+        )
+        if self.args.should_save:
+            state = {
+                "version": STATE_VERSION,
+                "callbacks": [(type(callback).__name__, callback.state_dict()) for callback in self.grpo_callbacks],
+                "planner": None if self._planner is None else self._planner.state_dict(),
+                "num_rollouts": self._num_rollouts,
+                "ranks_with_rollouts": self.accelerator.num_processes if step > 0 else 0,
+            }
+            checkpoints.write_whole(os.path.join(folder, STATE_FILE), lambda file: torch.save(state, file))
+        if step > 0:
+            os.makedirs(folder, exist_ok=True)
+            rollouts = {"step": step, "inputs": self._buffered_inputs}
+            path = os.path.join(folder, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
+            checkpoints.write_whole(path, lambda file: torch.save(rollouts, file))
+
+    def _load_state(self, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.exists(path):
+            logger.warning(f"{checkpoint} has no {STATE_FILE}: the callbacks start from scratch")
+            return
+        state = checkpoints.load_tensors(path)
+        with checkpoints.blaming(path):
+            check_state(state, version=int, callbacks=list, planner=object, num_rollouts=int, ranks_with_rollouts=int)
+            if state["version"] != STATE_VERSION:
+                raise ValueError(
+                    f"'version' is {state['version']}, and this release reads {STATE_VERSION}: resume with the "
+                    "release that wrote it"
+                )
+            found = [(name, entry) for name, entry in state["callbacks"]]
+        self._num_rollouts = state["num_rollouts"]
+        if self._planner is not None and state["planner"] is not None:
+            with checkpoints.blaming(f"{path}, planner"):
+                self._planner.load_state_dict(state["planner"])
+        for callback in self.grpo_callbacks:
+            name = type(callback).__name__
+            position = next((i for i, entry in enumerate(found) if entry[0] == name), None)
+            if position is not None:
+                with checkpoints.blaming(f"{path}, {name}"):
+                    callback.load_state_dict(found.pop(position)[1])
+            elif callback.state_dict():
+                logger.warning(f"{checkpoint} has no state of {name}: it starts from scratch")
+        # With another number of processes, every rank generates anew.
+        if state["ranks_with_rollouts"] == self.accelerator.num_processes:
+            path = os.path.join(checkpoint, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
+            rollouts = checkpoints.load_tensors(path, self.accelerator.device)
+            with checkpoints.blaming(path):
+                check_rollouts(rollouts, self.args.steps_per_generation)
+            self._step, self._buffered_inputs = rollouts["step"], rollouts["inputs"]
