@@ -6,7 +6,8 @@ What a training step costs, against stock TRL on the same rollouts: time and pea
 compares `trl.GRPOTrainer` with `AdaptiveGRPOTrainer`, all options off and `share_prompts` and `skip_zero_advantage` on,
 for a model of the shape of SmolLM2-135M with random weights: LoRA of rank 16, 16 rows, groups of 8, completions of 48
 tokens, fp32. Nothing is downloaded. Methods take turns, so that a ratio compares neighbours in time; peak memory is
-measured in a process of its own for each. Writes `results.csv`, `table.md` and `compute.png`.
+measured in a process of its own for each. Writes `results.csv`, `table.md` and `compute.png` to `output_dir`; what is
+already in `results.csv` is not measured again. Time is best measured on a machine with nothing else to do.
 """
 
 import argparse
@@ -56,6 +57,7 @@ WORKLOADS = {  # name -> length of the prompts, share of flat groups
     "prompt 256": (256, 0.0),
     "prompt 64, half flat": (64, 0.5),
 }
+PARTS = {"time": ("update", "step"), "memory": ("memory", "memory of the update")}  # part -> kinds of its results
 
 
 def methods_of(workload: str) -> list[str]:
@@ -205,6 +207,14 @@ def measure_memory(workload: str, smoke: bool, say: Callable[[str], None]) -> li
     return rows
 
 
+def read(path: Path) -> list[dict]:
+    """What an earlier run measured."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{**row, "value": float(row["value"]), "ratio": float(row["ratio"])} for row in csv.DictReader(file)]
+
+
 def table(results: list[dict]) -> str:
     kinds = list(dict.fromkeys(row["kind"] for row in results))
     lines = ["| workload | options | " + " | ".join(kinds) + " |", "| --- " * (2 + len(kinds)) + "|"]
@@ -218,7 +228,7 @@ def table(results: list[dict]) -> str:
                     if (row["workload"], row["method"], row["kind"]) == (workload, method, kind)
                 ]
                 spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-                cells.append(f"{median(ratios):.2f}{spread}")
+                cells.append(f"{median(ratios):.2f}{spread}" if ratios else "–")
             lines.append(f"| {workload} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -240,6 +250,8 @@ def plot(results: list[dict], path: Path) -> None:
                 ratios = [
                     r["ratio"] for r in results if (r["workload"], r["method"], r["kind"]) == (workload, method, kind)
                 ]
+                if not ratios:
+                    continue
                 middle = median(ratios)
                 axis.bar(x + 0.4 * offset, middle, 0.38, color=COLORS[offset], label=label if x == 0 else None)
                 axis.vlines(x + 0.4 * offset, min(ratios), max(ratios), color="black")
@@ -260,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/compute", help="where to write")
     parser.add_argument("--repeats", type=int, default=5, help="how often each is timed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and one workload, to see that it runs")
     parser.add_argument("--peak", nargs=2, metavar=("METHOD", "WORKLOAD"), help="measure the memory of one and stop")
     options = parser.parse_args()
@@ -272,14 +285,20 @@ def main() -> None:
         return
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results: list[dict] = []
+    results = read(folder / "results.csv")
+    say = partial(print, flush=True)
     for workload in list(WORKLOADS)[-1:] if options.smoke else WORKLOADS:
-        results += measure(workload, shape, options.repeats, print)
-        results += measure_memory(workload, options.smoke, print)
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(results[0]))
-        writer.writeheader()
-        writer.writerows(results)
+        for part in options.parts:
+            if any(row["workload"] == workload and row["kind"] in PARTS[part] for row in results):
+                continue
+            if part == "time":
+                results += measure(workload, shape, options.repeats, say)
+            else:
+                results += measure_memory(workload, options.smoke, say)
+            with (folder / "results.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(results[0]))
+                writer.writeheader()
+                writer.writerows(results)
     (folder / "table.md").write_text(table(results) + "\n")
     plot(results, folder / "compute.png")
     print(f"\n{table(results)}\n\nWritten to {folder}")

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 
 from .packing import equal_rows
 
@@ -43,6 +44,39 @@ class EnoughFinished(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.finished |= torch.isin(input_ids[:, -1], self.eos_token_ids)
         return (self.finished.float().mean() >= LEAVE).expand(len(self.finished))
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for the tokens to come: these are written into it, and nothing is copied for them."""
+
+    room: tuple[Tensor, Tensor]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + key_states.size(-2)
+        if end > self.room[0].size(-2):
+            return super().update(key_states, value_states, *args, **kwargs)
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[..., start:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+
+def select_rows(cache: Cache, rows: Tensor, num_new: int) -> None:
+    """Keep the given rows of a cache, shape `(M,)`, each as often as it is named, with room for `num_new` tokens."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, RoomyLayer):
+            layer.batch_select_indices(rows)
+            continue
+        roomy, room = RoomyLayer(), []
+        for old in (layer.keys, layer.values):
+            new = old.new_empty(len(rows), old.size(1), old.size(2) + num_new, old.size(3))
+            new[..., : old.size(2), :] = old[rows]
+            room.append(new)
+        roomy.lazy_initialization(*room)
+        roomy.room = (room[0], room[1])
+        roomy.keys, roomy.values = (new[..., : new.size(2) - num_new, :] for new in room)
+        cache.layers[number] = roomy
 
 
 def why_not_prefilled(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
@@ -93,7 +127,7 @@ def prefilled_generate(
             logits_to_keep=1,
         )
         cache = prefill.past_key_values
-        cache.batch_select_indices(prompts)
+        select_rows(cache, prompts, 1 + generation_config.max_new_tokens)
         arguments["past_key_values"] = cache
 
     config = copy.deepcopy(generation_config)
@@ -114,7 +148,7 @@ def prefilled_generate(
         if config.max_new_tokens == 0 or not going_on.any():
             return sequences[:, : output.sequences.size(1)]
         rows = rows[going_on]
-        output.past_key_values.batch_select_indices(going_on.nonzero().flatten())
+        select_rows(output.past_key_values, going_on.nonzero().flatten(), 1 + config.max_new_tokens)
         ids = output.sequences[going_on]
         mask = torch.ones_like(ids)
         mask[:, :width] = attention_mask[rows]
