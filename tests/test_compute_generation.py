@@ -7,10 +7,10 @@ import torch
 from conftest import config_kwargs, count_vowels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from trl_grpo_ext.compute.generation import prefilled_generate, why_not_prefilled
+from trl_grpo_ext.compute.generation import prefilled_generate, select_rows, why_not_prefilled
 
 WIDTH = 8
 
@@ -161,3 +161,38 @@ def test_the_trainer_says_why_not(model_path, dataset, tmp_path, caplog):
         trainer.train()
     said = [record.message for record in caplog.records if "no_repeat_ngram_size" in record.message]
     assert len(said) == 1
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    steps=st.lists(st.integers(1, 3), max_size=4),
+    room=st.integers(0, 8),
+)
+def test_cache_with_room_holds_what_one_that_grows_does(rows, steps, room):
+    """Also where the room is used up, and one that had room is selected from again."""
+    generator = torch.Generator().manual_seed(0)
+    growing, roomy = DynamicCache(), DynamicCache()
+    start = torch.randn(2, 3, 2, 4, 5, generator=generator)
+    for cache in (growing, roomy):
+        cache.update(*start, layer_idx=0)
+    for selected in (torch.tensor(rows), torch.arange(len(rows)).flip(0)):
+        growing.batch_select_indices(selected)
+        select_rows(roomy, selected, room)
+        for step in steps:
+            new = torch.randn(2, len(rows), 2, step, 5, generator=generator)
+            for one, other in zip(growing.update(*new, layer_idx=0), roomy.update(*new, layer_idx=0), strict=True):
+                assert torch.equal(one, other)
+        assert growing.get_seq_length() == roomy.get_seq_length()
+
+
+def test_tokens_are_written_into_the_room_without_a_copy():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 4, 5), torch.zeros(1, 2, 4, 5), layer_idx=0)
+    select_rows(cache, torch.tensor([0, 0]), num_new=3)
+    place = cache.layers[0].keys.data_ptr()
+    for _ in range(3):
+        cache.update(torch.ones(2, 2, 1, 5), torch.ones(2, 2, 1, 5), layer_idx=0)
+        assert cache.layers[0].keys.data_ptr() == place
+    cache.update(torch.ones(2, 2, 1, 5), torch.ones(2, 2, 1, 5), layer_idx=0)
+    assert cache.layers[0].keys.data_ptr() != place

@@ -228,7 +228,7 @@ def table(results: list[dict]) -> str:
                     if (row["workload"], row["method"], row["kind"]) == (workload, method, kind)
                 ]
                 spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-                cells.append(f"{median(ratios):.2f}{spread}" if ratios else "–")
+                cells.append(f"{median(ratios):.2f}{spread}" if ratios else "-")
             lines.append(f"| {workload} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
