@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .reader import Run, is_number, is_own_file
+from .reader import Run, average, is_number, is_own_file
 from .text import message_text
 
 MAX_CHARACTERS = 4000  # of one prompt or completion on the page
@@ -148,7 +148,7 @@ def _groups(run: Run, table: dict[str, list]) -> list[dict[str, Any]]:
                 "prompt": _cut(prompts[start]),
                 "flat": not present or min(present) == max(present) or not taught,
                 "spread": max(present) - min(present) if present else None,
-                "mean": sum(present) / len(present) if present else None,
+                "mean": average(present) if present else None,
                 "rows": [[completions[i], advantages[i], totals[i]] for i in range(start, stop)],
                 "values": {name: column[start:stop] for name, column in values.items()},
             }

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reader import Run
+from .reader import Run, average
 from .text import file_name, one_line
 
 # Colours that colour-blind readers tell apart (Okabe and Ito, 2008); the total is drawn in black.
@@ -250,7 +250,7 @@ def _buckets(values: list[float | None], size: int) -> tuple[list, list, list]:
     high: list[float | None] = []
     for start in range(0, len(values), size):
         present = [value for value in values[start : start + size] if value is not None]
-        mean.append(sum(present) / len(present) if present else None)
+        mean.append(average(present) if present else None)
         low.append(min(present, default=None))
         high.append(max(present, default=None))
     return mean, low, high

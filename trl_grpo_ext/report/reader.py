@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import stat
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -280,6 +282,25 @@ def is_number(value: Any) -> TypeGuard[float]:
         and not isinstance(value, bool)
         and -sys.float_info.max <= value <= sys.float_info.max
     )
+
+
+def average(values: Sequence[float]) -> float:
+    """
+    The mean of finite numbers, of any size: never infinite, and never outside of what it is the mean of.
+
+    Example:
+
+    ```python
+    >>> average([1.0, 2.0, 6.0]), average([1.7e308, 1.7e308])
+    (3.0, 1.7e+308)
+
+    ```
+    """
+    count = len(values)
+    mean = sum(values) / count
+    if not math.isfinite(mean):  # the sum is beyond what a float can hold
+        mean = sum(value / count for value in values)
+    return min(max(mean, min(values)), max(values))
 
 
 def state_of(run: Run, now: float | None = None) -> tuple[str, str]:
