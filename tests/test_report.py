@@ -346,6 +346,19 @@ def test_two_runs_share_their_axes(tmp_path):
     assert len({panel.file for panel in panels if not panel.is_extra}) == len([p for p in panels if not p.is_extra])
 
 
+def test_every_value_has_its_place_on_the_axis_of_rollouts(tmp_path):
+    rows = [{"rollouts/total": 8}, {"kl": 0.1}, {"rollouts/total": 16}, {"kl": 0.2}, {"eval_reward": 1.0}]
+    text = "".join(json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows, 1))
+    (axis,) = axes_of([run_with(tmp_path, text)])
+    assert axis.x["rollouts"] == [8, 8, 16, 16, 16]
+
+
+def test_rounding_of_the_mean_advantage_is_not_blown_up(tmp_path):
+    run = run_with(tmp_path, entries(20, **{"advantage/mean": lambda step: (-1) ** step * 1e-8}))
+    (panel,) = panels_of([run])
+    assert (panel.limits, panel.log) == ((-0.05, 0.05), False)
+
+
 def test_the_report_goes_where_it_is_told(tmp_path, capsys):
     folder = fabricate(tmp_path / "run")
     other = fabricate(tmp_path / "other", seed=1)
