@@ -22,7 +22,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers import PrinterCallback
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, live
 from trl_grpo_ext.live import BARS, LiveCallback, LiveView, readable, sparkline, trend
 
 HERE = Path(__file__).parent
@@ -150,6 +150,21 @@ def test_alarms_come_with_their_remedy_and_go(tmp_path):
     callback.on_log(args, state(5), None, logs=LOGS)
     assert not any("alarm" in line for line in shown(callback.view, 80))
     callback.on_train_end(args, state(5), None)
+
+
+def test_the_file_of_alarms_is_read_when_there_is_a_new_one(tmp_path, monkeypatch):
+    (tmp_path / "monitor").mkdir()
+    write_alarms(tmp_path, alarm(3, remedy="raise beta"), alarm(4, name="flat", remedy="draw harder prompts"))
+    read, reads = live.read_alarms, []
+    monkeypatch.setattr(live, "read_alarms", lambda *args: reads.append(args) or read(*args))
+    callback = LiveCallback(Console(file=io.StringIO()))
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_train_begin(args, state(0), None)
+    for step in range(3, 9):
+        callback.on_log(args, state(step), None, logs={**LOGS, "alarms/kl_spike": 1.0})
+    assert len(reads) == 1
+    callback.on_log(args, state(9), None, logs={**LOGS, "alarms/flat": 1.0})
+    assert "alarm flat: draw harder prompts" in shown(callback.view, 80)
 
 
 def test_names_cannot_steer_the_terminal(tmp_path):

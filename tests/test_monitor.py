@@ -515,8 +515,24 @@ def launch(model_path, out, processes=1, environment=None, **options):
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
+# What the docs promise: of TRL, of this package, of the monitor.
 EXPECTED = [
+    "loss",
+    "grad_norm",
+    "reward",
+    "reward_std",
+    "entropy",
+    "num_tokens",
+    "group_size/mean",
+    "group_size/min",
+    "group_size/max",
+    "rollouts/total",
+    "rollouts/informative",
+    "reward_clip/frac",
+    "curriculum/position",
+    "rollouts/flat_high",
     "rollouts/flat_low",
+    "advantage/mean",
     "advantage/abs_mean",
     "advantage/nonzero",
     "time/generate",
@@ -525,15 +541,19 @@ EXPECTED = [
 ]
 
 
+FULL = {"group_size": "variance", "curriculum": "staged", "difficulty_column": "difficulty"}
+FULL |= {"reward_clip_quantiles": [0.05, 0.95]}
+
+
 def test_tensorboard_gets_the_metrics(model_path, dataset, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    options = {"monitor": True, "on_alarm": {"all_wrong": "adapt_beta"}, "beta": 0.1, "max_steps": 12}
+    options = {"monitor": True, "on_alarm": {"all_wrong": "adapt_beta"}, "beta": 0.1, "max_steps": 12, **FULL}
     make(model_path, dataset, tmp_path, rewards=[hopeless], report_to="tensorboard", **options).train()
     _, metrics, _ = record(tmp_path)
     (events,) = tmp_path.glob("runs/*/events.out.tfevents.*")
     accumulator = event_accumulator.EventAccumulator(str(events))
     accumulator.Reload()
-    for name in [*EXPECTED, "beta", "actions/beta_scale"]:
+    for name in [*EXPECTED, "kl", "beta", "actions/beta_scale"]:
         points = [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(f"train/{name}")]
         assert points == [(m["step"], m[name]) for m in metrics]
     # Already with the log that raised it.
@@ -544,7 +564,15 @@ def test_trackio_gets_the_metrics(model_path, tmp_path):
     pytest.importorskip("trackio")
     store = tmp_path / "trackio"
     environment = {"TRACKIO_DIR": str(store)}
-    options = {"report_to": "trackio", "project": "tiny", "run_name": "first", "max_steps": 6, "monitor": True}
+    options = {
+        "beta": 0.1,
+        "report_to": "trackio",
+        "project": "tiny",
+        "run_name": "first",
+        "max_steps": 6,
+        "monitor": True,
+        **FULL,
+    }
     (result,) = launch(model_path, tmp_path / "out", environment=environment, **options)
     with sqlite3.connect(store / "tiny.db") as connection:
         rows = connection.execute("select metrics from metrics where run_name = 'first'").fetchall()
@@ -553,7 +581,7 @@ def test_trackio_gets_the_metrics(model_path, tmp_path):
     logs = [entry for entry in result["logs"] if "loss" in entry]
     assert len(logs) == 6
     for entry in logs:
-        for name in EXPECTED:
+        for name in [*EXPECTED, "kl"]:
             assert stored[entry["step"]][f"train/{name}"] == pytest.approx(entry[name])
     assert stored[6]["train/alarms/truncated"] == 1
 

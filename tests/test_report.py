@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -232,6 +233,21 @@ def test_logs_of_one_step_are_joined(tmp_path):
     run = run_with(tmp_path, text + '{"step": 3, "reward": NaN, "text": "x", "flag": true}\n')
     assert run.column("reward") == [1.0, 2.0, None]
     assert run.column("eval_reward") == [None, 7.0, None]
+
+
+def test_a_long_run_takes_little_memory(tmp_path):
+    line = json.dumps({"step": 0, **{f"metric/{i}": i / 7 for i in range(60)}, "lost": None})
+    text = "".join(line.replace(": 0,", f": {step},", 1) + "\n" for step in range(1, 3001))
+    tracemalloc.start()
+    run = run_with(tmp_path, text)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 3000 * 60 * 16  # a dictionary of floats would take 6 times that
+    assert run.column("metric/59")[::1000] == [59 / 7] * 3
+    assert run.last_step == 3000
+    assert "lost" in run.metrics[0]
+    assert run.metrics[0]["lost"] is None
+    assert len(run.metric_names) == 60
 
 
 def test_broken_lines_are_counted_and_left_out(tmp_path):

@@ -285,8 +285,8 @@ class LiveCallback(TrainerCallback):
         if self.view is None or not logs or not ("loss" in logs or "eval_reward" in logs):
             return
         self.view.log(logs)
-        if open_alarms(logs):
-            self.view.remedies = {
+        if {*open_alarms(logs)} - self.view.remedies.keys():  # the file of a long run may be long
+            self.view.remedies |= {
                 alarm["name"]: alarm["remedy"] for alarm in read_alarms(self._alarms, self._alarms.parent)[0]
             }
         if self._live is None:
