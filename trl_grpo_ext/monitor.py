@@ -127,11 +127,11 @@ class MonitorCallback(GRPOCallback):
             return
         events: list[tuple[Event, str | None]] = []
         if "loss" in logs:
-            seen = self._agreed(logs)
+            seen = dict(logs)
             if self.trainer.accelerator.optimizer_step_was_skipped:
                 # The search of fp16 for a scale of the loss: the gradient overflowed, and the weights are as before.
-                seen = {name: value for name, value in seen.items() if name != "grad_norm"}
-            events = [(event, self._act(event, control)) for event in self.detector.update(seen)]
+                seen.pop("grad_norm", None)
+            events = [(event, self._act(event, control)) for event in self.detector.update(self._agreed(seen))]
             for name in self.detector.raised:
                 # The trackers read `logs`, and log_history got a copy of it.
                 logs[f"alarms/{name}"] = state.log_history[-1][f"alarms/{name}"] = 1.0
@@ -169,7 +169,7 @@ class MonitorCallback(GRPOCallback):
         """The logs of the main process. TRL gathers its metrics, yet nobody can promise that for every one of them."""
         if not self.actions or self.trainer.accelerator.num_processes == 1:
             return logs
-        shared = [dict(logs)]
+        shared = [logs]
         broadcast_object_list(shared)
         return shared[0]
 
