@@ -25,6 +25,7 @@ class RankMetric(GRPOCallback):
 def main(model_path: str, out: str, options: str) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     options = json.loads(options)
+    columns = {"difficulty": [("easy", "medium", "hard")[i % 3] for i in range(26)]}
     callbacks = []
     if options.pop("rank_metric", False):
         alarm = Alarm("rank", level("rank"), 0.5, 0.5, warmup=0, patience=1, calm=1, cause="c", remedy="r", source="s")
@@ -33,7 +34,7 @@ def main(model_path: str, out: str, options: str) -> None:
         model=model_path,
         reward_funcs=has_answer,
         args=AdaptiveGRPOConfig(**config_kwargs(f"{out}/run", **options)),
-        train_dataset=Dataset.from_dict({"prompt": [f"say {a}" for a in letters], "answer": list(letters)}),
+        train_dataset=Dataset.from_dict({"prompt": [f"say {a}" for a in letters], "answer": list(letters), **columns}),
         callbacks=callbacks,
     )
     trainer.train()

@@ -193,6 +193,41 @@ def test_broken_weights_are_not_saved(model_path, dataset, tmp_path, caplog):
     assert "[save_and_stop: stopped without saving]" in caplog.text
 
 
+def test_broken_weights_are_not_saved_at_the_end_of_the_epoch_nor_evaluated(model_path, dataset, tmp_path):
+    options = {"monitor": True, "on_alarm": {"nan_loss": "save_and_stop"}, "save_strategy": "epoch"}
+    options |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+    trainer, _ = make(model_path, dataset, tmp_path, None, callbacks=[Poison()], **options)
+    trainer.train()  # generating from such weights raises
+    assert trainer.state.global_step == 3
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_whatever_else_is_raised_with_it_broken_weights_are_not_saved(model_path, dataset, tmp_path):
+    nan = Alarm(**{**vars(between(2, 99)), "name": "nan_loss"})
+    for number, alarms in enumerate([[between(2, 99), nan], [nan, between(2, 99)]]):
+        monitor = MonitorCallback({"test": "save_and_stop", "nan_loss": "save_and_stop"}, alarms)
+        trainer, _ = make(model_path, dataset, tmp_path / str(number), None, callbacks=[monitor])
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert list((tmp_path / str(number)).glob("checkpoint-*")) == []
+
+
+def test_it_saves_where_only_the_best_is_saved_otherwise(model_path, dataset, tmp_path):
+    options = {"save_strategy": "best", "metric_for_best_model": "reward", "greater_is_better": False}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+
+    class Worse(TrainerCallback):
+        """Every evaluation is worse than the one before it, so only the first is the best."""
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_reward"] = float(state.global_step)
+
+    trainer, _ = make(model_path, dataset, tmp_path, "save_and_stop", first=3, callbacks=[Worse()], **options)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+
+
 def test_a_stopped_run_can_go_on(model_path, dataset, tmp_path):
     options = {"group_size": "variance", "per_device_train_batch_size": 16}
     stopped, _ = make(model_path, dataset, tmp_path / "a", "save_and_stop", first=3, last=99, **options)

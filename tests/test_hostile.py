@@ -427,7 +427,7 @@ def test_the_record_goes_on_after_any_crash(tmp_path_factory, before, info, step
     record.begin({"model": "m"}, step)
     record.log(step + 1, {"loss": 1.0}, [])
     record.update(status="finished")
-    kept = read_lines(record.metrics)
+    kept = list(read_lines(record.metrics))
     assert [entry["step"] for entry in kept][-1] == step + 1
     assert all(entry["step"] <= step for entry in kept[:-1])
     assert len(record.metrics.read_text().splitlines()) == len(kept)

@@ -22,7 +22,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers import PrinterCallback
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, live
 from trl_grpo_ext.live import BARS, LiveCallback, LiveView, readable, sparkline, trend
 
 HERE = Path(__file__).parent
@@ -83,13 +83,12 @@ anything = st.none() | st.floats() | st.integers(-(10**30), 10**30)
     st.booleans(),
 )
 def test_any_log_fits_any_width(logs, width, fancy):
-    finite = {name: value for name, value in logs.items() if value is None or abs(value) < 1e300}
     view = LiveView(max_steps=10)
-    for _ in range(3):
-        view.log({"loss": 0.0, **finite})
+    for sign in (1, -1, 1):
+        view.log({"loss": 0.0} | {name: value if value is None else sign * value for name, value in logs.items()})
         view.step_to(view.step + 1)
     assert all(cell_len(line) <= width for line in shown(view, width, fancy))
-    assert "\n" not in readable(finite | {"group_size/max": 1, "group_size/min": 1}, 3, 10)
+    assert "\n" not in readable(logs | {"group_size/max": 1, "group_size/min": 1}, 3, 10)
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=30))
@@ -151,6 +150,21 @@ def test_alarms_come_with_their_remedy_and_go(tmp_path):
     callback.on_log(args, state(5), None, logs=LOGS)
     assert not any("alarm" in line for line in shown(callback.view, 80))
     callback.on_train_end(args, state(5), None)
+
+
+def test_the_file_of_alarms_is_read_when_there_is_a_new_one(tmp_path, monkeypatch):
+    (tmp_path / "monitor").mkdir()
+    write_alarms(tmp_path, alarm(3, remedy="raise beta"), alarm(4, name="flat", remedy="draw harder prompts"))
+    read, reads = live.read_alarms, []
+    monkeypatch.setattr(live, "read_alarms", lambda *args: reads.append(args) or read(*args))
+    callback = LiveCallback(Console(file=io.StringIO()))
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_train_begin(args, state(0), None)
+    for step in range(3, 9):
+        callback.on_log(args, state(step), None, logs={**LOGS, "alarms/kl_spike": 1.0})
+    assert len(reads) == 1
+    callback.on_log(args, state(9), None, logs={**LOGS, "alarms/flat": 1.0})
+    assert "alarm flat: draw harder prompts" in shown(callback.view, 80)
 
 
 def test_names_cannot_steer_the_terminal(tmp_path):

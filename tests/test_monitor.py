@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import config_kwargs, count_vowels, has_answer
 from test_resume import Interrupt
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MonitorCallback, RolloutBatch
-from trl_grpo_ext.monitor import read_lines, without_secrets
+from trl_grpo_ext.monitor import RunRecord, read_lines, without_secrets
+from trl_grpo_ext.report import read_run
 
 HERE = Path(__file__).parent
 
@@ -136,6 +139,17 @@ def test_metrics_by_hand():
         "advantage/abs_mean": 2 / 8,
         "advantage/nonzero": 3 / 8,
     }
+
+
+def test_advantages_per_token_count_where_there_is_a_token():
+    batch = rollouts([0.0, 1.0, 2.0], [0, 0, 0], [[1.0, -1.0, 9.0], [2.0, math.nan, 9.0], [0.0, 0.0, 0.0]])
+    batch.completion_lengths = torch.tensor([2, 1, 3])
+    metrics = look(MonitorCallback(), batch)
+    assert metrics["advantage/mean"] == 2 / 6
+    assert metrics["advantage/abs_mean"] == 4 / 6
+    assert metrics["advantage/nonzero"] == 2 / 3
+    batch.completion_lengths = torch.zeros(3)
+    assert look(MonitorCallback(), batch)["advantage/abs_mean"] == 0
 
 
 def test_high_and_low_go_by_the_rewards_of_the_run():
@@ -350,8 +364,36 @@ def test_resume_without_a_record_begins_one(model_path, dataset, tmp_path):
 def test_half_written_lines_are_left_out(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_lines(path) == [{"step": 1}, {"step": 2}]
-    assert read_lines(tmp_path / "none.jsonl") == []
+    assert list(read_lines(path)) == [{"step": 1}, {"step": 2}]
+    assert list(read_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_a_disk_that_is_full_for_a_while_costs_lines_and_not_the_run(tmp_path, caplog):
+    record = RunRecord(tmp_path / "monitor")
+    record.begin({}, 0)
+    record.log(1, {"loss": 1.0}, [])
+    size = record.metrics.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))  # nine bytes are left: half a line
+    try:
+        record.log(2, {"loss": 2.0}, [])
+        record.log(3, {"loss": 3.0}, [])
+        record.update(status="finished")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert record.metrics.stat().st_size == size + 9
+    record.log(4, {"loss": 4.0}, [])
+    record.log(5, {"loss": 5.0}, [])
+    assert [entry["step"] for entry in read_lines(record.metrics)] == [1, 4, 5]
+    assert read_run(tmp_path).last_step == 5
+    (line,) = caplog.messages
+    assert "metrics.jsonl could not be written ([Errno 27] File too large): training goes on, and the record" in line
+
+
+def test_a_record_that_cannot_begin_stops_the_run(model_path, dataset, tmp_path):
+    (tmp_path / "monitor").write_text("a file")
+    with pytest.raises(OSError, match="monitor"):
+        make(model_path, dataset, tmp_path, monitor=True, max_steps=1).train()
 
 
 # Alarms in a run
@@ -382,6 +424,28 @@ def test_alarm_is_told_once_and_everywhere(model_path, dataset, tmp_path, caplog
     raised = [entry["step"] for entry in metrics if entry.get("alarms/all_wrong")]
     assert raised == [10, 11, 12]
     assert [e["step"] for e in trainer.state.log_history if e.get("alarms/all_wrong")] == raised
+
+
+class Overflow(TrainerCallback):
+    """A gradient that is not finite at step 2, and an optimizer that leaves such a step out."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.hook = next(model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.hook.remove()
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_that_fp16_leaves_out_is_no_lost_gradient(model_path, dataset, tmp_path, monkeypatch, skipped):
+    if skipped:
+        monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    trainer = make(model_path, dataset, tmp_path, monitor=True, max_steps=2, callbacks=[Overflow()])
+    trainer.train()
+    assert not math.isfinite(trainer.state.log_history[1]["grad_norm"])
+    assert [alarm["name"] for alarm in record(tmp_path)[2]] == ([] if skipped else ["nan_loss"])
 
 
 def test_two_monitors_are_refused(model_path, dataset, tmp_path):
@@ -451,8 +515,24 @@ def launch(model_path, out, processes=1, environment=None, **options):
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
+# What the docs promise: of TRL, of this package, of the monitor.
 EXPECTED = [
+    "loss",
+    "grad_norm",
+    "reward",
+    "reward_std",
+    "entropy",
+    "num_tokens",
+    "group_size/mean",
+    "group_size/min",
+    "group_size/max",
+    "rollouts/total",
+    "rollouts/informative",
+    "reward_clip/frac",
+    "curriculum/position",
+    "rollouts/flat_high",
     "rollouts/flat_low",
+    "advantage/mean",
     "advantage/abs_mean",
     "advantage/nonzero",
     "time/generate",
@@ -461,15 +541,19 @@ EXPECTED = [
 ]
 
 
+FULL = {"group_size": "variance", "curriculum": "staged", "difficulty_column": "difficulty"}
+FULL |= {"reward_clip_quantiles": [0.05, 0.95]}
+
+
 def test_tensorboard_gets_the_metrics(model_path, dataset, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    options = {"monitor": True, "on_alarm": {"all_wrong": "adapt_beta"}, "beta": 0.1, "max_steps": 12}
+    options = {"monitor": True, "on_alarm": {"all_wrong": "adapt_beta"}, "beta": 0.1, "max_steps": 12, **FULL}
     make(model_path, dataset, tmp_path, rewards=[hopeless], report_to="tensorboard", **options).train()
     _, metrics, _ = record(tmp_path)
     (events,) = tmp_path.glob("runs/*/events.out.tfevents.*")
     accumulator = event_accumulator.EventAccumulator(str(events))
     accumulator.Reload()
-    for name in [*EXPECTED, "beta", "actions/beta_scale"]:
+    for name in [*EXPECTED, "kl", "beta", "actions/beta_scale"]:
         points = [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(f"train/{name}")]
         assert points == [(m["step"], m[name]) for m in metrics]
     # Already with the log that raised it.
@@ -480,7 +564,15 @@ def test_trackio_gets_the_metrics(model_path, tmp_path):
     pytest.importorskip("trackio")
     store = tmp_path / "trackio"
     environment = {"TRACKIO_DIR": str(store)}
-    options = {"report_to": "trackio", "project": "tiny", "run_name": "first", "max_steps": 6, "monitor": True}
+    options = {
+        "beta": 0.1,
+        "report_to": "trackio",
+        "project": "tiny",
+        "run_name": "first",
+        "max_steps": 6,
+        "monitor": True,
+        **FULL,
+    }
     (result,) = launch(model_path, tmp_path / "out", environment=environment, **options)
     with sqlite3.connect(store / "tiny.db") as connection:
         rows = connection.execute("select metrics from metrics where run_name = 'first'").fetchall()
@@ -489,7 +581,7 @@ def test_trackio_gets_the_metrics(model_path, tmp_path):
     logs = [entry for entry in result["logs"] if "loss" in entry]
     assert len(logs) == 6
     for entry in logs:
-        for name in EXPECTED:
+        for name in [*EXPECTED, "kl"]:
             assert stored[entry["step"]][f"train/{name}"] == pytest.approx(entry[name])
     assert stored[6]["train/alarms/truncated"] == 1
 

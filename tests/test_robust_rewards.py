@@ -355,6 +355,17 @@ def test_what_a_heavy_reward_does_costs_its_row(tmp_path, monkeypatch, caplog):
     wait_until(lambda: not is_running(int(first[0])))
 
 
+def test_a_process_that_is_killed_while_it_is_idle_costs_no_row():
+    reward = as_reward(misbehave).in_processes(1)
+    (first,) = ask(reward, "pid")
+    os.kill(int(first), signal.SIGKILL)
+    wait_until(lambda: not is_running(int(first)))
+    logs = Logs()
+    (second,) = ask(reward, "pid", **logs.kwargs())
+    assert second not in (None, first)
+    assert logs.metrics["rewards/misbehave/failures"] == 0
+
+
 def test_the_exit_of_a_process_is_told(caplog):
     reward = as_reward(misbehave).in_processes(1)
     assert ask(reward, "segfault") == [None]

@@ -193,14 +193,38 @@ class SaveAndStop(Action):
     """
     Write a checkpoint and end the training after this step.
 
-    For `nan_loss` it stops without saving: the weights may hold NaN by then, and a checkpoint of them could push a good
-    one out of `save_total_limit`.
+    For `nan_loss` it stops without saving and evaluating: the weights may hold NaN by then, and a checkpoint of them
+    could push a good one out of `save_total_limit`.
     """
+
+    def __init__(self):
+        self.is_pending = False  # the checkpoint is still to be written
+        self.is_broken = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control)
+        self.is_pending = self.is_broken = False
 
     def fire(self, alarm, control):
         control.should_training_stop = True
-        control.should_save = alarm != "nan_loss"
-        return "save_and_stop: " + ("saved and stopped" if control.should_save else "stopped without saving")
+        self.is_broken = self.is_broken or alarm == "nan_loss"
+        self.is_pending = not self.is_broken
+        self._ask(control)
+        return "save_and_stop: " + ("stopped without saving" if self.is_broken else "saved and stopped")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.is_pending = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Where training was left, transformers may ask for more (`save_strategy="epoch"`) or have changed its mind
+        # about the step (`save_strategy="best"`).
+        self._ask(control)
+
+    def _ask(self, control) -> None:
+        if self.is_pending:
+            control.should_save = True
+        elif self.is_broken:
+            control.should_save = control.should_evaluate = False
 
 
 ACTIONS: dict[str, type[Action]] = {

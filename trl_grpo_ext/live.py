@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-import math
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from .report.summary import NOISE, large, number, slope
 from .report.text import one_line
 
 HISTORY = 24  # logs in a sparkline and in a trend
+MAX = 1e100  # of a value in them, so that differences and squares stay finite
 BARS = "▁▂▃▄▅▆▇█"
 # Metric -> (label, format). What the reward consists of goes before, group sizes and counts after.
 FIELDS = {
@@ -83,7 +83,7 @@ def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
         if logs.get(name) is not None:
             parts.append(f"{label} {logs[name]:.3f}")
     for name, value in reward_parts(logs).items():
-        parts.append(f"{one_line(name, 40)} {value:.3f}" if abs(value) < 10 else f"{one_line(name, 40)} {value:.0f}")
+        parts.append(f"{one_line(name, 40)} {short(value)}")
     for name, (label, form) in FIELDS.items():
         if logs.get(name) is not None:
             parts.append(f"{label} {form.format(float(logs[name]))}")
@@ -93,6 +93,21 @@ def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
         parts.append(f"replaced {logs['dynamic_sampling/discarded']:.0f} rows")
     parts += [f"alarm {one_line(name, 40)}" for name in open_alarms(logs)]
     return " · ".join(parts)
+
+
+def short(value: float) -> str:
+    """
+    The mean of a reward: three decimals of a score, none of a length.
+
+    Example:
+
+    ```python
+    >>> short(0.5), short(31.4), short(1e300)
+    ('0.500', '31', '1.00e+300')
+
+    ```
+    """
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}" if abs(value) < 1e6 else number(value)
 
 
 def open_alarms(logs: dict[str, Any]) -> list[str]:
@@ -122,7 +137,7 @@ def trend(values: list[float]) -> str:
     if len(values) < 5:
         return ""
     rise, error = slope(values)
-    if abs(rise) <= max(NOISE * error, 1e-12):
+    if not abs(rise) > max(NOISE * error, 1e-12):
         return "→"
     return "↑" if rise > 0 else "↓"
 
@@ -156,7 +171,7 @@ class LiveView:
             self.logs = {name: value for name, value in self.logs.items() if not name.startswith("alarms/")}
         self.logs |= logs
         for name, value in logs.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and abs(value) < MAX:  # which NaN is not either
                 self.history[name].append(float(value))
 
     def render(self, width: int, fancy: bool = True) -> RenderableType:
@@ -202,7 +217,7 @@ class LiveView:
             rows.append(
                 (
                     f"  {one_line(name, 80)}",
-                    f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}",
+                    short(value),
                     f"rewards/{name}/mean",
                 )
             )
@@ -270,8 +285,8 @@ class LiveCallback(TrainerCallback):
         if self.view is None or not logs or not ("loss" in logs or "eval_reward" in logs):
             return
         self.view.log(logs)
-        if open_alarms(logs):
-            self.view.remedies = {
+        if {*open_alarms(logs)} - self.view.remedies.keys():  # the file of a long run may be long
+            self.view.remedies |= {
                 alarm["name"]: alarm["remedy"] for alarm in read_alarms(self._alarms, self._alarms.parent)[0]
             }
         if self._live is None:

@@ -1,5 +1,6 @@
 """See the run: metrics that TRL does not log, a record on disk, alarms that say what to change and can do it."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -8,7 +9,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class MonitorCallback(GRPOCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control)
         if self.is_attached and state.is_world_process_zero:
-            self._record = RunRecord(Path(args.output_dir) / FOLDER)
+            self._record = RunRecord(Path(args.output_dir) / FOLDER)  # which must be possible now
             self._record.begin(describe(self.trainer, state), state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -103,9 +104,15 @@ class MonitorCallback(GRPOCallback):
         num_rows = sum(part.group_ids.numel() for part in parts)
         batch.metrics["rollouts/flat_high"] = high / num_rows
         batch.metrics["rollouts/flat_low"] = low / num_rows
-        batch.metrics["advantage/mean"] = batch.advantages.mean().item()
-        batch.metrics["advantage/abs_mean"] = batch.advantages.abs().mean().item()
-        batch.metrics["advantage/nonzero"] = (batch.advantages != 0).float().mean().item()
+        advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
+        counts = torch.ones_like(advantages, dtype=torch.bool)
+        if batch.advantages.dim() == 2:  # one per token: what lies beyond the end of a completion is not used
+            counts = torch.arange(advantages.size(1)) < batch.completion_lengths[:, None]
+        advantages = torch.where(counts, advantages, 0.0)
+        num_counted = counts.sum().clamp(min=1)
+        batch.metrics["advantage/mean"] = (advantages.sum() / num_counted).item()
+        batch.metrics["advantage/abs_mean"] = (advantages.abs().sum() / num_counted).item()
+        batch.metrics["advantage/nonzero"] = (advantages != 0).any(1).float().mean().item()
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.is_attached:
@@ -120,7 +127,11 @@ class MonitorCallback(GRPOCallback):
             return
         events: list[tuple[Event, str | None]] = []
         if "loss" in logs:
-            events = [(event, self._act(event, control)) for event in self.detector.update(self._agreed(logs))]
+            seen = dict(logs)
+            if self.trainer.accelerator.optimizer_step_was_skipped:
+                # The search of fp16 for a scale of the loss: the gradient overflowed, and the weights are as before.
+                seen.pop("grad_norm", None)
+            events = [(event, self._act(event, control)) for event in self.detector.update(self._agreed(seen))]
             for name in self.detector.raised:
                 # The trackers read `logs`, and log_history got a copy of it.
                 logs[f"alarms/{name}"] = state.log_history[-1][f"alarms/{name}"] = 1.0
@@ -158,7 +169,7 @@ class MonitorCallback(GRPOCallback):
         """The logs of the main process. TRL gathers its metrics, yet nobody can promise that for every one of them."""
         if not self.actions or self.trainer.accelerator.num_processes == 1:
             return logs
-        shared = [dict(logs)]
+        shared = [logs]
         broadcast_object_list(shared)
         return shared[0]
 
@@ -194,13 +205,15 @@ class RunRecord:
 
     def __init__(self, folder: Path):
         self.run, self.metrics, self.alarms = (folder / name for name in ("run.json", "metrics.jsonl", "alarms.jsonl"))
+        self._cut: set[Path] = set()  # files whose last line may be half written
+        self._has_warned = False
 
     def begin(self, description: dict[str, Any], step: int) -> None:
         """Start anew at step 0. At a later one, go on with the record that is there, as it was at that step."""
         self.run.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics, self.alarms):
-            kept = [entry for entry in read_lines(path) if entry["step"] <= step] if step > 0 else []
-            _replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            kept = (entry for entry in read_lines(path) if entry["step"] <= step) if step > 0 else ()
+            write_whole(path, lambda file, kept=kept: file.writelines(f"{json.dumps(x)}\n".encode() for x in kept))
         started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         if step > 0:
             before = read_object(self.run)
@@ -210,18 +223,37 @@ class RunRecord:
         _replace(self.run, json.dumps({**started, **description, "status": "running"}, indent=2) + "\n")
 
     def update(self, **changes: Any) -> None:
-        _replace(self.run, json.dumps({**read_object(self.run), **changes}, indent=2) + "\n")
+        with self._going_on(self.run):
+            _replace(self.run, json.dumps({**read_object(self.run), **changes}, indent=2) + "\n")
 
     def log(self, step: int, logs: dict[str, Any], events: list[tuple[Event, str | None]]) -> None:
         """Append the metrics of a training step or an evaluation, and the alarms that came with them."""
         now = time.time()
         if "loss" in logs or any(name.startswith("eval_") for name in logs):
             numbers = {name: _finite(value) for name, value in logs.items() if isinstance(value, int | float | None)}
-            _append(self.metrics, {"step": step, "epoch": logs.get("epoch"), "time": now} | numbers)
+            self._append(self.metrics, {"step": step, "epoch": logs.get("epoch"), "time": now} | numbers)
         for event, action in events:
             entry = {"step": step, "time": now, "name": event.alarm.name, "state": event.state}
             entry |= {"evidence": event.evidence, "cause": event.alarm.cause, "remedy": event.alarm.remedy}
-            _append(self.alarms, entry | {"action": action})
+            self._append(self.alarms, entry | {"action": action})
+
+    def _append(self, path: Path, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, allow_nan=False) + "\n"
+        with self._going_on(path):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}" if path in self._cut else line)
+            self._cut.discard(path)
+
+    @contextlib.contextmanager
+    def _going_on(self, path: Path) -> Iterator[None]:
+        """A disk that is full, or a file system that is gone for a while, costs lines of the record and not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._cut.add(path)
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(f"{path} could not be written ({error}): training goes on, and the record has a gap")
 
 
 def describe(trainer: Any, state: Any) -> dict[str, Any]:
@@ -260,26 +292,22 @@ def without_secrets(value: Any) -> Any:
     return re.sub(r"//[^/@\s]+@", "//", str(value))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record, without one that a killed run left half written."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record, one at a time, without one that a killed run left half written."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield entry
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
-
-
-def _append(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:

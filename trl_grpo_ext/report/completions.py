@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .reader import Run, is_number, is_own_file
+from .reader import Run, average, is_number, is_own_file
 from .text import message_text
 
 MAX_CHARACTERS = 4000  # of one prompt or completion on the page
@@ -32,8 +32,7 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
               `[completion, advantage, total, values]`, the best advantage first;
             - a sentence on what is shown and what is not.
     """
-    found_files = (run.folder / "completions").glob("completions_*.parquet")
-    files = sorted((path for path in found_files if is_own_file(run.folder, path)), key=_step_of)
+    files = sorted((run.folder / "completions").glob("completions_*.parquet"), key=_step_of)
     if not files:
         return [], [], "No completions were logged. Set log_completions=True to browse them here."
     notes = []
@@ -42,14 +41,14 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
         files = files[: len(files) - foreign]
         if foreign:
             notes.append(f"{foreign} tables of steps after the last log are left out: they are of an earlier run.")
-    chosen = _choose(files, max_completions)
+    chosen = _choose(run, files, max_completions)
     columns: dict[str, None] = {}
     found: list[dict[str, Any]] = []
     seen: set[bytes] = set()
     broken = 0
     for path in chosen:
         try:
-            tabled = _groups(run, _table(path))
+            tabled = _groups(run, _table(run, path))
         except Exception:  # a table that is being written, or is none: pyarrow raises many kinds
             broken += 1
             continue
@@ -85,15 +84,16 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else 0
 
 
-def _choose(files: list[Path], max_completions: int) -> list[Path]:
+def _choose(run: Run, files: list[Path], max_completions: int) -> list[Path]:
     """As many tables as are needed, or up to 40 smaller pieces of large ones."""
     import pyarrow.parquet as pq
 
     rows = 1
     for path in reversed(files):
         try:
-            rows = max(1, pq.read_metadata(path).num_rows)
-            break
+            if is_own_file(run.folder, path):
+                rows = max(1, pq.read_metadata(path).num_rows)
+                break
         except Exception:
             continue
     count = min(len(files), max(min(40, max_completions), max_completions // rows))
@@ -119,9 +119,11 @@ def _spread_out(groups: list[dict[str, Any]], max_rows: int) -> list[dict[str, A
     return [groups[i] for i in _spread(len(groups), count)]
 
 
-def _table(path: Path) -> dict[str, list]:
+def _table(run: Run, path: Path) -> dict[str, list]:
     import pyarrow.parquet as pq
 
+    if not is_own_file(run.folder, path):
+        raise ValueError(f"{path} is no file of this folder")
     table = pq.read_table(path).to_pydict()
     return {name: table[name] for name in table if not name.startswith("__index_level_")}
 
@@ -148,7 +150,7 @@ def _groups(run: Run, table: dict[str, list]) -> list[dict[str, Any]]:
                 "prompt": _cut(prompts[start]),
                 "flat": not present or min(present) == max(present) or not taught,
                 "spread": max(present) - min(present) if present else None,
-                "mean": sum(present) / len(present) if present else None,
+                "mean": average(present) if present else None,
                 "rows": [[completions[i], advantages[i], totals[i]] for i in range(start, stop)],
                 "values": {name: column[start:stop] for name, column in values.items()},
             }

@@ -1,11 +1,12 @@
 """Which plots a report has, as plain data that the page and the PNG files are drawn from."""
 
+import itertools
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reader import Run
+from .reader import Run, average
 from .text import file_name, one_line
 
 # Colours that colour-blind readers tell apart (Okabe and Ito, 2008); the total is drawn in black.
@@ -52,9 +53,9 @@ STATIC: tuple[tuple[str, str, dict[str, str], tuple[str, str] | None, tuple[floa
         None,
         (0, 1),
     ),
-    ("Advantages", "advantage", {"advantage/mean": "mean", "advantage/abs_mean": "mean of |A|"}, None, None),
+    ("Advantages", "advantage", {"advantage/mean": "mean", "advantage/abs_mean": "mean of |A|"}, None, (-0.05, 0.05)),
     ("KL to the reference", "KL per token (nats)", {"kl": "KL"}, None, None),
-    ("KL coefficient β", "β", {"beta": "β"}, None, None),
+    ("KL coefficient β", "β (weight of the KL term)", {"beta": "β"}, None, None),
     ("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}, None, None),
     ("Loss", "loss", {"loss": "loss", "policy_loss": "policy loss"}, None, None),
     ("Entropy", "entropy per token (nats)", {"entropy": "entropy"}, None, None),
@@ -138,7 +139,11 @@ def axes_of(runs: list[Run]) -> list[Axis]:
     found = []
     for run, name in zip(runs, run_names(runs), strict=True):
         size = bucket_size(run)
-        x: dict[str, list[float | None]] = {"step": run.column("step"), "rollouts": run.column("rollouts/total")}
+        # A step that trains on rollouts sampled before logs no new total.
+        rollouts = list(
+            itertools.accumulate(run.column("rollouts/total"), lambda old, new: old if new is None else new)
+        )
+        x: dict[str, list[float | None]] = {"step": run.column("step"), "rollouts": rollouts}
         times = run.column("time")
         start = next((value for value in times if value is not None), 0.0)
         x["hours"] = [None if value is None else (value - start) / 3600 for value in times]
@@ -250,7 +255,7 @@ def _buckets(values: list[float | None], size: int) -> tuple[list, list, list]:
     high: list[float | None] = []
     for start in range(0, len(values), size):
         present = [value for value in values[start : start + size] if value is not None]
-        mean.append(sum(present) / len(present) if present else None)
+        mean.append(average(present) if present else None)
         low.append(min(present, default=None))
         high.append(max(present, default=None))
     return mean, low, high
@@ -340,7 +345,7 @@ def _draw(plot: Any, panel: Panel, axes: list[Axis], kind: str) -> None:
         if marks:
             (handle,) = plot.plot(
                 marks,
-                [0.02] * len(marks),
+                [0.02 + 0.05 * index] * len(marks),  # those of a second run above those of the first
                 "^",
                 color=COLORS[index] if several else COLORS[5],
                 markersize=7,

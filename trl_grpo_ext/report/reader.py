@@ -1,15 +1,19 @@
 """Reads a run folder: what the monitor wrote, or else what transformers and TRL wrote."""
 
+import functools
 import itertools
 import json
+import math
 import stat
 import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from .entry import Entry, Places
 from .text import one_line
 
 MONITOR = "monitor"
@@ -36,8 +40,8 @@ class Run:
             `output_dir` of the run.
         info (`dict`):
             `monitor/run.json`; without a monitor only what `trainer_state.json` knows (`max_steps`).
-        metrics (`list[dict]`):
-            One dictionary per logged step, in ascending order: `step` and the metrics. Values are finite or `None`.
+        metrics (`list[Mapping]`):
+            One entry per logged step, in ascending order: `step` and the metrics. Values are finite or `None`.
         alarms (`list[dict]`):
             One per alarm, in the order in which they were raised, with `step`, `cleared` (`None` while it is open),
             `name`, `evidence`, `cause`, `remedy` and `action`.
@@ -49,7 +53,7 @@ class Run:
 
     folder: Path
     info: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: Sequence[Mapping[str, Any]] = field(default_factory=list)
     alarms: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     last_write: float | None = None
@@ -67,12 +71,13 @@ class Run:
         value = self.info.get("max_steps")
         return value if isinstance(value, int) and 0 < value < MAX_STEP else None
 
-    @property
+    @functools.cached_property
     def metric_names(self) -> list[str]:
         """Every metric that has a value somewhere, in the order in which they appear."""
         names: dict[str, None] = {}
         for entry in self.metrics:
-            names.update(dict.fromkeys(key for key, value in entry.items() if value is not None))
+            if len(entry.keys() - names.keys()) > 0:  # which is so for few of them
+                names.update(dict.fromkeys(key for key, value in entry.items() if value is not None))
         return [name for name in names if name not in ("step", "epoch", "time")]
 
     def column(self, name: str) -> list[float | None]:
@@ -85,8 +90,8 @@ class Run:
         given = self.info.get("reward_names")
         if isinstance(given, list) and given:
             return [str(name) for name in given]
-        means = {name for name in self.reward_names if f"rewards/{name}/std" in self.metric_names}
-        return [name for name in self.reward_names if name in means]
+        names = {*self.metric_names}
+        return [name for name in self.reward_names if f"rewards/{name}/std" in names]
 
     @property
     def reward_names(self) -> list[str]:
@@ -148,10 +153,9 @@ def _read_monitor(run: Run, monitor: Path) -> None:
         run.info = info if isinstance(info, dict) else {}
     except (OSError, ValueError):
         run.notes.append(f"{MONITOR}/{INFO} is missing or broken, so the configuration is unknown.")
-    lines, broken = read_lines(monitor / METRICS, run.folder)
+    run.metrics, broken = _merge(read_lines(monitor / METRICS, run.folder))
     if broken:
         run.notes.append(f"{broken} lines of {MONITOR}/{METRICS} could not be read and are left out.")
-    run.metrics = _merge(lines)
     if run.info.get("resumed_at_steps"):
         run.notes.append(f"The run was resumed at steps {one_line(run.info['resumed_at_steps'], 1000)}.")
     run.alarms, broken = read_alarms(monitor / ALARMS, run.folder)
@@ -175,7 +179,7 @@ def _read_trainer_state(run: Run) -> bool:
     if not states:
         return bool(paths)
     _, run.last_write, path, history, state = max(states, key=lambda found: found[:2])
-    run.metrics = _merge([entry for entry in history if isinstance(entry, dict)])
+    run.metrics, _ = _merge(entry for entry in history if isinstance(entry, dict))
     run.info = {"max_steps": state.get("max_steps")}
     run.notes.append(
         f"There is no {MONITOR}/, so metrics come from {path.relative_to(run.folder)}, as of step "
@@ -217,11 +221,10 @@ def _read_whole(folder: Path, path: Path) -> Any:
     return _parse(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def read_lines(path: Path, folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file with one per line, and how many lines are broken (a last, half-written one aside)."""
-    found, broken = [], 0
+def read_lines(path: Path, folder: Path) -> Iterator[dict[str, Any] | None]:
+    """The objects of a file with one per line; `None` for a line that is broken (a last, half-written one aside)."""
     if not is_own_file(folder, path):
-        return [], 0
+        return
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         while line := file.readline(MAX_LINE):
             end = line
@@ -234,33 +237,44 @@ def read_lines(path: Path, folder: Path) -> tuple[list[dict[str, Any]], int]:
             except ValueError:
                 value = None
             if isinstance(value, dict):
-                found.append(value)
+                yield value
             elif end:  # a last line without an end is still being written
-                broken += 1
-    return found, broken
+                yield None
 
 
-def _merge(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per step: a training log, an evaluation and the closing summary of one step are joined."""
-    entries: dict[int, dict[str, Any]] = {}
+def _merge(lines: Iterable[dict[str, Any] | None]) -> tuple[list[Entry], int]:
+    """
+    One entry per step: a training log, an evaluation and the closing summary of one step are joined. And how many lines
+    are broken.
+    """
+    entries: dict[int, Entry] = {}
+    places: Places = {}
+    broken = 0
     for line in lines:
+        if line is None:
+            broken += 1
+            continue
         step = line.get("step")
         if not is_number(step) or not 0 <= step < MAX_STEP:
             continue
         values = {str(key): value if is_number(value) else None for key, value in line.items()}
         if not 0 <= (values.get("time") or 0) <= MAX_TIME:
             values["time"] = None
-        entry = entries.setdefault(int(step), {})
-        entry |= {key: value for key, value in values.items() if value is not None or key not in entry}
-    return [{**entries[step], "step": step} for step in sorted(entries)]
+        before = entries.get(int(step), {})
+        joined = {**before, **{key: value for key, value in values.items() if value is not None or key not in before}}
+        entries[int(step)] = Entry({**joined, "step": int(step)}, places)
+    return [entries[step] for step in sorted(entries)], broken
 
 
 def read_alarms(path: Path, folder: Path) -> tuple[list[dict[str, Any]], int]:
     """Raised and cleared, joined into one entry per alarm, and how many lines are broken."""
-    events, broken = read_lines(path, folder)
+    broken = 0
     found: list[dict[str, Any]] = []
     still_open: dict[str, dict[str, Any]] = {}
-    for event in events:
+    for event in read_lines(path, folder):
+        if event is None:
+            broken += 1
+            continue
         step, name = event.get("step"), str(event.get("name"))[:MAX_TEXT]
         if not is_number(step) or not 0 <= step < MAX_STEP:
             continue
@@ -280,6 +294,25 @@ def is_number(value: Any) -> TypeGuard[float]:
         and not isinstance(value, bool)
         and -sys.float_info.max <= value <= sys.float_info.max
     )
+
+
+def average(values: Sequence[float]) -> float:
+    """
+    The mean of finite numbers, of any size: never infinite, and never outside of what it is the mean of.
+
+    Example:
+
+    ```python
+    >>> average([1.0, 2.0, 6.0]), average([1.7e308, 1.7e308])
+    (3.0, 1.7e+308)
+
+    ```
+    """
+    count = len(values)
+    mean = sum(values) / count
+    if not math.isfinite(mean):  # the sum is beyond what a float can hold
+        mean = sum(value / count for value in values)
+    return min(max(mean, min(values)), max(values))
 
 
 def state_of(run: Run, now: float | None = None) -> tuple[str, str]:

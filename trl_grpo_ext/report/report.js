@@ -197,7 +197,7 @@ class Plot {
         const index = axis.x.step.findIndex((step) => step >= alarm.step);
         const at = index < 0 ? null : (axis.x[kind] || [])[index];
         if (at === null || at === undefined) continue;
-        const [cx, cy] = [this.x(at), HEIGHT - BOTTOM];
+        const [cx, cy] = [this.x(at), HEIGHT - BOTTOM - 10 * run];
         const title = draw("title", {}, `${whose} ${alarm.name} at step ${alarm.step}`);
         parts.push(draw("path", { class: kindOfMark, d: `M${cx - 5} ${cy}h10l-5 -9z` }, title));
       }

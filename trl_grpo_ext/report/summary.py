@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from ..monitor import without_secrets
-from .reader import Run, duration, seconds_between_logs, state_of
+from .reader import Run, average, duration, seconds_between_logs, state_of
 
 MAX_SHOWN = 4000  # characters of an option
 NOISE = 2.0  # a difference counts when it is this many times its standard error
@@ -30,7 +30,7 @@ def change(values: list[float]) -> tuple[float, float, float]:
     count = min(max(3, len(values) // 10), max(1, len(values) // 2))
     first, last = values[:count], values[-count:]
     error = math.sqrt((_variance(first) + _variance(last)) / count)
-    return sum(first) / count, sum(last) / count, error
+    return average(first), average(last), error
 
 
 def slope(values: list[float]) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def slope(values: list[float]) -> tuple[float, float]:
     n = len(values)
     if n < 3:
         return 0.0, math.inf
-    center, mean = (n - 1) / 2, sum(values) / n
+    center, mean = (n - 1) / 2, average(values)
     spread = sum((i - center) * (i - center) for i in range(n))
     per_step = sum((i - center) * (value - mean) for i, value in enumerate(values)) / spread
     # Products, because a power of a large float raises an error where a product is infinite.
@@ -64,7 +64,7 @@ def _variance(values: list[float]) -> float:
 
 
 def _direction(difference: float, error: float) -> str:
-    if abs(difference) <= max(NOISE * error, 1e-12):
+    if not abs(difference) > max(NOISE * error, 1e-12):  # NaN too, of differences beyond what a float can hold
         return "flat"
     return "up" if difference > 0 else "down"
 

@@ -3,6 +3,7 @@
 Rows go out pickled. Answers come back as JSON, so nothing that a reward does over there runs code in the training.
 """
 
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -58,14 +59,23 @@ class Workers:
 
     def ask(self, leaf: Any, call: dict[str, Any], timeout: float) -> Any:
         """The value of one row, or the [`RowError`] that it came to."""
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = Worker(leaf.name, _payload(leaf))
+        worker = self._kept() or Worker(leaf.name, _payload(leaf))
         answer = worker.ask({name: value for name, value in call.items() if name not in NOT_OF_THE_ROW}, timeout)
         if worker.is_alive:
             self._idle.put(worker)
         return answer
+
+    def _kept(self) -> "Worker | None":
+        """A process that is idle, and was not killed while it was: that would be no fault of the next row."""
+        while True:
+            try:
+                worker = self._idle.get_nowait()
+            except queue.Empty:
+                return None
+            with contextlib.suppress(OSError):  # Windows raises where others read the end
+                if not worker.connection.poll(0):
+                    return worker
+            worker.stop()
 
 
 def _payload(leaf: Any) -> bytes:
@@ -89,7 +99,7 @@ class Worker:
         self._kill = weakref.finalize(self, _kill, self.process, self.connection, os.getpid())
         started = self._receive(_START_TIMEOUT)
         if not isinstance(started, dict) or "ready" not in started:
-            self._stop()
+            self.stop()
             why = started["broken"] if isinstance(started, dict) else "it ended while starting, as shown above"
             raise StartError(
                 f"no process for reward {name!r}: {why}. A script that uses in_processes needs "
@@ -107,12 +117,12 @@ class Worker:
         except (OSError, EOFError, ValueError):  # it is gone, or wrote something else into the connection
             answer = None
         if answer is TimeoutError:
-            self._stop()
+            self.stop()
             return RowError(f"no answer within {timeout:g} s", "timeouts")
         if not isinstance(answer, dict):
             self.process.join(1.0)
             code = self.process.exitcode
-            self._stop()
+            self.stop()
             return RowError(f"its process died{'' if code is None else f' ({_exit(code)})'}")
         if "missing" in answer:
             raise ImportError(answer["missing"])
@@ -124,7 +134,7 @@ class Worker:
         except (OSError, EOFError, ValueError):
             return None
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         self.is_alive = False
         self._kill()
 
