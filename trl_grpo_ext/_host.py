@@ -1,10 +1,13 @@
 """The seams of TRL that this package wraps. Importing it on a TRL that lacks one gives one clear error."""
 
+import importlib
 import inspect
 
 import trl
+from torch import Tensor
+from trl.trainer import utils
 
-SUPPORTED_TRL = ">=1.16,<1.17"
+SUPPORTED_TRL = ">=1.13,<1.17"
 
 # Method of GRPOTrainer -> its parameters. `tests/test_contract.py` pins these and the attributes that are read.
 SEAMS = {
@@ -19,31 +22,37 @@ SEAMS = {
     "add_callback": ["self", "callback"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
-    "_generate_single_turn": [
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "num_generations",
-        "has_tool_images",
+}
+# Method -> what its parameters may begin with. What follows differs between releases, and is passed on as it came.
+OPEN_SEAMS = {
+    "_generate_single_turn": [["self", "prompt_ids", "images", "multimodal_fields"]],
+    "_get_per_token_logps_and_entropies": [
+        [
+            "self",
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+            "compute_entropy",
+            "compute_aux_loss",
+        ],
+        ["self", "model", "args", "batch_size", "compute_aux_loss", "kwargs"],  # TRL 1.14, for the same arguments
     ],
 }
-# The first parameters of _get_per_token_logps_and_entropies; what follows is multimodal and passed on by name.
-LOGPS_SEAM = [
-    "self",
-    "model",
-    "input_ids",
-    "attention_mask",
-    "logits_to_keep",
-    "batch_size",
-    "compute_entropy",
-    "compute_aux_loss",
-]
+# Module -> what is imported from it.
+HELPERS = {
+    "trl.data_utils": ["is_conversational"],
+    "trl.models": ["unwrap_model_for_generation"],
+    "trl.trainer.utils": ["entropy_from_logits", "get_config_model_id", "nanstd", "selective_log_softmax"],
+}
+# Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
+HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
 
 
 def check_seams(trainer_class: type) -> None:
     """
-    Raise `ImportError` when a seam is missing or takes other arguments.
+    Raise `ImportError` when a seam is missing or takes other arguments, or a helper of TRL is missing.
 
     Args:
         trainer_class (`type`):
@@ -61,16 +70,38 @@ def check_seams(trainer_class: type) -> None:
 
     ```
     """
-    for name, parameters in (SEAMS | {"_get_per_token_logps_and_entropies": LOGPS_SEAM}).items():
-        method = getattr(trainer_class, name, None)
-        found = [] if method is None else list(inspect.signature(method).parameters)
-        if parameters is LOGPS_SEAM:
-            found = found[: len(LOGPS_SEAM)]
-        if found != parameters:
-            raise ImportError(
-                f"trl-grpo-ext wraps GRPOTrainer.{name}({', '.join(parameters[1:])}), which TRL {trl.__version__} "
-                f'lacks: pip install "trl{SUPPORTED_TRL}"'
-            )
+    for name, parameters in SEAMS.items():
+        if parameters_of(trainer_class, name) != parameters:
+            raise _missing(f"GRPOTrainer.{name}({', '.join(parameters[1:])})")
+    for name, beginnings in OPEN_SEAMS.items():
+        found = parameters_of(trainer_class, name)
+        if not any(found[: len(beginning)] == beginning for beginning in beginnings):
+            raise _missing(f"GRPOTrainer.{name}({', '.join(beginnings[0][1:])}, ...)")
+    for name, helpers in HELPERS.items():
+        for helper in helpers:
+            if not hasattr(importlib.import_module(name), helper):
+                raise _missing(f"{name}.{helper}")
+
+
+def parameters_of(trainer_class: type, name: str) -> list[str]:
+    """Names of the parameters of a method, none if there is no such method."""
+    method = getattr(trainer_class, name, None)
+    return [] if method is None else list(inspect.signature(method).parameters)
+
+
+def _missing(what: str) -> ImportError:
+    return ImportError(
+        f'trl-grpo-ext wraps {what}, which TRL {trl.__version__} lacks: pip install "trl{SUPPORTED_TRL}"'
+    )
+
+
+def logps_and_entropies(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_requires_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """TRL's log-probabilities `(..., T)` of `labels`, and entropies, from logits `(..., T, V)`."""
+    logits = logits / temperature
+    entropies = utils.entropy_from_logits(logits if entropy_requires_grad else logits.detach())
+    return utils.selective_log_softmax(logits, labels), entropies
 
 
 check_seams(trl.GRPOTrainer)

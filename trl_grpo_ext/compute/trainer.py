@@ -44,16 +44,16 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     # TRL's seams
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        arguments = (prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        arguments = (prompt_ids, images, multimodal_fields, *args)
         if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(*arguments)
+            return super()._generate_single_turn(*arguments, **kwargs)
         reason = self._why_not_prefilled(images, multimodal_fields)
         if reason is not None:
             self._say_once(f"share_prompts: generation reads every copy of a prompt, because of {reason}")
-            return super()._generate_single_turn(*arguments)
+            return super()._generate_single_turn(*arguments, **kwargs)
         with prefill_shared(self.accelerator.unwrap_model(self.model_wrapped)):
-            return super()._generate_single_turn(*arguments)
+            return super()._generate_single_turn(*arguments, **kwargs)
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -104,9 +104,9 @@ class LeanGRPOTrainer(GRPOTrainer):
                 input_ids,
                 attention_mask,
                 logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
                 **multimodal,
             )
         num_rows = input_ids.size(0)
@@ -131,9 +131,9 @@ class LeanGRPOTrainer(GRPOTrainer):
                 input_ids[rows, columns],
                 attention_mask[rows, columns],
                 num_kept,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
             )
 
         def restored(values: Tensor) -> Tensor:
@@ -162,13 +162,19 @@ class LeanGRPOTrainer(GRPOTrainer):
             width = input_ids.size(1) - logits_to_keep
             order = torch.argsort(equal_rows(input_ids[:, :width], attention_mask[:, :width]), stable=True)
         costs = costs_of(base)
-        # An entropy bonus needs the gradient of the entropy, which the fused head has.
-        temperature = None if self._entropy_bonus_enabled else self.temperature
         logps: list[Tensor] = []
         entropies: list[Any] = []
         for rows in order.split(batch_size or num_rows):
             result = shared_logps(
-                model, base, self.accelerator, input_ids[rows], attention_mask[rows], logits_to_keep, costs, temperature
+                model,
+                base,
+                self.accelerator,
+                input_ids[rows],
+                attention_mask[rows],
+                logits_to_keep,
+                costs,
+                self.temperature,
+                self._entropy_bonus_enabled,
             )
             if result is None:
                 result = super()._get_per_token_logps_and_entropies(
