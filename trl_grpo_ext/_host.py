@@ -1,11 +1,15 @@
 """The seams of TRL that this package wraps. Importing it on a TRL that lacks one gives one clear error."""
 
+import functools
 import importlib
 import inspect
+from typing import Any
 
 import trl
 from torch import Tensor
 from trl.trainer import utils
+
+from .rewards.base import is_async
 
 SUPPORTED_TRL = ">=1.13,<1.17"
 
@@ -102,6 +106,28 @@ def logps_and_entropies(
     logits = logits / temperature
     entropies = utils.entropy_from_logits(logits if entropy_requires_grad else logits.detach())
     return utils.selective_log_softmax(logits, labels), entropies
+
+
+def as_awaited(reward_funcs: Any) -> Any:
+    """
+    Reward functions of which TRL awaits the async ones.
+
+    TRL 1.13 takes an object with an async `__call__` for a sync function, so it gets a function in its place.
+    """
+    if hasattr(utils, "is_async_callable") or reward_funcs is None:
+        return reward_funcs
+
+    def awaited(reward: Any) -> Any:
+        if not is_async(reward) or inspect.iscoroutinefunction(reward):
+            return reward
+
+        @functools.wraps(reward)
+        async def call(*args, **kwargs):
+            return await reward(*args, **kwargs)
+
+        return call
+
+    return [awaited(reward) for reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
 
 
 check_seams(trl.GRPOTrainer)

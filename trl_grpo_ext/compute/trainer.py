@@ -36,6 +36,8 @@ class LeanGRPOTrainer(GRPOTrainer):
         # Of the micro-batch whose loss is computed: live rows, mask of the loss, old log-probabilities.
         self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
         super().__init__(*args, **kwargs)
+        # Up to TRL 1.14.0, only the tokenizer's ends a completion.
+        self.eos_token_ids: list[int] = getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])
         if self.args.skip_zero_advantage and self.aux_loss_enabled:
             raise ValueError(
                 "skip_zero_advantage=True would take rows out of the load-balancing loss of this mixture of experts: "
