@@ -195,7 +195,9 @@ def test_shared_log_probabilities(attention, variant, model_path, dataset, tmp_p
     chunk = 5 if variant == "old_and_reference" else None
     stock.model.train()
     ours.model.train()
-    expected = stock._get_per_token_logps_and_entropies(stock.model, ids, mask, 7, batch_size=chunk, compute_entropy=True)
+    expected = stock._get_per_token_logps_and_entropies(
+        stock.model, ids, mask, 7, batch_size=chunk, compute_entropy=True
+    )
     found = ours._get_per_token_logps_and_entropies(ours.model, ids, mask, 7, batch_size=chunk, compute_entropy=True)
     tolerance = 0.1 if variant == "autocast" else 1e-5
     for one, other in zip(found[:2], expected[:2], strict=True):

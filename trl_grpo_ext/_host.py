@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trl
@@ -53,6 +55,9 @@ HELPERS = {
 # Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
 
+# Up to TRL 1.14.1, `_generate_single_turn` reads the number of completions per prompt from the trainer.
+TAKES_NUM_GENERATIONS = "num_generations" in inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters
+
 
 def check_seams(trainer_class: type) -> None:
     """
@@ -97,6 +102,20 @@ def _missing(what: str) -> ImportError:
     return ImportError(
         f'trl-grpo-ext wraps {what}, which TRL {trl.__version__} lacks: pip install "trl{SUPPORTED_TRL}"'
     )
+
+
+@contextmanager
+def asking_for(trainer: Any, num_generations: int | None) -> Iterator[None]:
+    """While open, the trainer says `num_generations` where TRL reads it from there."""
+    if TAKES_NUM_GENERATIONS or num_generations is None:
+        yield
+        return
+    before = trainer.num_generations, trainer.num_generations_eval
+    trainer.num_generations = trainer.num_generations_eval = num_generations
+    try:
+        yield
+    finally:
+        trainer.num_generations, trainer.num_generations_eval = before
 
 
 def logps_and_entropies(

@@ -1,5 +1,6 @@
 """[`LeanGRPOTrainer`]: TRL's trainer without the work that changes no gradient."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
+from .._host import TAKES_NUM_GENERATIONS, asking_for
 from .forward import costs_of, has_relative_positions, shared_logps, sharing_error, unwrapped, why_not_shared
 from .generation import prefill_shared, why_not_prefilled
 from .packing import equal_rows
@@ -46,16 +48,12 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     # TRL's seams
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        arguments = (prompt_ids, images, multimodal_fields, *args)
-        if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(*arguments, **kwargs)
-        reason = self._why_not_prefilled(images, multimodal_fields)
-        if reason is not None:
-            self._say_once(f"share_prompts: generation reads every copy of a prompt, because of {reason}")
-            return super()._generate_single_turn(*arguments, **kwargs)
-        with prefill_shared(self.accelerator.unwrap_model(self.model_wrapped)):
-            return super()._generate_single_turn(*arguments, **kwargs)
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations=None, has_tool_images=False):
+        arguments = {"has_tool_images": has_tool_images}
+        if TAKES_NUM_GENERATIONS:
+            arguments["num_generations"] = num_generations
+        with self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **arguments)
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -201,6 +199,15 @@ class LeanGRPOTrainer(GRPOTrainer):
             if reason is not None:
                 self._say_once(f"share_prompts: TRL's own forward pass is used for {type(base).__name__}: {reason}")
         return self._why_not_shared[id(base)] is None
+
+    def _prefilling(self, images: Any, multimodal_fields: Any) -> AbstractContextManager:
+        if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
+            return nullcontext()
+        reason = self._why_not_prefilled(images, multimodal_fields)
+        if reason is not None:
+            self._say_once(f"share_prompts: generation reads every copy of a prompt, because of {reason}")
+            return nullcontext()
+        return prefill_shared(self.accelerator.unwrap_model(self.model_wrapped))
 
     def _why_not_prefilled(self, images: Any, multimodal_fields: Any) -> str | None:
         if images or multimodal_fields:
