@@ -1,11 +1,14 @@
 """What the package relies on in TRL and transformers: a failure here says which seam moved."""
 
 import inspect
+import subprocess
+import sys
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from conftest import config_kwargs, count_vowels, has_answer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -13,7 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd, selective_log_softmax_and_entropy
+from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd
+
+from trl_grpo_ext._host import HELPERS, OPEN_SEAMS, SEAMS, check_seams, logps_and_entropies
 
 
 def parameters(function) -> list[str]:
@@ -41,6 +46,53 @@ def test_signature_of_each_seam(owner, name, expected):
     assert parameters(getattr(owner, name)) == expected
 
 
+def doctored(name: str, method) -> type:
+    """TRL's trainer as a later release might have it."""
+    return type("GRPOTrainer", (GRPOTrainer,), {name: method})
+
+
+@pytest.mark.parametrize("name", [*SEAMS, *OPEN_SEAMS])
+def test_a_trl_that_moved_a_seam_is_refused_with_its_name(name):
+    check_seams(doctored("something_else", None))
+    for moved in (None, lambda self, something, **kwargs: None):
+        with pytest.raises(ImportError, match=rf'wraps GRPOTrainer\.{name}\(.*lacks: pip install "trl>=.*,<.*"'):
+            check_seams(doctored(name, moved))
+
+
+def test_a_trl_without_a_helper_is_refused_with_its_name(monkeypatch):
+    monkeypatch.setitem(HELPERS, "trl.trainer.utils", ["nanstd", "of_another_release"])
+    with pytest.raises(ImportError, match=rf"wraps trl.trainer.utils.of_another_release, which TRL {trl.__version__}"):
+        check_seams(GRPOTrainer)
+
+
+def test_importing_on_a_doctored_trl_gives_one_clear_error():
+    code = (
+        "import trl\n"
+        "trl.GRPOTrainer._calculate_rewards = lambda self, rollouts: None\n"
+        "from trl_grpo_ext import AdaptiveGRPOTrainer\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "ImportError: trl-grpo-ext wraps GRPOTrainer._calculate_rewards(" in result.stderr.splitlines()[-1]
+
+
+def test_arguments_are_passed_on_as_trl_passes_them():
+    """What follows the pinned parameters: ours must reach TRL's by name."""
+    method = getattr(GRPOTrainer, "_full_logits_logps", GRPOTrainer._get_per_token_logps_and_entropies)  # TRL 1.14's
+    assert parameters(method)[:8] == OPEN_SEAMS["_get_per_token_logps_and_entropies"][0]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_log_probabilities_and_entropies_are_those_of_the_softmax(requires_grad):
+    logits, labels = torch.randn(2, 3, 7, requires_grad=True), torch.randint(7, (2, 3))
+    logps, entropies = logps_and_entropies(logits, labels, 0.7, requires_grad)
+    expected = (logits / 0.7).log_softmax(-1)
+    assert torch.allclose(logps, expected.gather(2, labels[..., None])[..., 0], atol=1e-5)
+    assert torch.allclose(entropies, -(expected.exp() * expected).sum(-1), atol=1e-5)
+    assert logps.requires_grad
+    assert entropies.requires_grad == requires_grad
+
+
 def test_signature_of_the_constructor():
     first = ["self", "model", "reward_funcs", "args", "train_dataset", "eval_dataset"]
     assert parameters(GRPOTrainer.__init__)[:6] == first
@@ -50,8 +102,6 @@ def test_signature_of_the_constructor():
 def test_signatures_of_the_helpers():
     repeat = ["self", "data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"]
     assert parameters(RepeatSampler.__init__) == repeat
-    logps = ["logits", "index", "entropy_requires_grad", "temperature", "row_mask"]
-    assert parameters(selective_log_softmax_and_entropy) == logps
     assert parameters(nanstd) == ["tensor", "dim", "keepdim"]
     assert parameters(get_config_model_id) == ["config"]
     assert PREFIX_CHECKPOINT_DIR == "checkpoint"
@@ -266,8 +316,9 @@ def test_vllm_server_strides_over_the_prompts(trainer):
 def test_generation_asks_for_num_generations_of_the_trainer(trainer, monkeypatch):
     asked = []
 
-    def single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        asked.append(num_generations)
+    def single_turn(self, prompt_ids, images, multimodal_fields, num_generations=None, has_tool_images=False):
+        # Before TRL 1.14.2, this method read it from the trainer.
+        asked.append(self.num_generations if num_generations is None else num_generations)
         return [[7, 8] for _ in prompt_ids], None
 
     monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_generate_single_turn", single_turn)

@@ -19,7 +19,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer import utils
+from trl.trainer.utils import get_callable_name
 
 from trl_grpo_ext.rewards import (
     Harmlessness,
@@ -37,7 +38,10 @@ from trl_grpo_ext.rewards import (
     minimum,
     piecewise,
 )
+from trl_grpo_ext.rewards.base import is_async
 from trl_grpo_ext.rewards.schedules import training_progress
+
+is_async_callable = getattr(utils, "is_async_callable", is_async)  # TRL 1.13 has none
 
 CALLS: Counter = Counter()
 

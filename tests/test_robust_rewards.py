@@ -22,11 +22,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl.trainer.utils import is_async_callable
+from trl.trainer import utils
 
 from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
+from trl_grpo_ext.rewards.base import is_async
 from trl_grpo_ext.rewards.guards import Guard
 from trl_grpo_ext.rewards.scoring import number_or_problem
+
+is_async_callable = getattr(utils, "is_async_callable", is_async)  # TRL 1.13 has none
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))

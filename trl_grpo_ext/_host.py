@@ -1,10 +1,19 @@
 """The seams of TRL that this package wraps. Importing it on a TRL that lacks one gives one clear error."""
 
+import functools
+import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import trl
+from torch import Tensor
+from trl.trainer import utils
 
-SUPPORTED_TRL = ">=1.16,<1.17"
+from .rewards.base import is_async
+
+SUPPORTED_TRL = ">=1.13,<1.17"
 
 # Method of GRPOTrainer -> its parameters. `tests/test_contract.py` pins these and the attributes that are read.
 SEAMS = {
@@ -19,31 +28,40 @@ SEAMS = {
     "add_callback": ["self", "callback"],
     "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
-    "_generate_single_turn": [
-        "self",
-        "prompt_ids",
-        "images",
-        "multimodal_fields",
-        "num_generations",
-        "has_tool_images",
+}
+# Method -> what its parameters may begin with. What follows differs between releases, and is passed on as it came.
+OPEN_SEAMS = {
+    "_generate_single_turn": [["self", "prompt_ids", "images", "multimodal_fields"]],
+    "_get_per_token_logps_and_entropies": [
+        [
+            "self",
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+            "compute_entropy",
+            "compute_aux_loss",
+        ],
+        ["self", "model", "args", "batch_size", "compute_aux_loss", "kwargs"],  # TRL 1.14, for the same arguments
     ],
 }
-# The first parameters of _get_per_token_logps_and_entropies; what follows is multimodal and passed on by name.
-LOGPS_SEAM = [
-    "self",
-    "model",
-    "input_ids",
-    "attention_mask",
-    "logits_to_keep",
-    "batch_size",
-    "compute_entropy",
-    "compute_aux_loss",
-]
+# Module -> what is imported from it.
+HELPERS = {
+    "trl.data_utils": ["is_conversational"],
+    "trl.models": ["unwrap_model_for_generation"],
+    "trl.trainer.utils": ["entropy_from_logits", "get_config_model_id", "nanstd", "selective_log_softmax"],
+}
+# Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
+HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
+
+# Up to TRL 1.14.1, `_generate_single_turn` reads the number of completions per prompt from the trainer.
+TAKES_NUM_GENERATIONS = "num_generations" in inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters
 
 
 def check_seams(trainer_class: type) -> None:
     """
-    Raise `ImportError` when a seam is missing or takes other arguments.
+    Raise `ImportError` when a seam is missing or takes other arguments, or a helper of TRL is missing.
 
     Args:
         trainer_class (`type`):
@@ -61,16 +79,74 @@ def check_seams(trainer_class: type) -> None:
 
     ```
     """
-    for name, parameters in (SEAMS | {"_get_per_token_logps_and_entropies": LOGPS_SEAM}).items():
-        method = getattr(trainer_class, name, None)
-        found = [] if method is None else list(inspect.signature(method).parameters)
-        if parameters is LOGPS_SEAM:
-            found = found[: len(LOGPS_SEAM)]
-        if found != parameters:
-            raise ImportError(
-                f"trl-grpo-ext wraps GRPOTrainer.{name}({', '.join(parameters[1:])}), which TRL {trl.__version__} "
-                f'lacks: pip install "trl{SUPPORTED_TRL}"'
-            )
+    for name, parameters in SEAMS.items():
+        if parameters_of(trainer_class, name) != parameters:
+            raise _missing(f"GRPOTrainer.{name}({', '.join(parameters[1:])})")
+    for name, beginnings in OPEN_SEAMS.items():
+        found = parameters_of(trainer_class, name)
+        if not any(found[: len(beginning)] == beginning for beginning in beginnings):
+            raise _missing(f"GRPOTrainer.{name}({', '.join(beginnings[0][1:])}, ...)")
+    for name, helpers in HELPERS.items():
+        for helper in helpers:
+            if not hasattr(importlib.import_module(name), helper):
+                raise _missing(f"{name}.{helper}")
+
+
+def parameters_of(trainer_class: type, name: str) -> list[str]:
+    """Names of the parameters of a method, none if there is no such method."""
+    method = getattr(trainer_class, name, None)
+    return [] if method is None else list(inspect.signature(method).parameters)
+
+
+def _missing(what: str) -> ImportError:
+    return ImportError(
+        f'trl-grpo-ext wraps {what}, which TRL {trl.__version__} lacks: pip install "trl{SUPPORTED_TRL}"'
+    )
+
+
+@contextmanager
+def asking_for(trainer: Any, num_generations: int | None) -> Iterator[None]:
+    """While open, the trainer says `num_generations` where TRL reads it from there."""
+    if TAKES_NUM_GENERATIONS or num_generations is None:
+        yield
+        return
+    before = trainer.num_generations, trainer.num_generations_eval
+    trainer.num_generations = trainer.num_generations_eval = num_generations
+    try:
+        yield
+    finally:
+        trainer.num_generations, trainer.num_generations_eval = before
+
+
+def logps_and_entropies(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_requires_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """TRL's log-probabilities `(..., T)` of `labels`, and entropies, from logits `(..., T, V)`."""
+    logits = logits / temperature
+    entropies = utils.entropy_from_logits(logits if entropy_requires_grad else logits.detach())
+    return utils.selective_log_softmax(logits, labels), entropies
+
+
+def as_awaited(reward_funcs: Any) -> Any:
+    """
+    Reward functions of which TRL awaits the async ones.
+
+    TRL 1.13 takes an object with an async `__call__` for a sync function, so it gets a function in its place.
+    """
+    if hasattr(utils, "is_async_callable") or reward_funcs is None:
+        return reward_funcs
+
+    def awaited(reward: Any) -> Any:
+        if not is_async(reward) or inspect.iscoroutinefunction(reward):
+            return reward
+
+        @functools.wraps(reward)
+        async def call(*args, **kwargs):
+            return await reward(*args, **kwargs)
+
+        return call
+
+    return [awaited(reward) for reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
 
 
 check_seams(trl.GRPOTrainer)

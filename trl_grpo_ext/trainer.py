@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.utils import get_config_model_id, nanstd
 
+from ._host import as_awaited
 from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
 from .callbacks import GRPOCallback, RolloutBatch, check_shape
 from .config import AdaptiveGRPOConfig
@@ -71,6 +72,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._is_set_up = False
         self._planner: Planner | None = None
         self.rollout: Rollout | None = None
+        reward_funcs = as_awaited(reward_funcs)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks=callbacks, **kwargs)
         duplicates = sorted({name for name in self.reward_func_names if self.reward_func_names.count(name) > 1})
         if duplicates:

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.trainer.utils import selective_log_softmax_and_entropy
 
+from .._host import HAS_FUSED_HEAD, logps_and_entropies
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
 
 # Rotary embeddings that do not depend on the length of the sequence.
@@ -85,8 +85,12 @@ def sharing_error(model: nn.Module, base: PreTrainedModel, accelerator: Accelera
     model.eval()
     with torch.no_grad():
         with accelerator.autocast():
-            outputs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-        expected = outputs.log_probs[:, -num_completion_columns:].float()
+            if HAS_FUSED_HEAD:
+                expected = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+            else:
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+                expected = logps_and_entropies(logits, ids[:, 1:])[0].masked_fill(labels[:, 1:] == -100, 0.0)
+        expected = expected[:, -num_completion_columns:].float()
         shared = shared_logps(
             model, base, accelerator, ids, mask, num_completion_columns, Costs(1.0, 0.0, float("inf"))
         )
@@ -170,6 +174,7 @@ def shared_logps(
     num_completion_columns: int,
     costs: Costs,
     temperature: float | None = None,
+    entropy_requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None] | None:
     """
     Log-probabilities and entropies of completions, from one forward pass in which equal prompts are computed once.
@@ -190,8 +195,10 @@ def shared_logps(
         costs ([`Costs`]):
             From [`costs_of`].
         temperature (`float`, *optional*):
-            Temperature of the log-probabilities, for the model's own head, whose entropies have no gradient. Without
-            one, TRL's fused head, which has its own, is used for all sizes.
+            Temperature of the log-probabilities, which TRL's fused head knows. Without one, that head is used for all
+            sizes; it is 1 where TRL has none.
+        entropy_requires_grad (`bool`, *optional*, defaults to `False`):
+            Whether gradients flow through the entropies.
 
     Returns:
         `tuple` of `torch.Tensor` of shape `(N, T)`, *optional*: log-probabilities, and entropies where the head
@@ -216,14 +223,13 @@ def shared_logps(
         "position_ids": batch.position_ids,
     }
     with accelerator.autocast(), only_positions(base, scored):
-        if temperature is not None and has_small_logits(base, accelerator, labels.size(1)):
-            logits = model(**packed, use_cache=False).logits
-            log_probs, entropies = selective_log_softmax_and_entropy(
-                logits, labels, entropy_requires_grad=False, temperature=temperature
-            )
-        else:
+        keeps_logits = temperature is not None and has_small_logits(base, accelerator, labels.size(1))
+        if HAS_FUSED_HEAD and (entropy_requires_grad or not keeps_logits):
             outputs = model(**packed, shift_labels=labels, fused_lm_head=True)
             log_probs, entropies = outputs.log_probs, outputs.entropy
+        else:
+            logits = model(**packed, use_cache=False).logits
+            log_probs, entropies = logps_and_entropies(logits, labels, temperature or 1.0, entropy_requires_grad)
     padding = attention_mask[:, width:] == 0
     place = (scored.flatten().cumsum(0) - 1)[batch.index]
 

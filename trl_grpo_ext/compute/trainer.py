@@ -1,5 +1,6 @@
 """[`LeanGRPOTrainer`]: TRL's trainer without the work that changes no gradient."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
+from .._host import TAKES_NUM_GENERATIONS, asking_for
 from .forward import costs_of, has_relative_positions, shared_logps, sharing_error, unwrapped, why_not_shared
 from .generation import prefill_shared, why_not_prefilled
 from .packing import equal_rows
@@ -36,6 +38,8 @@ class LeanGRPOTrainer(GRPOTrainer):
         # Of the micro-batch whose loss is computed: live rows, mask of the loss, old log-probabilities.
         self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
         super().__init__(*args, **kwargs)
+        # Up to TRL 1.14.0, only the tokenizer's ends a completion.
+        self.eos_token_ids: list[int] = getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])
         if self.args.skip_zero_advantage and self.aux_loss_enabled:
             raise ValueError(
                 "skip_zero_advantage=True would take rows out of the load-balancing loss of this mixture of experts: "
@@ -44,16 +48,12 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     # TRL's seams
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        arguments = (prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-        if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(*arguments)
-        reason = self._why_not_prefilled(images, multimodal_fields)
-        if reason is not None:
-            self._say_once(f"share_prompts: generation reads every copy of a prompt, because of {reason}")
-            return super()._generate_single_turn(*arguments)
-        with prefill_shared(self.accelerator.unwrap_model(self.model_wrapped)):
-            return super()._generate_single_turn(*arguments)
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations=None, has_tool_images=False):
+        arguments = {"has_tool_images": has_tool_images}
+        if TAKES_NUM_GENERATIONS:
+            arguments["num_generations"] = num_generations
+        with self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **arguments)
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -104,9 +104,9 @@ class LeanGRPOTrainer(GRPOTrainer):
                 input_ids,
                 attention_mask,
                 logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
                 **multimodal,
             )
         num_rows = input_ids.size(0)
@@ -131,9 +131,9 @@ class LeanGRPOTrainer(GRPOTrainer):
                 input_ids[rows, columns],
                 attention_mask[rows, columns],
                 num_kept,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
             )
 
         def restored(values: Tensor) -> Tensor:
@@ -162,13 +162,19 @@ class LeanGRPOTrainer(GRPOTrainer):
             width = input_ids.size(1) - logits_to_keep
             order = torch.argsort(equal_rows(input_ids[:, :width], attention_mask[:, :width]), stable=True)
         costs = costs_of(base)
-        # An entropy bonus needs the gradient of the entropy, which the fused head has.
-        temperature = None if self._entropy_bonus_enabled else self.temperature
         logps: list[Tensor] = []
         entropies: list[Any] = []
         for rows in order.split(batch_size or num_rows):
             result = shared_logps(
-                model, base, self.accelerator, input_ids[rows], attention_mask[rows], logits_to_keep, costs, temperature
+                model,
+                base,
+                self.accelerator,
+                input_ids[rows],
+                attention_mask[rows],
+                logits_to_keep,
+                costs,
+                self.temperature,
+                self._entropy_bonus_enabled,
             )
             if result is None:
                 result = super()._get_per_token_logps_and_entropies(
@@ -193,6 +199,15 @@ class LeanGRPOTrainer(GRPOTrainer):
             if reason is not None:
                 self._say_once(f"share_prompts: TRL's own forward pass is used for {type(base).__name__}: {reason}")
         return self._why_not_shared[id(base)] is None
+
+    def _prefilling(self, images: Any, multimodal_fields: Any) -> AbstractContextManager:
+        if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
+            return nullcontext()
+        reason = self._why_not_prefilled(images, multimodal_fields)
+        if reason is not None:
+            self._say_once(f"share_prompts: generation reads every copy of a prompt, because of {reason}")
+            return nullcontext()
+        return prefill_shared(self.accelerator.unwrap_model(self.model_wrapped))
 
     def _why_not_prefilled(self, images: Any, multimodal_fields: Any) -> str | None:
         if images or multimodal_fields:
