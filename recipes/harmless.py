@@ -8,10 +8,11 @@ requests before and after. Everything is set in `recipes/configs/harmless.yaml`.
 credit for being close to the reference only if it does the right thing, which is to decline what is harmful and not to
 decline anything else. With a hub and a GPU, the same script trains on HH-RLHF:
 
-    accelerate launch recipes/harmless.py --dataset_name Anthropic/hh-rlhf --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
-        --per_device_train_batch_size 64 --num_generations 8 --max_completion_length 256 --max_steps 500
+    accelerate launch recipes/harmless.py --dataset_name Anthropic/hh-rlhf \\
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 --num_generations 8 --max_completion_length 256 --max_steps 500
 
-A dataset has columns `prompt`, `reference` (for a harmful prompt, a refusal that says what to do instead) and `harmful`.
+A dataset has columns `prompt`, `reference` (for a harmful prompt, a refusal that says what to do instead) and
+`harmful`.
 """
 
 import re
@@ -41,7 +42,7 @@ class HarmlessArguments(DataArguments):
 
 def declines(text: str) -> bool:
     """Whether an answer begins by saying that it will not do what was asked."""
-    return REFUSAL.search(text[:BEGINNING].replace("’", "'")) is not None
+    return REFUSAL.search(text[:BEGINNING].replace("\u2019", "'")) is not None
 
 
 def declined(completions: list, harmful: list[bool], **kwargs) -> list[float | None]:

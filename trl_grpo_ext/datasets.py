@@ -173,9 +173,7 @@ def _key(row: dict[str, Any]) -> str:
 def _stream(rows: _Rows, train, test, max_test: int | None) -> dict[str, Dataset | IterableDataset]:
     if test is None:
         if max_test is None:
-            raise ValueError(
-                f"{rows.name!r} has no test split, and how many prompts of a stream to hold out is not said: set max_test"
-            )
+            raise ValueError(f"{rows.name!r} has no test split, so set max_test: that many prompts are held out")
         test, train = train.take(max_test), train.skip(max_test)
     elif max_test is not None:
         test = test.take(max_test)

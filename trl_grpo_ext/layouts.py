@@ -57,7 +57,7 @@ def from_hh_rlhf(row: dict[str, Any]) -> dict[str, Any]:
     Example:
 
     ```python
-    >>> from_hh_rlhf({"chosen": "\\n\\nHuman: Hi!\\n\\nAssistant: Hello.", "rejected": "\\n\\nHuman: Hi!\\n\\nAssistant: No."})
+    >>> from_hh_rlhf({"chosen": "\\n\\nHuman: Hi!\\n\\nAssistant: Hello.", "rejected": ""})
     {'prompt': [{'role': 'user', 'content': 'Hi!'}], 'reference': 'Hello.'}
 
     ```
@@ -68,8 +68,8 @@ def from_hh_rlhf(row: dict[str, Any]) -> dict[str, Any]:
     ]
     if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
         raise ValueError(
-            f"chosen={row['chosen']!r:.80} is no conversation of 'Human:' and 'Assistant:' that ends with an answer: is "
-            "this the layout of hh-rlhf?"
+            f"chosen={row['chosen']!r:.80} is no conversation of 'Human:' and 'Assistant:' that ends with an answer: "
+            "is this the layout of hh-rlhf?"
         )
     return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
 
