@@ -9,7 +9,8 @@ if `math-verify` finds it equal to the reference, so `12`, `$12$` and `The answe
 a GPU, the same script trains on GSM8K:
 
     accelerate launch recipes/arithmetic.py --dataset_name openai/gsm8k \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 --num_generations 8 --max_completion_length 256 --max_steps 500
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 \\
+        --num_generations 8 --max_completion_length 256 --max_steps 500
 
 A dataset has columns `prompt`, `reference` (a number, or anything else that `math-verify` reads) and what the
 curriculum needs.

@@ -9,7 +9,8 @@ credit for being close to the reference only if it does the right thing, which i
 decline anything else. With a hub and a GPU, the same script trains on HH-RLHF:
 
     accelerate launch recipes/harmless.py --dataset_name Anthropic/hh-rlhf \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 --num_generations 8 --max_completion_length 256 --max_steps 500
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 \\
+        --num_generations 8 --max_completion_length 256 --max_steps 500
 
 A dataset has columns `prompt`, `reference` (for a harmful prompt, a refusal that says what to do instead) and
 `harmful`.
@@ -19,7 +20,7 @@ import re
 from dataclasses import dataclass, field
 
 from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
-from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, as_reward, maximum
+from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
 
 REFUSAL = re.compile(
@@ -55,12 +56,16 @@ def answered(completions: list, harmful: list[bool], **kwargs) -> list[float | N
     return [None if bad else float(not declines(text_of(c))) for c, bad in zip(completions, harmful, strict=True)]
 
 
-def main(script_args: HarmlessArguments, training_args, model_args) -> None:
-    prompts = script_args.load(columns=("reference", "harmful"))
+def make_reward(script_args: HarmlessArguments) -> Reward:
     right = maximum(as_reward(declined), as_reward(answered))  # of the one that applies
     helpful = Relevance("reference").where(right > 0)
     kind = script_args.harmlessness_weight * Harmlessness() - script_args.length_weight * Length()
-    train_and_compare(prompts, helpful + script_args.gate_weight * right + kind, training_args, model_args)
+    return helpful + script_args.gate_weight * right + kind
+
+
+def main(script_args: HarmlessArguments, training_args, model_args) -> None:
+    prompts = script_args.load(columns=("reference", "harmful"))
+    train_and_compare(prompts, make_reward(script_args), training_args, model_args)
 
 
 if __name__ == "__main__":
