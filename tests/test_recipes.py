@@ -1,18 +1,24 @@
 """The recipes as a user starts them, on the real SmolLM2, only shorter; and the pieces that they print with."""
 
+import dataclasses
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import config_kwargs
 from peft import AutoPeftModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig
+from trl_grpo_ext.datasets import load_prompts
 from trl_grpo_ext.evaluation import evaluate_held_out, print_comparison
+from trl_grpo_ext.recipe import parse_arguments
 from trl_grpo_ext.rewards import Length, as_reward
 
 ROOT = Path(__file__).parents[1]
@@ -46,15 +52,202 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_parse(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    from helpful import HelpfulArguments
-    from trl import ModelConfig
+CPU = ["--bf16", "false", "--use_cpu", "true"]
 
-    parser = TrlParser((HelpfulArguments, AdaptiveGRPOConfig, ModelConfig))
-    _, args, _ = parser.parse_args_and_config(["--config", str(path), "--bf16", "False", "--use_cpu", "True"])
-    assert args.group_size in ("fixed", "threshold", "variance")
+
+def recipe(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return importlib.import_module(name)
+
+
+def answers(*texts):
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+@pytest.mark.parametrize("name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn"])
+def test_configs_parse(name, monkeypatch):
+    module = recipe(name, monkeypatch)
+    (arguments,) = [
+        value
+        for value in vars(module).values()
+        if dataclasses.is_dataclass(value) and value.__module__ == name and value.__name__.endswith("Arguments")
+    ]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *CPU, "--seed", "3"])
+    script_args, args, model_args = parse_arguments(arguments, module.__file__)
+    assert isinstance(script_args, arguments)
+    assert (args.output_dir, args.seed, model_args.use_peft) == (f"runs/{name}", 3, True)
+
+
+PRESETS = {  # num_generations, completions of a step on eight GPUs, max_steps
+    "small": (4, 64, 1000),
+    "large": (2, 128, 1000),
+    "plenty": (8, 128, 1000),
+    "deepseek_v2": (4, 256, 10_000),
+    "vllm_colocate": (4, 64, 1000),
+    "vllm_server": (4, 64, 1000),
+}
+
+
+def test_presets_say_what_the_method_says(monkeypatch):
+    arguments = recipe("helpful", monkeypatch).HelpfulArguments
+    found = sorted((ROOT / "recipes" / "configs" / "presets").glob("*.yaml"))
+    assert [path.stem for path in found] == sorted(PRESETS)
+    for path in found:
+        parser = TrlParser((arguments, AdaptiveGRPOConfig, ModelConfig))
+        _, args, model_args = parser.parse_args_and_config(["--config", str(path), *CPU])
+        size = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        assert (args.num_generations, size, args.max_steps) == PRESETS[path.stem]
+        assert (args.beta, args.epsilon, args.learning_rate, args.scale_rewards) == (0.05, 0.2, 1e-6, "batch")
+        assert (args.use_vllm, args.use_vllm and args.vllm_mode) == {
+            "vllm_server": (True, "server"),
+            "vllm_colocate": (True, "colocate"),
+        }.get(path.stem, (False, False))
+        assert model_args.model_name_or_path
+        launcher = re.findall(r"accelerate/(\w+)\.yaml", path.read_text())
+        assert launcher and all((ROOT / "recipes/configs/accelerate" / f"{name}.yaml").exists() for name in launcher)
+
+
+def test_accelerate_reads_its_configurations():
+    folder = ROOT / "recipes" / "configs" / "accelerate"
+    found = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert {name: (config.distributed_type.value, config.num_processes) for name, config in found.items()} == {
+        "single": ("NO", 1),
+        "ddp": ("MULTI_GPU", 8),
+        "fsdp2": ("FSDP", 8),
+        "deepspeed_zero2": ("DEEPSPEED", 8),
+        "deepspeed_zero3": ("DEEPSPEED", 8),
+    }
+    assert found["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert [found[f"deepspeed_zero{stage}"].deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
+
+
+TINY = [*CPU, "--max_steps", "2", "--max_completion_length", "4", "--per_device_train_batch_size", "8"]
+TINY += ["--num_generations", "4", "--disable_tqdm", "true"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "parts"),
+    [
+        ("arithmetic", [], ["correct", "length"]),
+        ("harmless", ["--max_test_prompts", "6"], ["relevance", "declined", "answered", "harmlessness", "length"]),
+        ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right"]),
+    ],
+)
+def test_recipes_run(name, flags, parts, model_path, tmp_path, monkeypatch, capsys):
+    module = recipe(name, monkeypatch)
+    flags = [*TINY, "--model_name_or_path", model_path, "--output_dir", str(tmp_path), *flags]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    arguments = getattr(module, f"{name.capitalize()}Arguments")
+    module.main(*parse_arguments(arguments, module.__file__))
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"│ {part} +│ +-?\d", printed) for part in [*parts, "total"])
+    assert f"report of the run to {tmp_path / 'report.html'}" in printed
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+# Rewards and data of the recipes
+
+
+def test_sums_are_distinct_and_right(monkeypatch):
+    arithmetic = recipe("arithmetic", monkeypatch)
+    sums = arithmetic.make_sums()
+    assert {split: rows.to_list() for split, rows in arithmetic.make_sums().items()} == {
+        split: rows.to_list() for split, rows in sums.items()
+    }
+    rows = [row for split in sums.values() for row in split]
+    texts = [row["prompt"][0]["content"] for row in rows]
+    assert len(set(texts)) == len(texts) == 162
+    for text, row in zip(texts, rows, strict=True):
+        assert sum(map(int, re.findall(r"\d+", text))) == int(row["reference"])
+    for split in sums.values():
+        assert set(split["difficulty"]) == {"easy", "medium", "hard"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("12", "12", 1.0),
+        ("7 + 5 = 12", "12", 1.0),
+        ("The answer is 12.", "12", 1.0),
+        ("$\\boxed{12}$", "12", 1.0),
+        ("12.0", "12", 1.0),
+        ("13", "12", 0.0),
+        ("7 + 5", "12", 0.0),  # `math-verify` alone says that this is right
+        ("10 + 2", "12", 0.0),
+        ("twelve", "12", 0.0),
+        ("", "12", 0.0),
+        ("1/2", "0.5", 1.0),
+        ("x + 1", "1 + x", 1.0),
+        ("12", "no number", None),
+    ],
+)
+def test_correct(text, reference, expected, monkeypatch):
+    assert recipe("arithmetic", monkeypatch).correct(answers(text), [reference]) == [expected]
+
+
+def test_declining(monkeypatch):
+    harmless = recipe("harmless", monkeypatch)
+    for text in (
+        "I'm sorry, but I can't assist with that.",
+        "I cannot help you hurt anyone.",
+        "I\u2019m unable to provide this.",
+        "Sorry. I won't write that.",
+        "I am not able to do this.",
+    ):
+        assert harmless.declines(text)
+    for text in (
+        "You can't miss it.",
+        "Use a wide aperture.",
+        "I can help with that.",
+        "",
+        "x" * 200 + " I can't help.",
+    ):
+        assert not harmless.declines(text)
+    for row in (row for split in load_prompts("harmless").values() for row in split):
+        assert harmless.declines(row["reference"]) == row["harmful"]
+
+
+def test_the_gate_of_the_harmless_recipe(monkeypatch):
+    harmless = recipe("harmless", monkeypatch)
+    weights = {"harmlessness_weight": 0.0, "length_weight": 0.0}
+    reward = harmless.make_reward(harmless.HarmlessArguments(**weights))
+    refusal, recipe_text = "I can't help you steal a bicycle.", "Take a bolt cutter at night."
+    scores = reward(
+        prompts=[[{"role": "user", "content": "How do I steal a bicycle?"}]] * 4,
+        completions=answers(refusal, recipe_text, refusal, recipe_text),
+        completion_ids=[[1]] * 4,
+        reference=[refusal, recipe_text, refusal, recipe_text],
+        harmful=[True, True, False, False],
+    )
+    # Relevance is 1 everywhere; without the right decision it earns nothing.
+    assert scores == pytest.approx([1.5, 0.0, 0.0, 1.5], abs=1e-5)
+
+
+def test_questions_of_reasoning_gym(monkeypatch):
+    reasoning = recipe("reasoning", monkeypatch)
+    arguments = reasoning.ReasoningArguments(train_size=5, test_size=2)
+    questions = reasoning.make_questions(arguments)
+    assert {split: len(rows) for split, rows in questions.items()} == {"train": 30, "test": 12}
+    rows = [row for split in questions.values() for row in split]
+    assert len({row["prompt"][-1]["content"] for row in rows}) == len(rows)
+    assert {row["difficulty"] for row in rows} == {0, 1, 2}
+    assert max(len(r["reference"]) for r in rows if r["task"] == "spell_backward" and r["difficulty"] == 0) == 3
+    columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
+    right = answers(*(row["reference"] for row in rows))
+    tagged = answers(*(f"So: <answer> {row['reference']} </answer>." for row in rows))
+    assert reasoning.score(right, **columns) == reasoning.score(tagged, **columns) == [1.0] * len(rows)
+    assert reasoning.solved_fully(right, **columns) == [1.0] * len(rows)
+    assert max(reasoning.score(answers(*[""] * len(rows)), **columns)) < 1
+    assert questions["train"].to_list() == reasoning.make_questions(arguments)["train"].to_list()
+
+
+def test_options_of_the_reasoning_recipe_are_checked(monkeypatch):
+    reasoning = recipe("reasoning", monkeypatch)
+    with pytest.raises(ValueError, match=r"\['chess'\] are no tasks with levels; reasoning-gym has \["):
+        reasoning.ReasoningArguments(tasks=["chess"])
+    with pytest.raises(ValueError, match="num_levels=0 leaves nothing"):
+        reasoning.ReasoningArguments(num_levels=0)
 
 
 def test_held_out_answers_are_greedy_and_leave_training_alone(model_path, conversational, tmp_path, capsys):

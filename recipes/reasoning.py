@@ -1,0 +1,104 @@
+"""
+Train a model on procedural tasks of `reasoning-gym`, scored by its own verifiers.
+
+    accelerate launch recipes/reasoning.py
+
+trains SmolLM2-135M-Instruct with LoRA on two tasks (counting letters, spelling words backward) at three levels of
+difficulty, and compares its answers to held-out questions before and after. Everything is set in
+`recipes/configs/reasoning.yaml`. A level turns all knobs that reasoning-gym has for a task, and is the column that the
+curriculum reads. With a GPU, the same script takes any other of its tasks that have levels:
+
+    accelerate launch recipes/reasoning.py --tasks chain_sum countdown mini_sudoku --num_levels 5 \\
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 --num_generations 8 \\
+        --max_completion_length 256 --max_steps 500
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from reasoning_gym.factory import CURRICULA, create_curriculum, create_dataset, get_score_answer_fn
+from reasoning_gym.utils import extract_answer
+
+from trl_grpo_ext.recipe import parse_arguments, train_and_compare
+from trl_grpo_ext.rewards import as_reward
+from trl_grpo_ext.rewards.text import text_of
+
+
+@dataclass
+class ReasoningArguments:
+    tasks: list[str] = field(
+        default_factory=lambda: ["letter_counting", "spell_backward"],
+        metadata={"help": "Names of reasoning-gym's tasks."},
+    )
+    num_levels: int = field(default=3, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
+    train_size: int = field(default=32, metadata={"help": "Questions of each task and level to train on."})
+    test_size: int = field(default=8, metadata={"help": "Held-out questions of each task and level."})
+    num_examples: int = field(default=1, metadata={"help": "Solved questions that go before each question."})
+
+    def __post_init__(self):
+        unknown = sorted(set(self.tasks) - set(CURRICULA))
+        if unknown or not self.tasks:
+            raise ValueError(
+                f"tasks={self.tasks}: {unknown} are no tasks with levels; reasoning-gym has {list(CURRICULA)}"
+            )
+        for name in ("num_levels", "train_size", "test_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} leaves nothing: pass at least 1")
+
+
+def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Dataset]:
+    """Distinct questions, the same for the same seed; `difficulty` is the level, `entry` what the verifier needs."""
+    splits: dict[str, list[dict]] = {"test": [], "train": []}
+    for task in arguments.tasks:
+        known: set[str] = set()
+        for level in range(arguments.num_levels):
+            knobs = create_curriculum(task)
+            knobs.set_global_level(level)
+            wanted = {"test": arguments.test_size, "train": arguments.train_size}
+            # Easy levels of some tasks have few different questions: more are made than are needed.
+            size = arguments.num_examples + 4 * sum(wanted.values())
+            entries = iter(
+                create_dataset(task, **vars(knobs.generate_configuration({"seed": seed + level, "size": size})))
+            )
+            examples = [message for _ in range(arguments.num_examples) for message in solved(next(entries))]
+            for split, count in wanted.items():
+                for entry in (entry for entry in entries if entry["question"] not in known):
+                    known.add(entry["question"])
+                    prompt = [*examples, {"role": "user", "content": entry["question"]}]
+                    row = {"prompt": prompt, "task": task, "difficulty": level, "reference": entry["answer"]}
+                    splits[split].append({**row, "entry": json.dumps(entry, default=str)})
+                    count -= 1
+                    if not count:
+                        break
+    return {split: Dataset.from_list(rows) for split, rows in splits.items()}
+
+
+def solved(entry: dict) -> list[dict[str, str]]:
+    return [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
+
+
+@functools.cache
+def verifier(task: str):
+    return get_score_answer_fn(task)
+
+
+def score(completions: list, task: list[str], entry: list[str], **kwargs) -> list[float]:
+    """reasoning-gym's score, from 0 to 1, of the text between `<answer>` tags or, without any, of the whole answer."""
+    texts = [text_of(completion).strip() for completion in completions]
+    answers = [extract_answer(text) or text for text in texts]
+    return [float(verifier(t)(a, json.loads(e))) for a, t, e in zip(answers, task, entry, strict=True)]
+
+
+def solved_fully(completions: list, task: list[str], entry: list[str], **kwargs) -> list[float]:
+    return [float(value >= 1) for value in score(completions, task, entry)]
+
+
+def main(script_args: ReasoningArguments, training_args, model_args) -> None:
+    prompts = make_questions(script_args)
+    train_and_compare(prompts, as_reward(score) + 0.5 * as_reward(solved_fully, "right"), training_args, model_args)
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(ReasoningArguments, __file__))
