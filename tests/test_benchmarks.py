@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
+import metering
 import mixed_pool
 import skills
 
@@ -55,11 +56,13 @@ def test_reward_by_hand():
 
 
 def test_recorder_counts_rows_of_groups_whose_rewards_differ():
-    recorder = mixed_pool.Recorder()
+    recorder = metering.Meter(skills.is_right)
     # Three rows of "p", one of them right; two of "q", both right.
-    assert recorder(["p", "p", "p", "q", "q"], ["a", "b", "b", "c", "c"], ["a", "a", "a", "c", "c"]) == [1, 0, 0, 1, 1]
-    recorder(["p"] * 5, ["b"] * 5, ["a"] * 5)
+    answers = ["a", "a", "a", "c", "c"]
+    assert recorder(["p", "p", "p", "q", "q"], ["a", "b", "b", "c", "c"], answer=answers) == [1, 0, 0, 1, 1]
+    recorder(["p"] * 5, ["b"] * 5, answer=["a"] * 5)
     assert recorder.rollouts == 10
+    assert recorder.prompts == 3
     assert recorder.informative_share(0) == 3 / 10
     assert recorder.informative_share(0, end=5) == 3 / 5
     assert recorder.informative_share(5) == 0

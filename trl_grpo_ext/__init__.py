@@ -4,6 +4,7 @@ from . import _host  # noqa: F401 (first: says in one line when this TRL does no
 from .callbacks import GRPOCallback, RolloutBatch
 from .clipping import RewardClipCallback
 from .config import AdaptiveGRPOConfig
+from .critic import CriticBaseline
 from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
 from .kl import AdaptiveKLCallback
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveGRPOConfig",
     "AdaptiveGRPOTrainer",
     "AdaptiveKLCallback",
+    "CriticBaseline",
     "DynamicSamplingCallback",
     "GRPOCallback",
     "HierarchicalCallback",

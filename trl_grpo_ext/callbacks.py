@@ -23,7 +23,7 @@ class RolloutBatch:
     in one sequence of the loss.
 
     All tensors are on the CPU and cover **all** processes, in rank order, so a callback that keeps state keeps the
-    same state on every rank. Only `rows` is this process's own. Axis suffixes: `N` rows (completions), `P` groups
+    same state on every rank. Only `rows` and `tokens` are this process's own. Axis suffixes: `N` rows (completions), `P` groups
     (prompts), `K` reward functions.
 
     Args:
@@ -51,6 +51,10 @@ class RolloutBatch:
             row; there from `on_advantages` on.
         rows (`list[dict]`):
             This process's dataset rows, one per completion.
+        tokens (`dict[str, torch.Tensor]`):
+            This process's sequences, on its device: `prompt_ids` and `prompt_mask` of shape `(B, L)`, padded on the left,
+            `completion_ids` and `completion_mask` of shape `(B, C)`, padded on the right. One per completion, unless a
+            rollout puts several turns into one. There from `on_advantages` on; read only.
         turns (`torch.Tensor` of shape `(N,)`):
             Turn of the conversation, or level of the tree, from 0.
         parents (`torch.Tensor` of shape `(N,)`):
@@ -74,6 +78,7 @@ class RolloutBatch:
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     completion_lengths: Tensor = field(default_factory=lambda: torch.empty(0))
     rows: list[dict[str, Any]] = field(default_factory=list)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
     turns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     parents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     is_shaped: bool = False
@@ -140,6 +145,7 @@ class GRPOCallback(TrainerCallback):
     """
 
     is_attached = False  # set by AdaptiveGRPOTrainer
+    plans_single_rows = False  # whether on_plan gets a candidate for each row, not for each group of `num_generations`
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not self.is_attached:

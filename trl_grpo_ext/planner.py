@@ -38,6 +38,7 @@ class Planner:
         num_rows = self.args.generation_batch_size
         chooses_sizes = any(callback.overrides("on_group_sizes") for callback in callbacks)
         fewest = self.bounds[0] if chooses_sizes else self.args.num_generations
+        fewest = 1 if any(callback.plans_single_rows for callback in callbacks) else fewest
         count = min(num_rows // fewest, self.sampler.num_prompts)
         candidates = self.sampler.draw(count, self._weights(callbacks, state, control))
         for callback in callbacks:

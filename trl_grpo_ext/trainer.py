@@ -126,6 +126,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         batch = self._score(plan, rewards, inputs)
         output, batch, num_rounds = self._resample(plan, output, batch)
 
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        batch.tokens = {name: output[name] for name in names}
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         if self.rollout is None:
             batch.completion_lengths = self.accelerator.gather(mask.sum(1)).cpu()

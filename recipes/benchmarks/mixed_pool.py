@@ -13,7 +13,7 @@ run, as it ends), `curves.csv`, `table.md` and `mixed_pool.png` to `output_dir`.
 """
 
 import copy
-import csv
+import functools
 import os
 import time
 import warnings
@@ -25,9 +25,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
 
+from metering import OKABE_ITO, Evaluator, Meter, append, read, spread
 from skills import MAX_COMPLETION, Example, accuracy, as_dataset, is_right, make_examples, make_model, make_tokenizer
 from skills import warm_start as warm_started
-from transformers import HfArgumentParser, PrinterCallback, TrainerCallback
+from transformers import HfArgumentParser, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
@@ -67,64 +68,11 @@ class Options:
             self.seeds, self.rollouts, self.eval_every, self.warm_start = 1, 4 * self.rows, 2 * self.rows, 10
 
 
-class Recorder:
-    """The reward function. Every rollout passes here once, whatever the trainer does with it later."""
-
-    __name__ = "is_right"
-
-    def __init__(self):
-        self.calls: list[tuple[int, int]] = []  # rollouts, and how many of them in groups whose rewards differ
-
-    def __call__(self, prompts: list[str], completions: list[str], answer: list[str], **kwargs) -> list[float]:
-        rewards = is_right(completions, answer)
-        groups: dict[str, list[float]] = {}
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            groups.setdefault(prompt, []).append(reward)
-        self.calls.append((len(rewards), sum(len(group) for group in groups.values() if min(group) < max(group))))
-        return rewards
-
-    @property
-    def rollouts(self) -> int:
-        return sum(count for count, _ in self.calls)
-
-    def informative_share(self, start: float, end: float = float("inf")) -> float:
-        """Of the rollouts that began between two counts, the share in groups whose rewards differ."""
-        total = informative = seen = 0
-        for count, useful in self.calls:
-            if start <= seen < end:
-                total, informative = total + count, informative + useful
-            seen += count
-        return informative / max(total, 1)
-
-
-class Evaluator(TrainerCallback):
-    """Measures held-out accuracy at fixed intervals of rollouts, and ends the run when the budget is spent."""
-
-    def __init__(self, recorder: Recorder, tokenizer, held_out: list[Example], every: int, budget: int):
-        self.recorder, self.tokenizer, self.held_out = recorder, tokenizer, held_out
-        self.every, self.budget = every, budget
-        self.curve: list[tuple[int, float]] = []  # rollouts, accuracy
-        self.seconds = 0.0
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self.measure(model)
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        done = self.recorder.rollouts >= self.budget
-        control.should_training_stop = control.should_training_stop or done
-        if done or self.recorder.rollouts >= self.curve[-1][0] + self.every:
-            self.measure(model)
-
-    def measure(self, model) -> None:
-        start = time.process_time()
-        self.curve.append((self.recorder.rollouts, accuracy(model, self.tokenizer, self.held_out)))
-        self.seconds += time.process_time() - start
-
-
 def train(method: str, dataset, model, tokenizer, held_out: list[Example], seed: int, options: Options):
     """Train a copy of the model by one method. Returns what was recorded, the curve, and CPU seconds of training."""
-    recorder = Recorder()
-    evaluator = Evaluator(recorder, tokenizer, held_out, options.eval_every, options.rollouts)
+    recorder = Meter(is_right)
+    measure = functools.partial(accuracy, tokenizer=tokenizer, examples=held_out)
+    evaluator = Evaluator(recorder, measure, options.eval_every, options.rollouts)
     config_class, trainer_class = GRPOConfig, GRPOTrainer
     if method != STOCK:
         config_class, trainer_class = AdaptiveGRPOConfig, AdaptiveGRPOTrainer
@@ -160,29 +108,6 @@ def train(method: str, dataset, model, tokenizer, held_out: list[Example], seed:
     return recorder, evaluator.curve, time.process_time() - start - evaluator.seconds
 
 
-def append(path: Path, row: dict) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def read(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median and range; a value that was never reached is infinite."""
-
-    def show(value: float) -> str:
-        return "not reached" if value == float("inf") else f"{value:.{digits}f}"
-
-    return f"{show(median(values))} ({show(min(values))} to {show(max(values))})"
-
-
 def make_table(results: list[dict]) -> str:
     """Markdown, a row per pool and method; ratios to stock are taken seed by seed."""
     targets = [name for name in results[0] if name.startswith("rollouts_to")]
@@ -216,7 +141,6 @@ def plot(curves: list[dict], path: Path) -> None:
 
     pools = list(dict.fromkeys(c["pool"] for c in curves))
     methods = list(dict.fromkeys(c["method"] for c in curves))
-    colors = ["#000000", "#CC79A7", "#E69F00", "#009E73", "#56B4E9", "#D55E00"]  # Okabe and Ito
     figure, axes = plt.subplots(2, len(pools), figsize=(6 * len(pools), 7.5), squeeze=False, sharex=True, sharey="row")
     for column, pool in enumerate(pools):
         for number, method in enumerate(methods):
@@ -227,7 +151,7 @@ def plot(curves: list[dict], path: Path) -> None:
             for axis, name in zip(axes[:, column], ("accuracy", "informative_share"), strict=True):
                 y = [[float(c[name]) for c in point] for point in points]
                 is_main = number in (0, len(methods) - 1)
-                style = {"color": colors[number % 6], "linestyle": ("-", ":", "-.", (0, (1, 1)), "--", "-")[number % 6]}
+                style = {"color": OKABE_ITO[number % 6], "linestyle": ("-", ":", "-.", (0, (1, 1)), "--", "-")[number % 6]}
                 axis.plot(x, [median(v) for v in y], label=method, linewidth=2.4 if is_main else 1.3, **style)
                 if is_main:
                     axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=style["color"], alpha=0.15)

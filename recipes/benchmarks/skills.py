@@ -25,13 +25,15 @@ class Example:
     skill: str
 
 
-def make_example(skill: str, rng: random.Random, noisy: bool = False) -> Example:
+def make_example(
+    skill: str, rng: random.Random, noisy: bool = False, rates: tuple[float, float] = (0.3, 0.95)
+) -> Example:
     """
     One example of a skill.
 
     `greet`: always `hi`. `translate`: a cipher that moves every letter halfway around the alphabet. `hopeless`: a
     random word that the prompt says nothing of. In a `noisy` translation some letters come out one off, each letter at
-    its own rate: `a` is right 30 % of the time, `z` 95 %.
+    its own rate: `a` and `z` are right at the two `rates`, 30 % and 95 % of the time, and the others in between.
 
     ```python
     >>> make_example("translate", random.Random(0))
@@ -43,7 +45,7 @@ def make_example(skill: str, rng: random.Random, noisy: bool = False) -> Example
     if skill == "greet":
         answer = [LETTERS.index(letter) for letter in "hi"]
     elif skill == "translate":
-        slips = [noisy and rng.random() > 0.3 + 0.65 * i / (len(LETTERS) - 1) for i in word]
+        slips = [noisy and rng.random() > rates[0] + (rates[1] - rates[0]) * i / (len(LETTERS) - 1) for i in word]
         answer = [(i + len(LETTERS) // 2 + slip) % len(LETTERS) for i, slip in zip(word, slips, strict=True)]
     else:
         answer = [rng.randrange(len(LETTERS)) for _ in range(HOPELESS)]
@@ -75,9 +77,9 @@ def is_right(completions: list[str], answer: list[str], **kwargs) -> list[float]
     return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", " ", "=", *"GTH", *LETTERS])}
+def make_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
+    """One token per character, those in `more` included."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", " ", "=", *"GTH", *LETTERS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,0 +1,120 @@
+"""
+PPO, DPO, RLOO, stock GRPO and this package at one budget of sampled completions.
+
+    accelerate launch recipes/compare.py            # the tiny task of configs/compare.yaml
+    accelerate launch recipes/compare.py --smoke    # only to see that it runs
+    accelerate launch recipes/compare.py --config recipes/configs/compare_smollm2.yaml
+
+Every method starts from the same weights and trains on the same prompts and the same reward, helpfulness + 0.5 *
+harmlessness - a little for each token, until it has sampled as many completions as the others; each is counted in the
+reward function, through which all of them pass. Where there are several learning rates, each method takes the one that
+does best on seeds that are not in the table: the mean of its held-out helpfulness over the run is largest. Every
+training is a cell with a file of its own in `output_dir/cells`: started again, the comparison goes on where it stopped.
+Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/comparison.md.
+"""
+
+import functools
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tiny model is too small for a second thread to help
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # every cell is a fork
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+
+from comparison import results
+from comparison.cells import Cells
+from comparison.methods import METHODS, STOCK, train
+from comparison.smollm2 import SmolTask
+from comparison.tiny import POOLS, TinyTask
+from trl import TrlParser
+
+
+@dataclass
+class Options:
+    task: str = field(default="tiny", metadata={"help": "'tiny' or 'smollm2'."})
+    seeds: int = field(default=5, metadata={"help": "Number of seeds: 0, 1, ..."})
+    methods: list[str] = field(default_factory=lambda: [STOCK], metadata={"help": f"Of {', '.join(METHODS)}."})
+    pools: list[str] = field(default_factory=lambda: list(POOLS), metadata={"help": "Which pools of prompts."})
+    rollouts: int = field(default=5120, metadata={"help": "Budget of one run, in sampled completions."})
+    dpo_budgets: list[int] = field(default_factory=list, metadata={"help": "Smaller budgets of DPO, for its curve."})
+    rows: int = field(default=64, metadata={"help": "Completions per step."})
+    num_generations: int = field(default=8, metadata={"help": "Completions per prompt (PPO: 1), or their mean."})
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata={"help": "Grid for each method."})
+    tuning_seeds: list[int] = field(default_factory=lambda: [100, 101], metadata={"help": "Seeds of the grid."})
+    pool_size: int = field(default=256, metadata={"help": "Prompts of a pool of the tiny task."})
+    held_out: int = field(default=256, metadata={"help": "Held-out prompts of the tiny task."})
+    warm_start: int = field(default=350, metadata={"help": "Supervised steps of the tiny task."})
+    start: float = field(default=0.6, metadata={"help": "Held-out helpfulness to count from."})
+    target: float = field(default=0.8, metadata={"help": "Held-out helpfulness to count up to."})
+    eval_every: int = field(default=128, metadata={"help": "Rollouts between two evaluations of the tiny task."})
+    output_dir: str = field(default="runs/compare", metadata={"help": "Where the results go."})
+    smoke: bool = field(default=False, metadata={"help": "One seed, one pool and a budget of 2 steps."})
+
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
+        if self.task not in ("tiny", "smollm2"):
+            raise ValueError(f"task={self.task!r} is unknown: use 'tiny' or 'smollm2'")
+        if self.smoke:
+            self.seeds, self.pools, self.rollouts, self.warm_start = 1, self.pools[:1], 2 * self.rows, 10
+            self.learning_rates, self.dpo_budgets, self.eval_every = self.learning_rates[:1], [self.rows], self.rows
+
+
+def make_task(options: Options, seed: int):
+    if options.task == "smollm2":
+        return SmolTask()
+    folder = Path(options.output_dir)
+    return TinyTask(seed, folder, options.pool_size, options.held_out, options.warm_start)
+
+
+def work(cell: dict[str, Any], options: Options) -> dict[str, Any]:
+    return train(make_task(options, cell["seed"]), cell, f"{options.output_dir}/trainer")
+
+
+def make_cell(options: Options, method: str, pool: str, seed: int, learning_rate: float, rollouts: int | None = None):
+    """All settings that a result depends on."""
+    names = ("task", "rows", "num_generations", "pool_size", "held_out", "warm_start", "eval_every")
+    cell = {"method": method, "pool": pool, "seed": seed, "learning_rate": learning_rate}
+    cell["rollouts"] = options.rollouts if rollouts is None else rollouts
+    return cell | {name: getattr(options, name) for name in names} | {"options": METHODS[method].options}
+
+
+def tune(options: Options, cells: Cells, method: str) -> tuple[float, dict[float, float]]:
+    """The learning rate with the largest mean held-out helpfulness over the run and the tuning seeds, and all of them."""
+    tuned = METHODS[method].tuned_as or method
+    scores: dict[float, float] = {}
+    for rate in options.learning_rates if len(options.learning_rates) > 1 else []:
+        grid = [make_cell(options, tuned, options.pools[0], seed, rate) for seed in options.tuning_seeds]
+        scores[rate] = mean(results.score(cells.run(cell)) for cell in grid)
+    return max(scores, key=scores.__getitem__, default=options.learning_rates[0]), scores
+
+
+def main(options: Options) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit("compare.py trains each cell on one process: launch it with --num_processes 1")
+    folder = Path(options.output_dir)
+    cells = Cells(folder / "cells", functools.partial(work, options=options))
+    grid = {method: tune(options, cells, method) for method in options.methods}
+    records = []
+    for seed in range(options.seeds):
+        for pool in options.pools:
+            for method in options.methods:
+                budgets = options.dpo_budgets if method == "DPO" else []
+                for rollouts in [*budgets, options.rollouts]:
+                    record = cells.run(make_cell(options, method, pool, seed, grid[method][0], rollouts))
+                    records.append(record)
+                    print(results.describe(record), flush=True)
+    results.write(records, grid, folder, options.start, options.target)
+    print((folder / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    if "--config" not in sys.argv:
+        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "compare.yaml")]
+    main(*TrlParser((Options,)).parse_args_and_config())

@@ -1,0 +1,210 @@
+"""From the records of cells to what is reported: a row for each run, a table of medians with ranges, plots."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.metering import OKABE_ITO, append, spread
+
+from .methods import STOCK
+
+SHOWN = {"PPO": 5, "DPO": 1, "RLOO": 3, STOCK: 0, "variance + online": 2, "all together": 6}  # method -> its colour
+BARS = "#56B4E9"
+
+
+def score(record: dict[str, Any]) -> float:
+    """What the learning rate is chosen by: held-out helpfulness, averaged over the run; a failed run is the worst."""
+    return mean(value for _, _, value in record["result"]["curve"][1:]) if "result" in record else -math.inf
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line about a run."""
+    cell = record["cell"]
+    name = f"{cell['pool']}, {cell['method']}, seed {cell['seed']}, {cell['rollouts']} rollouts"
+    if "error" in record:
+        return f"{name}: FAILED, {record['error'].splitlines()[-1]}"
+    final = ", ".join(f"{key} {value:.3f}" for key, value in record["result"]["final"].items())
+    return f"{name}: {final}, {record['result']['wall_seconds']:.0f} s"
+
+
+def crossing(curve: list[list[float]], level: float) -> tuple[float, float]:
+    """
+    Rollouts and prompts at which a curve first reaches a level, linear between its points; infinite if it does not.
+
+    ```python
+    >>> crossing([[0, 0, 0.5], [100, 10, 0.7]], 0.6)
+    (50.0, 5.0)
+
+    ```
+    """
+    before = curve[0]
+    for point in curve:
+        if point[2] >= level:
+            part = 1.0 if point[2] == before[2] else (level - before[2]) / (point[2] - before[2])
+            return tuple(a + max(0.0, part) * (b - a) for a, b in zip(before[:2], point[:2], strict=True))  # type: ignore[return-value]
+        before = point
+    return math.inf, math.inf
+
+
+def rows_of(records: list[dict[str, Any]], start: float, target: float) -> list[dict[str, Any]]:
+    """A row for each pool, method and seed. Runs of one method at several budgets are the points of one curve."""
+    runs: dict[tuple, list[dict[str, Any]]] = {}
+    for record in records:
+        cell = record["cell"]
+        runs.setdefault((cell["pool"], cell["method"], cell["seed"]), []).append(record)
+    rows = []
+    for (pool, method, seed), own in runs.items():
+        whole = max(own, key=lambda record: record["cell"]["rollouts"])
+        row = {"pool": pool, "method": method, "seed": seed, "learning_rate": whole["cell"]["learning_rate"]}
+        errors = [record["error"].splitlines()[-1] for record in own if "error" in record]
+        row["error"] = "; ".join(errors)
+        if not errors:
+            curve = curve_of(own)
+            (begin, _), (reached, prompts) = crossing(curve, start), crossing(curve, target)
+            result = whole["result"]
+            names = ("informative_share", "rollouts", "prompts", "models", "trained_parameters", "peak_memory_mb")
+            row |= {"to_target": reached, "between": reached - begin if reached < math.inf else math.inf}
+            row |= {"prompts_to_target": prompts, **result["final"]}
+            row |= {name: result[name] for name in (*names, "cpu_seconds", "wall_seconds")}
+        rows.append(row)
+    return rows
+
+
+def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
+    """Points of rollouts, prompts and held-out helpfulness, of one run or of the ends of runs at several budgets."""
+    if len(records) == 1:
+        return records[0]["result"]["curve"]
+    ends = [record["result"]["curve"][-1] for record in records]
+    return [records[0]["result"]["curve"][0], *sorted(ends)]
+
+
+def table(rows: list[dict[str, Any]], start: float, target: float) -> str:
+    """Markdown, a line for each pool and method; ratios are taken seed by seed."""
+    between, reached = f"rollouts {start:g} to {target:g}", f"rollouts to {target:g}"
+    columns = ["pool", "method", "learning rate", between, reached, "of stock GRPO's", "of PPO's", "prompts"]
+    columns += ["helpfulness", "harmlessness", "length", "informative share", "CPU s", "models", "trained", "peak MB"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for pool, method in dict.fromkeys((row["pool"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["pool"], row["method"]) == (pool, method)]
+        good = [row for row in own if not row["error"]]
+        errors = [row["error"] for row in own if row["error"]]
+        failed = f" ({len(errors)} of {len(own)} runs failed: {errors[0]})" if errors else ""
+        cells = [pool, method + failed, f"{own[0]['learning_rate']:g}"]
+        if good:
+            cells += [spread([row[name] for row in good], 0) for name in ("between", "to_target")]
+            cells += [_ratio(good, rows, other) for other in (STOCK, "PPO")]
+            cells.append(spread([row["prompts_to_target"] for row in good], 0))
+            cells += [spread([row[name] for row in good], 3) for name in ("helpfulness", "harmlessness")]
+            cells.append(spread([row["length"] for row in good], 2))
+            # Groups of one cannot differ.
+            cells.append("-" if method == "PPO" else spread([row["informative_share"] for row in good], 2))
+            cells.append(spread([row["cpu_seconds"] for row in good], 0))
+            cells += [f"{good[0][name]:,}" for name in ("models", "trained_parameters")]
+            cells.append(f"{median(row['peak_memory_mb'] for row in good):.0f}")
+        lines.append("| " + " | ".join(cells + ["-"] * (len(columns) - len(cells))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], other: str) -> str:
+    base = {(row["pool"], row["seed"]): row for row in rows if row["method"] == other and not row["error"]}
+    pairs = [(row, base[row["pool"], row["seed"]]) for row in own if (row["pool"], row["seed"]) in base]
+    # Where the other did not get there, its whole run is counted: that makes its number too small, not too large.
+    ratios = [row["to_target"] / min(its["to_target"], its["rollouts"]) for row, its in pairs]
+    return spread(ratios, 2) if ratios else "-"
+
+
+def tuning_table(grid: dict[str, tuple[float, dict[float, float]]]) -> str:
+    """Markdown: what each learning rate scored, a line for each method."""
+    rates = sorted({rate for _, scores in grid.values() for rate in scores})
+    lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " | chosen |"]
+    lines.append("|" + " --- |" * (len(rates) + 2))
+    for method, (chosen, scores) in grid.items():
+        cells = [f"{scores[rate]:.3f}" for rate in rates]
+        lines.append(f"| {method} | " + " | ".join([*cells, f"{chosen:g}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_curves(records: list[dict[str, Any]], target: float, path: Path) -> None:
+    """Held-out helpfulness against rollouts: medians and ranges over the seeds."""
+    plt = _pyplot()
+    records = [record for record in records if "result" in record and record["cell"]["method"] in SHOWN]
+    pools = list(dict.fromkeys(record["cell"]["pool"] for record in records))
+    figure, axes = plt.subplots(1, len(pools), figsize=(6.5 * len(pools), 4.8), squeeze=False, sharey=True)
+    for axis, pool in zip(axes[0], pools, strict=True):
+        for method, color in SHOWN.items():
+            own = [r for r in records if (r["cell"]["pool"], r["cell"]["method"]) == (pool, method)]
+            seeds = dict.fromkeys(r["cell"]["seed"] for r in own)
+            curves = [curve_of([r for r in own if r["cell"]["seed"] == seed]) for seed in seeds]
+            points = list(zip(*curves, strict=False))  # the i-th evaluation of every seed
+            if not points:
+                continue
+            x = [median(p[0] for p in point) for point in points]
+            y = [[p[2] for p in point] for point in points]
+            style = {"color": OKABE_ITO[color], "marker": "o" if len(x) < 6 else None}
+            axis.plot(x, [median(v) for v in y], label=method, linewidth=2, **style)
+            axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=style["color"], alpha=0.12)
+        axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{pool} pool")
+        axis.set_xlabel("sampled completions")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("held-out helpfulness")
+    axes[0, -1].legend(loc="lower right", frameon=False)
+    _save(figure, path)
+
+
+def plot_bars(rows: list[dict[str, Any]], target: float, path: Path) -> None:
+    """Rollouts to the target of every method: the median as a bar, every seed as a dot."""
+    plt = _pyplot()
+    pools = list(dict.fromkeys(row["pool"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))[::-1]
+    figure, axes = plt.subplots(1, len(pools), figsize=(6.5 * len(pools), 4.8), squeeze=False, sharey=True)
+    for axis, pool in zip(axes[0], pools, strict=True):
+        for place, method in enumerate(methods):
+            own = [r for r in rows if (r["pool"], r["method"]) == (pool, method) and not r["error"]]
+            middle = median([row["to_target"] for row in own] or [math.inf])
+            if middle < math.inf:
+                axis.barh(place, middle, color=BARS)
+            else:
+                axis.text(0, place, " not reached", va="center")
+            reached = [row["to_target"] for row in own if row["to_target"] < math.inf]
+            axis.plot(reached, [place] * len(reached), "o", color="black", markersize=3.5)
+        axis.set_title(f"{pool} pool")
+        axis.set_xlabel(f"sampled completions to helpfulness {target:g}")
+        axis.set_yticks(range(len(methods)), methods)
+        axis.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
+def write(records: list[dict[str, Any]], grid: dict, folder: Path, start: float, target: float) -> None:
+    """Write `results.csv`, `table.md`, `tuning.md` and the plots."""
+    rows = rows_of(records, start, target)
+    (folder / "results.csv").unlink(missing_ok=True)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    for row in rows:
+        append(folder / "results.csv", {name: row.get(name, "") for name in columns})
+    (folder / "table.md").write_text(table(rows, start, target))
+    (folder / "tuning.md").write_text(tuning_table(grid))
+    if any(value == value for r in records if "result" in r for value in _values(r)):
+        plot_curves(records, target, folder / "compare.png")
+        plot_bars(rows, target, folder / "compare_rollouts.png")
+
+
+def _values(record: dict[str, Any]) -> Iterable[float]:
+    return (value for _, _, value in record["result"]["curve"])
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    _pyplot().close(figure)

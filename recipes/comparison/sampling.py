@@ -1,0 +1,59 @@
+"""Sampling outside of a trainer: for the pairs of DPO, and for scores on held-out prompts."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from trl_grpo_ext.rewards import Reward
+
+
+@torch.no_grad()
+def sample(
+    model, tokenizer, prompts: list, max_new_tokens: int, do_sample: bool = True, batch_size: int = 64
+) -> list[list[int]]:
+    """
+    Token ids of one completion for each prompt, up to and with the end of the turn.
+
+    Sampling is at temperature 1 from the whole vocabulary, as TRL's trainers do; without `do_sample` it is greedy.
+    """
+    was_training = model.training
+    model.eval()
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if do_sample:
+        how = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    completions: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        if isinstance(part[0], str):
+            inputs = tokenizer(part, **padded)
+        else:
+            inputs = tokenizer.apply_chat_template(part, add_generation_prompt=True, return_dict=True, **padded)
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        pad = {"pad_token_id": tokenizer.pad_token_id}
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **pad, **how)
+        for ids in output[:, inputs["input_ids"].size(1) :].tolist():
+            length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+            completions.append(ids[:length])
+    model.train(was_training)
+    return completions
+
+
+def ask(reward, rows: Dataset, ids: list[list[int]], tokenizer) -> list[float]:
+    """Rewards of one completion for each row, called as TRL would."""
+    prompts = list(rows["prompt"])
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    if not isinstance(prompts[0], str):
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
+    return reward(prompts=prompts, completions=texts, completion_ids=ids, **columns)
+
+
+def mean_scores(reward: Reward, rows: Dataset, ids: list[list[int]], tokenizer) -> dict[str, float]:
+    """Mean of each part of a reward, and of the total as `reward`."""
+    scores = {part.__name__: ask(part, rows, ids, tokenizer) for part in reward.leaves()}
+    scores["reward"] = ask(reward, rows, ids, tokenizer)
+    return {name: sum(values) / len(values) for name, values in scores.items()}
