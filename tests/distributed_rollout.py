@@ -27,7 +27,11 @@ def main(model_path: str, out: str, options: str) -> None:
             generated.append(len(prompt_ids))
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
-    if kind == "hierarchical":
+    rows = [{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(20)]
+    if kind == "scripted-best":  # of one to three turns, so that a process may have none where the other has some
+        rows = [{**row, "turns": ["more"] * (i % 3)} for i, row in enumerate(rows)]
+        callback = MultiTurnCallback(carry="best")
+    elif kind == "hierarchical":
         callback = HierarchicalCallback(3, 2, "plan {prompt}", "do it", max_conversation_length=limit)
     else:
         history, _, carry = kind.partition("-")
@@ -37,8 +41,8 @@ def main(model_path: str, out: str, options: str) -> None:
         model=model_path,
         reward_funcs=length_of_text,
         args=AdaptiveGRPOConfig(**config_kwargs(f"{out}/run", **options)),
-        train_dataset=Dataset.from_list([{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(20)]),
-        eval_dataset=Dataset.from_list([{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(4)]),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
         callbacks=[callback, record],
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -52,11 +52,12 @@ class Recorder(AdaptiveGRPOTrainer):
 
 
 def make_trainer(model_path, out, reward_funcs=length_of_text, dataset=None, callbacks=(), **options) -> Recorder:
+    dataset = make_conversations() if dataset is None else dataset
     return Recorder(
         model=model_path,
         reward_funcs=reward_funcs,
         args=AdaptiveGRPOConfig(**config_kwargs(out, **{"per_device_train_batch_size": 16, **options})),
-        train_dataset=make_conversations() if dataset is None else dataset,
-        eval_dataset=make_conversations(4) if options.get("eval_strategy", "no") != "no" else None,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(4)) if options.get("eval_strategy", "no") != "no" else None,
         callbacks=list(callbacks),
     )

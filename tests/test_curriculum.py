@@ -361,6 +361,9 @@ class Rows:
     def __init__(self, values):
         self.values = values
 
+    def with_format(self, kind):
+        return self
+
     def __getitem__(self, column):
         return self.values
 
@@ -444,3 +447,9 @@ def test_target_run_by_numbers_moves_the_target(model_path, dataset, tmp_path):
     trainer.train()
     positions = [entry["curriculum/position"] for entry in trainer.state.log_history[:3]]
     assert 0 < positions[0] < positions[1] < positions[2]
+
+
+def test_difficulty_is_read_from_a_dataset_of_tensors_too(model_path, dataset, tmp_path):
+    options = {"curriculum": "target", "difficulty_column": "score"}
+    trainer = construct(model_path, dataset.with_format("torch"), tmp_path, **options)
+    assert trainer.grpo_callbacks[0].difficulty[[0, -1]].tolist() == [0.0, 1.0]

@@ -9,6 +9,7 @@ from test_distributed import launch
 SETTINGS = {
     "shared": {"kind": "shared"},
     "shared-best": {"kind": "shared-best"},
+    "scripted-best": {"kind": "scripted-best"},
     "independent": {"kind": "independent"},
     "hierarchical": {"kind": "hierarchical", "per_device_train_batch_size": 18, "num_generations": 2},
 }

@@ -177,6 +177,22 @@ def test_a_plan_that_leaves_no_room_is_not_implemented(model_path, tmp_path):
         )
 
 
+def test_a_prompt_that_leaves_no_room_is_not_planned_for(model_path, tmp_path):
+    dataset = Dataset.from_list([{"prompt": [user(text)]} for text in ("hm", "m" * 90) * 6])
+    trainer, batches = train(model_path, tmp_path, dataset=dataset, max_conversation_length=80, max_steps=3)
+    seen = set()
+    for (rows, output), batch in zip(trainer.seen, batches, strict=True):
+        for start in (0, 9):
+            is_long = len(rows[start].prompt_ids) + trainer.max_completion_length > 80
+            own = slice(start, start + 9)
+            assert batch.rewards[own].isnan().all() == is_long
+            assert (output["advantages"][own] == 0).all() == is_long
+            if is_long:
+                assert {tuple(row.answers[0].ids) for row in rows[own]} == {(trainer.processing_class.eos_token_id,)}
+            seen.add(is_long)
+    assert seen == {False, True}
+
+
 COMBINATIONS = {
     "sapo": {"loss_type": "sapo"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
@@ -209,7 +225,7 @@ def test_every_combination_trains(name, model_path, tmp_path):
         ({"multi_objective_aggregation": "normalize_then_sum"}, "use 'sum_then_normalize'"),
         ({"group_size": "variance", "min_group_size": 2, "num_generations": 3}, "set group_size='fixed'"),
         ({"dynamic_sampling_rounds": 1}, "set dynamic_sampling_rounds=0"),
-        ({"num_iterations": 1, "dataset": prompts(1)}, "has 1 rows and one generation batch holds 2 prompts"),
+        ({"dataset": prompts(8)}, "has 8 rows and one generation batch holds 9 prompts .* or raise num_generations"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, model_path, tmp_path):
@@ -218,9 +234,14 @@ def test_what_does_not_fit_is_refused(options, message, model_path, tmp_path):
 
 
 def test_conversations_are_refused(model_path, tmp_path):
-    data = Dataset.from_list([{"prompt": [user("a")], "turns": ["b"]}] * 4)
-    with pytest.raises(ValueError, match="Row 0 has 2 turns: a plan is made for prompts of one turn"):
+    data = Dataset.from_list([{"prompt": [user("a")], "turns": ["b"]}] * 12)
+    with pytest.raises(
+        ValueError, match="Row 0 of the training dataset has 2 turns: a plan is made for prompts of one turn"
+    ):
         train(model_path, tmp_path, dataset=data)
+    parts = Dataset.from_list([{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}] * 12)
+    with pytest.raises(ValueError, match="Row 0 of the training dataset does not end in a text of the user"):
+        train(model_path, tmp_path, dataset=parts)
     with pytest.raises(ValueError, match="implementation_template is empty"):
         HierarchicalCallback(implementation_template="")
 

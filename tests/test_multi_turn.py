@@ -12,7 +12,7 @@ from rollout_helpers import Record, has_letter, length_of_text, make_conversatio
 from test_resume import Interrupt
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_grpo_ext import GRPOCallback, MultiTurnCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
 from trl_grpo_ext.credit import leave_one_out_advantages, returns
 from trl_grpo_ext.rewards import Length, as_reward, at_end
 from trl_grpo_ext.rollouts.dialogue import RolloutError, read_turns
@@ -38,7 +38,7 @@ def test_a_conversation_is_read_from_turns_or_from_missing_answers():
 
 
 @given(
-    st.lists(st.integers(1, 5), min_size=8, max_size=20),
+    st.lists(st.integers(1, 5), min_size=27, max_size=36),  # as many as there may be rows for, which is what is drawn
     st.integers(2, 4),
     st.integers(1, 3),
     st.integers(0, 9),
@@ -229,6 +229,23 @@ def test_rewards_of_each_turn_are_logged(model_path, tmp_path):
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
+def test_rows_of_training_and_evaluation_fit_into_one_table(history, model_path, tmp_path):
+    options = {"history": history, "log_completions": True, "num_completions_to_print": 0, "max_steps": 4}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    reward = as_reward(length_of_text) + 0.5 * Length("characters")
+    trainer = make_trainer(model_path, tmp_path, reward, num_generations_eval=1, **OPTIONS, **options)
+    trainer.train()
+    counts = set()
+    for path in sorted((tmp_path / "completions").glob("*.parquet")):
+        table = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        for completion, lengths in zip(table["completion"], table["length"], strict=True):
+            texts = [message["content"] for message in completion if message["role"] == "assistant"]
+            assert lengths == [float(len(text)) for text in texts]
+            counts.add(len(texts))
+    assert counts == {1, 2, 3}
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
 def test_a_reward_may_see_the_whole_conversation_at_its_end(history, model_path, tmp_path):
     seen = []
 
@@ -346,6 +363,26 @@ def test_a_conversation_ends_where_the_context_does(history, model_path, tmp_pat
         assert all(answer.is_last for answer in cut)
 
 
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_a_prompt_that_leaves_no_room_is_not_answered(history, model_path, tmp_path):
+    dataset = Dataset.from_list([{"prompt": [user(text)], "turns": ["go on"]} for text in ("hm", "m" * 60) * 6])
+    options = {"rollout": "multi_turn", "history": history, "max_conversation_length": 60, "max_steps": 2}
+    trainer = make_trainer(model_path, tmp_path, dataset=dataset, **options)
+    trainer.train()
+    shares = []
+    for rows, output in trainer.seen:
+        is_long = torch.tensor([len(row.prompt_ids) + trainer.max_completion_length > 60 for row in rows])
+        shares.append(is_long.float().mean().item())
+        for row, without_room in zip(rows, is_long.tolist(), strict=True):
+            if without_room:
+                assert [answer.ids for answer in row.answers] == [[trainer.processing_class.eos_token_id]]
+            assert row.answers[0].is_scored != without_room
+        assert (output["advantages"][is_long] == 0).all()
+        assert (output["advantages"][~is_long] != 0).any()
+    assert min(shares) > 0
+    assert all(entry["multi_turn/overflowed"] > 0 for entry in trainer.state.log_history[:2])
+
+
 class FakeVLLM:
     """Answers like vLLM: one completion per prompt, with log-probabilities."""
 
@@ -441,8 +478,6 @@ def test_peft(model_path, tmp_path):
     from peft import LoraConfig
     from rollout_helpers import Recorder
 
-    from trl_grpo_ext import AdaptiveGRPOConfig
-
     trainer = Recorder(
         model=model_path,
         reward_funcs=length_of_text,
@@ -515,10 +550,19 @@ def test_advantages_of_another_shape_are_refused(model_path, tmp_path):
             "3 turns with num_generations=4 needs 12 rows on one process, which has 8",
         ),
         ({"turn_columns": ["score"]}, "names 'score', which is not a column"),
-        ({"turn_columns": ["prompt"]}, r"Row 1 has 2 turns and prompt=.*give a list with one value for each turn"),
+        (
+            {"turn_columns": ["prompt"]},
+            r"Row 1 of the training dataset has 2 turns and prompt=.*give a list with one value for each turn",
+        ),
         ({"rollout": "tree"}, "rollout='tree' is unknown"),
         ({"history": "none"}, "history='none' is unknown"),
         ({"carry": "worst"}, "carry='worst' is unknown"),
+        ({"max_conversation_length": 6}, "max_completion_length=6 leaves no room for a prompt in a conversation of 6"),
+        ({"dataset": make_conversations(3)}, "has 3 rows and one generation batch holds 4 prompts"),
+        (
+            {"dataset": make_conversations(3), "history": "independent"},
+            "has 3 rows and one generation batch holds 4 prompts",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message, model_path, tmp_path):
@@ -543,17 +587,39 @@ def test_data_that_do_not_fit_are_refused(model_path, tmp_path):
     with pytest.raises(ValueError, match="Every conversation has one turn"):
         make_trainer(model_path, tmp_path, dataset=single, rollout="multi_turn")
     named = make_conversations().rename_column("letter", "turn")
-    with pytest.raises(ValueError, match="Column 'turn' of the dataset is what reward functions are told"):
+    with pytest.raises(ValueError, match="Column 'turn' of the training dataset is what reward functions are told"):
         make_trainer(model_path, tmp_path, dataset=named, rollout="multi_turn")
     with pytest.raises(ValueError, match="both generate: pass one of them"):
         make_trainer(model_path, tmp_path, callbacks=[MultiTurnCallback()], **OPTIONS)
 
 
+@pytest.mark.parametrize("rollout", ["multi_turn", "hierarchical"])
+def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
+    conversations = make_conversations()
+
+    def build(**eval_datasets):
+        options = {"rollout": rollout, "turn_columns": ["letter"], "per_device_train_batch_size": 20}
+        data = conversations if rollout == "multi_turn" else conversations.remove_columns("turns")
+        args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **options))
+        return AdaptiveGRPOTrainer(model_path, length_of_text, args, data, eval_datasets)
+
+    plain = Dataset.from_dict({"prompt": ["a", "b"]})
+    with pytest.raises(
+        ValueError, match=r"those of eval_dataset\['two'\] are not: make each prompt a list of messages"
+    ):
+        build(one=conversations.select([0]), two=plain)
+    if rollout == "multi_turn":
+        with pytest.raises(ValueError, match=r"'letter', which is not a column of eval_dataset\['one'\], only"):
+            build(one=conversations.remove_columns("letter"))
+    else:
+        with pytest.raises(ValueError, match=r"Row 1 of eval_dataset\['one'\] has 2 turns: a plan is made for"):
+            build(one=conversations)
+    build(one=conversations.select([0, 3]), two=conversations.select([0]).to_iterable_dataset())
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path):
     from conftest import make_tokenizer
     from rollout_helpers import Recorder
-
-    from trl_grpo_ext import AdaptiveGRPOConfig
 
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template

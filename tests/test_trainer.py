@@ -126,6 +126,15 @@ def test_async_and_none_rewards(model_path, dataset, tmp_path):
     assert "rewards/slow/mean" in logs[0]
 
 
+def test_positional_arguments_are_those_of_the_host(model_path, dataset, tmp_path):
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=1))
+    tokenizer, record = make_tokenizer(), Record()
+    trainer = AdaptiveGRPOTrainer(model_path, count_vowels, args, dataset, None, tokenizer, None, [record])
+    assert trainer.processing_class is tokenizer
+    trainer.train()
+    assert len(record.batches) == 1
+
+
 def test_rows_without_any_reward_get_no_advantage(model_path, dataset, tmp_path):
     def rarely(completions, answer, **kwargs):
         return [float("e" in text_of(c)) if a > "m" else None for a, c in zip(answer, completions, strict=True)]
@@ -397,7 +406,10 @@ def test_a_fixed_group_keeps_vllms_shared_prompts(vllm, model_path, dataset, tmp
     assert all(n == 4 and len(prompts) == 4 for prompts, n in vllm.requests)
 
 
-@pytest.mark.parametrize("hook", ["on_rewards", "on_total_rewards", "on_advantages", "on_prompt_weights"])
+HOOKS_OF_TENSORS = ["on_rewards", "on_total_rewards", "on_advantages", "on_prompt_weights", "on_resample"]
+
+
+@pytest.mark.parametrize("hook", HOOKS_OF_TENSORS)
 def test_a_hook_that_returns_another_shape_is_named(hook, model_path, dataset, tmp_path):
     wrong = type("Wrong", (GRPOCallback,), {hook: lambda self, *args, **kwargs: torch.zeros(3, 3, 3)})
     trainer = make(model_path, dataset, tmp_path, callbacks=[wrong()])

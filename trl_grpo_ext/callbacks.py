@@ -119,6 +119,19 @@ def check_shape(callback: "GRPOCallback", hook: str, value: Tensor, *shapes: tup
         raise ValueError(f"{type(callback).__name__}.{hook} returned {got}: return a tensor of shape {wanted}, or None")
 
 
+def check_finite(batch: RolloutBatch) -> None:
+    """Raise `ValueError`, on every rank, where an infinite reward would make every weight NaN."""
+    if batch.rewards.isinf().any():
+        counts = batch.rewards_per_func.isinf().sum(0).tolist()
+        of = ", ".join(
+            f"{name!r} in {count} rows" for name, count in zip(batch.reward_names, counts, strict=True) if count
+        )
+        raise ValueError(
+            f"Rewards of step {batch.step} are infinite ({of or 'the total'}): return None where a reward does not "
+            'apply, set reward_clip_range, or leave such rows out with as_reward(func).on_error("skip")'
+        )
+
+
 class GRPOCallback(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] with hooks into the life of a generation batch.

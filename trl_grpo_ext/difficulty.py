@@ -47,7 +47,7 @@ def read_difficulty(dataset: Dataset, column: str | None, level_names: Sequence[
             f"difficulty_column={column!r} is not a column of the training dataset, which has "
             f"{dataset.column_names}: name one of them, or use curriculum='online', which needs none"
         )
-    values = list(dataset[column])
+    values = list(dataset.with_format(None)[column])  # and not as tensors
     names = set(level_names)
     for row, value in enumerate(values):
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -143,12 +143,11 @@ def check_plannable(args: AdaptiveGRPOConfig, callbacks: list[GRPOCallback], dat
         )
     if any(callback.overrides("on_group_sizes") for callback in callbacks):
         args.check_group_sizes()
-    if any(callback.overrides("on_plan") for callback in callbacks):
-        return  # which checks what it needs itself
+    # Where a callback lays out the rows, a batch may need fewer: but TRL counts steps like this, and would make none.
     num_prompts = args.generation_batch_size // args.num_generations
     if len(dataset) < num_prompts:
         raise ValueError(
             f"train_dataset has {len(dataset)} rows and one generation batch holds {num_prompts} prompts "
             f"(generation_batch_size={args.generation_batch_size} / num_generations={args.num_generations}): add "
-            "prompts, or make the batch smaller"
+            "prompts, make the batch smaller, or raise num_generations"
         )

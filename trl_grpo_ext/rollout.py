@@ -80,13 +80,17 @@ class Rollout:
         self._log_turns(rewards)
         return rewards, self.index.per_row(rewards, len(prompts) * self.trainer.accelerator.num_processes)
 
-    def score(self, answers: list[tuple[dict[str, Any], Answer]]) -> tuple[Tensor, slice]:
+    def score(
+        self, answers: list[tuple[dict[str, Any], Answer]], spare: list[tuple[dict[str, Any], Answer]] | None = None
+    ) -> tuple[Tensor, slice]:
         """
         Ask the reward functions about answers to dataset rows. Every process must call this, with any number of them.
 
         Args:
             answers (`list[tuple[dict, Answer]]`):
                 This process's answers, each with its dataset row.
+            spare (`list[tuple[dict, Answer]]`, *optional*):
+                One to ask about, in vain, where this process may have no answers and others have some.
 
         Returns:
             `tuple[torch.Tensor, slice]`:
@@ -97,8 +101,7 @@ class Rollout:
         most = max(1, *(sum(rank) for rank in flags))  # TRL needs a row to ask about
         asked = [(row, answer) for row, answer in answers if answer.is_scored]
         # What is gathered must have one shape on all processes: some are asked about twice, and dropped below.
-        filler = (asked or answers or [(self.inputs[0], self.rows[0].answers[0])])[0]
-        asked += [filler] * (most - len(asked))
+        asked += (asked or answers or spare or [])[:1] * (most - len(asked))
         rows = [
             {**row, **answer.columns, "turn": answer.turn + 1, "last_turn": answer.is_last} for row, answer in asked
         ]
@@ -142,13 +145,13 @@ class Rollout:
         return spread_over_tokens(own, answer_of_token(self.rows, width))
 
     def _fit_extra_columns(self, row_of_answer: list[int]) -> None:
-        # TRL's table has a line per row: where a row has several answers, all lines show a list.
+        # TRL's table has a line per row, which may have several answers. Lists everywhere, since a column holds one
+        # type, and rows of training and evaluation meet in it.
         for values in self.trainer._pending_extra_logs.values():
             per_row: list[list] = [[] for _ in self.rows]
             for number, value in zip(row_of_answer, values, strict=False):
                 per_row[number].append(value)
-            is_single = self.index.is_one_per_row
-            values[:] = [(row[0] if row else None) if is_single else row for row in per_row]
+            values[:] = per_row
 
     def _log_turns(self, rewards: Tensor) -> None:
         turns = (self.index.turns[self.index.is_scored].unique() + 1).tolist()
@@ -182,9 +185,19 @@ def check_rollout(trainer) -> None:
             f"{type(replacing).__name__} replaces groups one by one, and {name} makes rows that depend on each other: "
             "set dynamic_sampling_rounds=0"
         )
-    dataset = trainer.train_dataset
-    if not is_conversational(next(iter(dataset))):
-        raise ValueError(
-            f"{name} needs conversational prompts: make each prompt a list of messages, such as "
-            '[{"role": "user", "content": "..."}]'
-        )
+    for place, dataset in {"train_dataset": trainer.train_dataset, **eval_datasets(trainer)}.items():
+        if not is_conversational(next(iter(dataset))):
+            raise ValueError(
+                f"{name} needs conversational prompts, and those of {place} are not: make each prompt a list of "
+                'messages, such as [{"role": "user", "content": "..."}]'
+            )
+
+
+def eval_datasets(trainer) -> dict[str, Any]:
+    """The evaluation datasets of a trainer, by what they are called in errors."""
+    given = trainer.eval_dataset
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in given.items()}
+    return {"eval_dataset": given}

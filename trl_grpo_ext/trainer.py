@@ -6,13 +6,14 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor
-from trl.trainer.utils import get_config_model_id, nanstd
+from trl.trainer.utils import get_config_model_id
 
 from ._host import as_awaited
-from .advantages import flat_groups, group_advantages, normalize_then_sum, total_rewards
-from .callbacks import GRPOCallback, RolloutBatch, check_shape
+from .advantages import group_advantages, normalize_then_sum, total_rewards
+from .callbacks import GRPOCallback, RolloutBatch, check_finite, check_shape
 from .config import AdaptiveGRPOConfig
 from .features import callbacks_of
+from .logs import added_metrics, flat_rows, mean_advantages, metrics_of_merged
 from .planner import Planner, check_plannable, plans
 from .resampling import global_positions, put_logs, replace_rows, rows_to_regenerate, take_logs
 from .rollout import Rollout
@@ -42,8 +43,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             As in [`~trl.GRPOTrainer`]. Evaluation runs as in TRL, with the rollout of a callback that generates.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks; each [`GRPOCallback`] among them gets the hooks, after those of the configuration.
-        **kwargs:
-            Everything else that [`~trl.GRPOTrainer`] takes.
+        processing_class, reward_processing_classes, **kwargs:
+            Everything else that [`~trl.GRPOTrainer`] takes, in its order.
 
     Raises:
         `ValueError`: for options, data or callbacks that cannot work together, with the remedy.
@@ -54,7 +55,17 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
     _tag_names = ["trl", "grpo", "trl-grpo-ext"]  # noqa: RUF012 (TRL's idiom)
 
     def __init__(
-        self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, *, callbacks=None, **kwargs
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        *further,
+        **kwargs,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -73,7 +84,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._planner: Planner | None = None
         self.rollout: Rollout | None = None
         reward_funcs = as_awaited(reward_funcs)
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, callbacks=callbacks, **kwargs)
+        data = (train_dataset, eval_dataset, processing_class, reward_processing_classes)
+        super().__init__(model, reward_funcs, args, *data, callbacks, *further, **kwargs)
         duplicates = sorted({name for name in self.reward_func_names if self.reward_func_names.count(name) > 1})
         if duplicates:
             raise ValueError(
@@ -211,7 +223,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
                 "A callback changed the total reward in on_total_rewards, which multi_objective_aggregation="
                 "'normalize_then_sum' does not use: change the rewards of each function in on_rewards"
             )
-        _check_finite(batch)
+        check_finite(batch)
         raw_total = total_rewards(rewards, self.reward_weights.cpu())
         batch.is_shaped = not (_same(batch.rewards_per_func, rewards) and _same(batch.rewards, raw_total))
         return batch
@@ -226,7 +238,9 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             replaced = torch.zeros(batch.num_groups, dtype=torch.bool)
             for callback in self.grpo_callbacks:
                 mask = callback.on_resample(self.args, self.state, self.control, batch=batch, round=num_rounds)
-                replaced = replaced if mask is None else replaced | mask
+                if mask is not None:
+                    check_shape(callback, "on_resample", mask, replaced.shape)
+                    replaced = replaced | mask.bool()
             if not replaced.any():
                 break
             num_rounds += 1
@@ -271,57 +285,27 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
 
     def _log_batch(self, batch: RolloutBatch, num_rounds: int, is_ours: bool) -> None:
         """Correct what TRL logged before the hooks ran, and log what they add."""
-        metrics = self._metrics["train"]
-        self._logs["advantages"].clear()
-        advantages = batch.advantages
-        if advantages.dim() == 2:  # the mean over the tokens of each row
-            is_token = torch.arange(advantages.size(1)) < batch.completion_lengths[:, None]
-            advantages = (advantages * is_token).sum(1) / batch.completion_lengths.clamp(min=1)
+        advantages = mean_advantages(batch)
         if self.rollout is not None:
             advantages = self.rollout.index.mean_per_row(advantages)
+        self._logs["advantages"].clear()
         self._logs["advantages"].extend(advantages.tolist())
-        flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
-        corrected = {"frac_reward_zero_std": flat.float().mean().item()} if is_ours else {}
+        metrics = self._metrics["train"]
+        corrected = {"frac_reward_zero_std": flat_rows(batch).float().mean().item()} if is_ours else {}
         if num_rounds > 0:
-            raw = batch.raw_rewards_per_func
-            total = total_rewards(raw, self.reward_weights.cpu())
-            if not self.mask_truncated_completions:  # which makes their length 0 here, but not in TRL's metrics
-                lengths = batch.completion_lengths.float()
-                for stat in ("mean", "min", "max"):
-                    corrected[f"completions/{stat}_length"] = getattr(lengths, stat)().item()
-            corrected |= {"reward": total.nanmean().item(), "reward_std": nanstd(total).item()}
-            for k, name in enumerate(self.reward_func_names):
-                corrected[f"rewards/{name}/mean"] = raw[:, k].nanmean().item()
-                corrected[f"rewards/{name}/std"] = nanstd(raw[:, k]).item()
+            # mask_truncated_completions makes the length of a row 0 here, but not in TRL's metrics.
+            with_lengths = not self.mask_truncated_completions
+            corrected |= metrics_of_merged(batch, self.reward_weights.cpu(), with_lengths)
         for name, value in corrected.items():
             # TRL appended one value per round.
             metrics[name][-num_rounds - 1 :] = [value]
-        for name, value in batch.metrics.items():
+        has_sizes, replaces = (
+            any(callback.overrides(hook) for callback in self.grpo_callbacks)
+            for hook in ("on_group_sizes", "on_resample")
+        )
+        for name, value in added_metrics(batch, has_sizes, num_rounds if replaces else None).items():
             metrics[name].append(value)
-        sizes = batch.group_sizes.float()
-        if any(callback.overrides("on_group_sizes") for callback in self.grpo_callbacks):
-            metrics["group_size/mean"].append(sizes.mean().item())
-            metrics["group_size/min"].append(sizes.min().item())
-            metrics["group_size/max"].append(sizes.max().item())
-        discarded = 0 if batch.discarded is None else batch.discarded.group_ids.numel()
-        metrics["rollouts/informative"].append((~flat).sum().item() / (flat.numel() + discarded))
-        if any(callback.overrides("on_resample") for callback in self.grpo_callbacks):
-            metrics["dynamic_sampling/rounds"].append(float(num_rounds))
-            metrics["dynamic_sampling/discarded"].append(float(discarded))
         metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
-
-
-def _check_finite(batch: RolloutBatch) -> None:
-    """Raise `ValueError`, on every rank, where an infinite reward would make every weight NaN."""
-    if batch.rewards.isinf().any():
-        counts = batch.rewards_per_func.isinf().sum(0).tolist()
-        of = ", ".join(
-            f"{name!r} in {count} rows" for name, count in zip(batch.reward_names, counts, strict=True) if count
-        )
-        raise ValueError(
-            f"Rewards of step {batch.step} are infinite ({of or 'the total'}): return None where a reward does not "
-            'apply, set reward_clip_range, or leave such rows out with as_reward(func).on_error("skip")'
-        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

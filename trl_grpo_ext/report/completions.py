@@ -177,6 +177,8 @@ def _number(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> float | str | None:
+    if isinstance(value, list) and len(value) <= 1:  # a row of a rollout, with one answer that was scored
+        value = value[0] if value else None
     if isinstance(value, int | float) and not isinstance(value, bool):
         return _number(value)
     return None if value is None else _cut(str(value), 300)

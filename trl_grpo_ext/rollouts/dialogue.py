@@ -123,6 +123,12 @@ class Talk:
         if trainer.use_vllm and trainer.vllm_mode == "colocate":
             limits.append(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
         self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        if self.max_length is not None and self.max_length <= trainer.max_completion_length:
+            raise ValueError(
+                f"max_completion_length={trainer.max_completion_length} leaves no room for a prompt in a conversation "
+                f"of {self.max_length} tokens (max_conversation_length, or what the model can hold): lower it, or "
+                "raise max_conversation_length"
+            )
         # Once, so that a template that cannot be carried on is refused before anything is trained.
         self.end_of_turn, _ = self._glue([{"role": "user", "content": "dummy"}])
 
@@ -136,7 +142,27 @@ class Talk:
         ]
 
     def answer(self, dialogues: list[Dialogue]) -> list[Answer]:
-        """One answer to each. Every process must call this, with any number of conversations."""
+        """
+        One answer to each. Every process must call this, with any number of conversations.
+
+        Where there is no room for one, which only a first answer can meet, it is an end of text that is not scored.
+        """
+        answers = iter(self._generate([dialogue for dialogue in dialogues if self.has_room(dialogue)]))
+        return [next(answers) if self.has_room(dialogue) else self.nothing(dialogue) for dialogue in dialogues]
+
+    def nothing(self, dialogue: Dialogue) -> Answer:
+        """What stands where no answer can be generated, because rows have a fixed number and at least one token."""
+        return Answer(
+            prompt=dialogue.messages,
+            ids=[self.trainer._tokenizer.eos_token_id],
+            text="",
+            logprobs=[0.0] if self.trainer.use_vllm else None,
+            glue_ids=dialogue.glue_ids,
+            turn=dialogue.turn,
+            is_scored=False,
+        )
+
+    def _generate(self, dialogues: list[Dialogue]) -> list[Answer]:
         # vLLM's server slices what it returns by one number of prompts for all processes, and a sharded model hangs
         # unless all generate: processes with fewer generate throw-away answers.
         most = max(gather_object([len(dialogues)]))

@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..answers import Answer, RolloutRow
 from ..callbacks import GRPOCallback, RolloutBatch
 from ..credit import plan_share, returns, tree_advantages
+from ..rollout import eval_datasets
 from ..sampler import RolloutPlan
 from .dialogue import Dialogue, Talk, read_turns, roll_out_rows
 
@@ -79,11 +81,6 @@ class HierarchicalCallback(GRPOCallback):
                 "per_device_train_batch_size or steps_per_generation"
             )
         num_trees = args.generation_batch_size // self.num_rows
-        if len(trainer.train_dataset) < num_trees:
-            raise ValueError(
-                f"train_dataset has {len(trainer.train_dataset)} rows and one generation batch holds {num_trees} "
-                "prompts: add prompts, or make the batch smaller"
-            )
         if args.generation_batch_size // args.num_generations < num_trees:
             raise ValueError(
                 f"num_generations={args.num_generations} has no effect on trees, but is too large to draw {num_trees} "
@@ -100,11 +97,9 @@ class HierarchicalCallback(GRPOCallback):
                 f"{type(sizing).__name__} changes the size of groups, and a tree has num_plans and "
                 "num_implementations for all prompts: set group_size='fixed'"
             )
-        columns = [name for name in ("prompt", "turns") if name in trainer.train_dataset.column_names]
-        for number, row in enumerate(trainer.train_dataset.select_columns(columns)):
-            _, script = read_turns(row)
-            if script:
-                raise ValueError(f"Row {number} has {len(script) + 1} turns: a plan is made for prompts of one turn")
+        for place, dataset in {"the training dataset": trainer.train_dataset, **eval_datasets(trainer)}.items():
+            if isinstance(dataset, Dataset):
+                _check_prompts(dataset, place)
 
     def on_plan(self, args, state, control, prompt_index, num_rows, num_processes, **kwargs):
         prompts = prompt_index[: num_rows // self.num_rows]
@@ -148,7 +143,7 @@ class HierarchicalCallback(GRPOCallback):
     def _begin(self, rows: list[dict[str, Any]]) -> list[Dialogue]:
         asking = []
         for row in rows:
-            *before, last = row["prompt"]
+            *before, last = read_turns(row)[0]
             said = {**last, "content": self.plan_template.replace("{prompt}", last["content"])}
             asking.append({**row, "prompt": [*before, said], "question": last["content"]})
         return self.talk.begin(asking, [f"row {i} of the batch" for i in range(len(rows))])
@@ -184,8 +179,24 @@ class HierarchicalCallback(GRPOCallback):
         return rolled, 1 - len(going) / len(plans)
 
     def _nothing(self, dialogue: Dialogue, plan: Answer, parent: int) -> RolloutRow:
-        # Rows have a fixed number. Without a reward, this one gets no advantage and is in no baseline.
+        # Without a reward, this row gets no advantage and is in no baseline.
         prompt = dialogue.messages + plan.completion + [{"role": "user", "content": self.implementation_template}]
-        logprobs = None if plan.logprobs is None else [0.0]
-        end = [self.trainer._tokenizer.eos_token_id]
-        return RolloutRow(dialogue.ids, [Answer(prompt, end, "", logprobs, turn=1, is_scored=False)], parent)
+        return RolloutRow(dialogue.ids, [replace(self.talk.nothing(dialogue), prompt=prompt, turn=1)], parent)
+
+
+def _check_prompts(dataset: Dataset, place: str) -> None:
+    columns = [name for name in ("prompt", "turns") if name in dataset.column_names]
+    for number, row in enumerate(dataset.select_columns(columns)):
+        try:
+            opening, script = read_turns(row)
+        except ValueError as error:
+            raise ValueError(f"Row {number} of {place}: {error}") from error
+        if script:
+            raise ValueError(
+                f"Row {number} of {place} has {len(script) + 1} turns: a plan is made for prompts of one turn"
+            )
+        if not isinstance(opening[-1]["content"], str):
+            raise ValueError(
+                f"Row {number} of {place} does not end in a text of the user, which plan_template is made of: end the "
+                'prompt with {"role": "user", "content": "..."}'
+            )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from ..advantages import total_rewards
@@ -12,6 +13,7 @@ from ..answers import Answer, RolloutRow
 from ..callbacks import GRPOCallback, RolloutBatch
 from ..credit import leave_one_out_advantages, returns
 from ..group_size import ThresholdGroupSizeCallback
+from ..rollout import eval_datasets
 from ..sampler import RolloutPlan
 from ..state import check_state
 from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out_rows
@@ -95,6 +97,14 @@ class MultiTurnCallback(GRPOCallback):
         self.trainer = trainer
         self.talk = Talk(trainer, self.max_conversation_length)
         self.num_turns = self._read(trainer.train_dataset)
+        if self.num_turns.max() == 1:
+            raise ValueError(
+                "Every conversation has one turn: put what the user says later into a column `turns`, pass user, or "
+                "leave out the multi-turn rollout"
+            )
+        for place, dataset in eval_datasets(trainer).items():
+            if isinstance(dataset, Dataset):
+                self._read(dataset, place)
         sizing = next((c for c in trainer.grpo_callbacks if c.overrides("on_group_sizes")), None)
         if self.history == "shared":
             own_rows = args.generation_batch_size // args.world_size
@@ -173,6 +183,7 @@ class MultiTurnCallback(GRPOCallback):
         carried: list[int | None] = [None] * len(own)
         rolled: list[RolloutRow] = []
         order: list[int] = []  # where each rolled row belongs
+        spare: list[tuple[dict[str, Any], Answer]] = []  # each process has an answer in the first step at least
         # As many generation calls on every process as the longest conversation of all of them has turns.
         for step in range(max(len(sizes) for layout in self._layout for _, sizes in layout)):
             slots = [slot for slot, (_, sizes) in enumerate(own) if step < len(sizes)]
@@ -181,7 +192,9 @@ class MultiTurnCallback(GRPOCallback):
             for (_, dialogue), answer in zip(asked, answers, strict=True):
                 answer.columns = self._columns_of(dialogue.row, answer.turn)
                 answer.is_last = not dialogue.script and self.user is None
-            rewards = self._rewards_of([(d.row, a) for (_, d), a in zip(asked, answers, strict=True)])
+            scored = [(dialogue.row, answer) for (_, dialogue), answer in zip(asked, answers, strict=True)]
+            spare = spare or scored[:1]
+            rewards = self._rewards_of(scored, spare)
             for slot in slots:
                 sizes = own[slot][1]
                 start = sum(sizes[:step])
@@ -205,6 +218,9 @@ class MultiTurnCallback(GRPOCallback):
 
     def _next(self, dialogue: Dialogue, answer: Answer) -> Dialogue | None:
         """The conversation after an answer, or `None` where it ends."""
+        if not answer.is_scored:  # the prompt left no room for an answer
+            self._num_overflows += 1
+            return None
         if self.max_turns is not None and dialogue.turn + 1 >= self.max_turns:
             return None
         if dialogue.script:
@@ -252,12 +268,14 @@ class MultiTurnCallback(GRPOCallback):
             )
         return choice
 
-    def _rewards_of(self, answers: list[tuple[dict[str, Any], Answer]]) -> Tensor:
+    def _rewards_of(
+        self, answers: list[tuple[dict[str, Any], Answer]], spare: list[tuple[dict[str, Any], Answer]]
+    ) -> Tensor:
         """Total reward of each of this process's answers, if the choice needs it."""
         if self.carry != "best":
             return torch.zeros(len(answers))
         trainer = self.trainer
-        rewards, own = trainer.rollout.score(answers)
+        rewards, own = trainer.rollout.score(answers, spare)
         total = total_rewards(rewards, trainer.reward_weights.to(rewards.device)).cpu()
         # What reward functions log is for the answers as a whole, which are scored once more.
         trainer._pending_extra_logs.clear()
@@ -267,37 +285,32 @@ class MultiTurnCallback(GRPOCallback):
     def _columns_of(self, row: dict[str, Any], turn: int) -> dict[str, Any]:
         return {name: row[name][turn] if turn < len(row[name] or []) else None for name in self.turn_columns}
 
-    def _read(self, dataset) -> Tensor:
+    def _read(self, dataset: Dataset, place: str = "the training dataset") -> Tensor:
         """Number of turns of each row, all of which are checked."""
         missing = [name for name in self.turn_columns if name not in dataset.column_names]
         if missing:
             raise ValueError(
-                f"turn_columns names {missing[0]!r}, which is not a column of the training dataset, only "
-                f"{dataset.column_names}: name those with one value per turn"
+                f"turn_columns names {missing[0]!r}, which is not a column of {place}, only {dataset.column_names}: "
+                "name those with one value per turn"
             )
         taken = sorted({"turn", "last_turn"} & set(dataset.column_names))
         if taken:
-            raise ValueError(f"Column {taken[0]!r} of the dataset is what reward functions are told: rename it")
+            raise ValueError(f"Column {taken[0]!r} of {place} is what reward functions are told: rename it")
         columns = [name for name in ("prompt", "turns", *self.turn_columns) if name in dataset.column_names]
         counts = []
         for number, row in enumerate(dataset.select_columns(columns)):
             try:
                 _, script = read_turns(row)
             except ValueError as error:
-                raise ValueError(f"Row {number}: {error}") from error
+                raise ValueError(f"Row {number} of {place}: {error}") from error
             for name in self.turn_columns:
                 if not isinstance(row[name], list) or len(row[name]) != len(script) + 1:
                     raise ValueError(
-                        f"Row {number} has {len(script) + 1} turns and {name}={row[name]!r}: give a list with one "
-                        "value for each turn"
+                        f"Row {number} of {place} has {len(script) + 1} turns and {name}={row[name]!r}: give a list "
+                        "with one value for each turn"
                     )
             longest = len(script) + 1 if self.max_turns is None else min(len(script) + 1, self.max_turns)
             counts.append(self.max_turns if self.user is not None and self.max_turns is not None else longest)
-        if max(counts) == 1:
-            raise ValueError(
-                "Every conversation has one turn: put what the user says later into a column `turns`, pass user, or "
-                "leave out the multi-turn rollout"
-            )
         return torch.tensor(counts)
 
 
@@ -366,4 +379,5 @@ def _in_order(rolled: list[RolloutRow], order: list[int]) -> list[RolloutRow]:
 
 
 def _beginning(row: dict[str, Any]) -> str:
-    return repr(str(row["prompt"][-1]["content"])[:40])
+    said = next((message for message in row["prompt"] if message["role"] == "user"), row["prompt"][0])
+    return repr(str(said["content"])[:40])
