@@ -9,10 +9,10 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -213,7 +213,8 @@ class RunRecord:
         self.run.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics, self.alarms):
             kept = (entry for entry in read_lines(path) if entry["step"] <= step) if step > 0 else ()
-            write_whole(path, lambda file, kept=kept: file.writelines(f"{json.dumps(x)}\n".encode() for x in kept))
+            lines = (f"{json.dumps(entry)}\n".encode() for entry in kept)
+            write_whole(path, functools.partial(_write_lines, lines))
         started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
         if step > 0:
             before = read_object(self.run)
@@ -308,6 +309,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
+
+
+def _write_lines(lines: Iterable[bytes], file: IO[bytes]) -> None:
+    file.writelines(lines)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,6 +1,5 @@
 """Which plots a report has, as plain data that the page and the PNG files are drawn from."""
 
-import itertools
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,10 +138,10 @@ def axes_of(runs: list[Run]) -> list[Axis]:
     found = []
     for run, name in zip(runs, run_names(runs), strict=True):
         size = bucket_size(run)
-        # A step that trains on rollouts sampled before logs no new total.
-        rollouts = list(
-            itertools.accumulate(run.column("rollouts/total"), lambda old, new: old if new is None else new)
-        )
+        rollouts: list[float | None] = []
+        for total in run.column("rollouts/total"):
+            # A step that trains on rollouts sampled before logs no new total.
+            rollouts.append(rollouts[-1] if total is None and rollouts else total)
         x: dict[str, list[float | None]] = {"step": run.column("step"), "rollouts": rollouts}
         times = run.column("time")
         start = next((value for value in times if value is not None), 0.0)

@@ -260,7 +260,7 @@ def _merge(lines: Iterable[dict[str, Any] | None]) -> tuple[list[Entry], int]:
         values = {str(key): value if is_number(value) else None for key, value in line.items()}
         if not 0 <= (values.get("time") or 0) <= MAX_TIME:
             values["time"] = None
-        before = entries.get(int(step), {})
+        before: Mapping[str, Any] = entries.get(int(step), {})
         joined = {**before, **{key: value for key, value in values.items() if value is not None or key not in before}}
         entries[int(step)] = Entry({**joined, "step": int(step)}, places)
     return [entries[step] for step in sorted(entries)], broken
