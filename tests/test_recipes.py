@@ -104,7 +104,8 @@ def test_presets_say_what_the_method_says(monkeypatch):
         }.get(path.stem, (False, False))
         assert model_args.model_name_or_path
         launcher = re.findall(r"accelerate/(\w+)\.yaml", path.read_text())
-        assert launcher and all((ROOT / "recipes/configs/accelerate" / f"{name}.yaml").exists() for name in launcher)
+        assert launcher
+        assert all((ROOT / "recipes/configs/accelerate" / f"{name}.yaml").exists() for name in launcher)
 
 
 def test_accelerate_reads_its_configurations():
@@ -177,7 +178,8 @@ def test_sums_are_distinct_and_right(monkeypatch):
         ("10 + 2", "12", 0.0),
         ("twelve", "12", 0.0),
         ("", "12", 0.0),
-        ("1/2", "0.5", 1.0),
+        ("1/2", "1/2", 1.0),
+        ("1/2", "0.5", 0.0),  # a number has to be worked out
         ("x + 1", "1 + x", 1.0),
         ("12", "no number", None),
     ],
@@ -232,7 +234,16 @@ def test_questions_of_reasoning_gym(monkeypatch):
     rows = [row for split in questions.values() for row in split]
     assert len({row["prompt"][-1]["content"] for row in rows}) == len(rows)
     assert {row["difficulty"] for row in rows} == {0, 1, 2}
-    assert max(len(r["reference"]) for r in rows if r["task"] == "spell_backward" and r["difficulty"] == 0) == 3
+    easy, hard = (
+        {
+            len(re.findall(r"\d", row["prompt"][0]["content"]))
+            for row in rows
+            if row["task"] == "chain_sum" and row["difficulty"] == level
+        }
+        for level in (0, 2)
+    )
+    assert easy == {2}  # two numbers of one digit
+    assert max(hard) > 4
     columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
     right = answers(*(row["reference"] for row in rows))
     tagged = answers(*(f"So: <answer> {row['reference']} </answer>." for row in rows))
