@@ -147,6 +147,29 @@ def test_recipes_run(name, flags, parts, model_path, tmp_path, monkeypatch, caps
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_the_recipe_of_the_docs_runs_in_an_empty_folder(model_path, tmp_path):
+    page = (ROOT / "docs" / "write_a_recipe.md").read_text(encoding="utf-8")
+    (tmp_path / "configs").mkdir()
+    blocks = {"json": "questions.jsonl", "python": "one_sentence.py", "yaml": "configs/one_sentence.yaml"}
+    for language, file in blocks.items():
+        (code,) = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+        (tmp_path / file).write_text(code, encoding="utf-8")
+    command = re.search(r"accelerate launch (one_sentence\.py .*--max_steps 2.*)", page)[1].split()
+    flags = ["--model_name_or_path", model_path, *CPU]
+    result = subprocess.run(
+        [sys.executable, *command, *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for expected in ("Prompts: 10 to train on, 2 held out", "one_sentence", "relevance", "total"):
+        assert expected in result.stdout
+    assert (tmp_path / "runs" / "one_sentence" / "report.html").exists()
+
+
 # Rewards and data of the recipes
 
 
