@@ -18,6 +18,7 @@ from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext._host import check_seams
+from trl_grpo_ext.recipe import DataArguments
 
 ROOT = Path(__file__).parent.parent
 DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
@@ -164,11 +165,13 @@ def test_every_hook_and_field_is_documented():
                 assert f"`{parameter}`" in row
 
 
-def test_every_option_of_the_recipe_is_documented():
-    source = ast.parse((ROOT / "recipes" / "helpful.py").read_text(encoding="utf-8"))
-    (arguments,) = [node for node in source.body if isinstance(node, ast.ClassDef)]
-    names = [node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)]
-    assert len(names) > 4
+def test_every_option_of_the_recipes_is_documented():
+    names = {field.name for field in dataclasses.fields(DataArguments)}
+    for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn"):
+        source = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8"))
+        (arguments,) = [node for node in source.body if isinstance(node, ast.ClassDef)]
+        names |= {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
+    assert len(names) > 12
     assert [name for name in names if f"`--{name}`" not in DOCS["docs/recipes.md"]] == []
 
 

@@ -104,7 +104,8 @@ def test_presets_say_what_the_method_says(monkeypatch):
         }.get(path.stem, (False, False))
         assert model_args.model_name_or_path
         launcher = re.findall(r"accelerate/(\w+)\.yaml", path.read_text())
-        assert launcher and all((ROOT / "recipes/configs/accelerate" / f"{name}.yaml").exists() for name in launcher)
+        assert launcher
+        assert all((ROOT / "recipes/configs/accelerate" / f"{name}.yaml").exists() for name in launcher)
 
 
 def test_accelerate_reads_its_configurations():
@@ -146,6 +147,29 @@ def test_recipes_run(name, flags, parts, model_path, tmp_path, monkeypatch, caps
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_the_recipe_of_the_docs_runs_in_an_empty_folder(model_path, tmp_path):
+    page = (ROOT / "docs" / "write_a_recipe.md").read_text(encoding="utf-8")
+    (tmp_path / "configs").mkdir()
+    blocks = {"json": "questions.jsonl", "python": "one_sentence.py", "yaml": "configs/one_sentence.yaml"}
+    for language, file in blocks.items():
+        (code,) = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+        (tmp_path / file).write_text(code, encoding="utf-8")
+    command = re.search(r"accelerate launch (one_sentence\.py .*--max_steps 2.*)", page)[1].split()
+    flags = ["--model_name_or_path", model_path, *CPU]
+    result = subprocess.run(
+        [sys.executable, *command, *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    for expected in ("Prompts: 10 to train on, 2 held out", "one_sentence", "relevance", "total"):
+        assert expected in result.stdout
+    assert (tmp_path / "runs" / "one_sentence" / "report.html").exists()
+
+
 # Rewards and data of the recipes
 
 
@@ -177,7 +201,8 @@ def test_sums_are_distinct_and_right(monkeypatch):
         ("10 + 2", "12", 0.0),
         ("twelve", "12", 0.0),
         ("", "12", 0.0),
-        ("1/2", "0.5", 1.0),
+        ("1/2", "1/2", 1.0),
+        ("1/2", "0.5", 0.0),  # a number has to be worked out
         ("x + 1", "1 + x", 1.0),
         ("12", "no number", None),
     ],
@@ -232,7 +257,16 @@ def test_questions_of_reasoning_gym(monkeypatch):
     rows = [row for split in questions.values() for row in split]
     assert len({row["prompt"][-1]["content"] for row in rows}) == len(rows)
     assert {row["difficulty"] for row in rows} == {0, 1, 2}
-    assert max(len(r["reference"]) for r in rows if r["task"] == "spell_backward" and r["difficulty"] == 0) == 3
+    easy, hard = (
+        {
+            len(re.findall(r"\d", row["prompt"][0]["content"]))
+            for row in rows
+            if row["task"] == "chain_sum" and row["difficulty"] == level
+        }
+        for level in (0, 2)
+    )
+    assert easy == {2}  # two numbers of one digit
+    assert max(hard) > 4
     columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
     right = answers(*(row["reference"] for row in rows))
     tagged = answers(*(f"So: <answer> {row['reference']} </answer>." for row in rows))
