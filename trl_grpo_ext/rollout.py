@@ -1,15 +1,16 @@
 """A rollout that a callback generates in place of TRL: what TRL is told, how its answers are scored and credited."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from .answers import Answer, AnswerIndex, RolloutRow, answer_of_token, describe, pack
 from .credit import spread_over_tokens
+from .failures import fail, gather_rewards, gather_values
 from .sampler import RolloutPlan
 
 
@@ -40,14 +41,22 @@ class Rollout:
 
     def generate(self, prompts: list, trainer) -> dict[str, Any]:
         """TRL's `rollout_func`: the rows of the callback that generates."""
+        try:
+            self.rows = self._rows_of(trainer, len(prompts))
+        except Exception as error:
+            fail(error)
+        self.index = AnswerIndex.build(gather_values(describe(self.rows)), len(self.rows))
+        return pack(self.rows)
+
+    def _rows_of(self, trainer, num_rows: int) -> list[RolloutRow]:
         for callback in trainer.grpo_callbacks:
             rows = callback.on_generate(trainer.args, trainer.state, trainer.control, rows=self.inputs)
             if rows is not None:
                 break
-        if rows is None or len(rows) != len(prompts):
+        if rows is None or len(rows) != num_rows:
             raise ValueError(
                 f"{type(callback).__name__}.on_generate returned {'nothing' if rows is None else f'{len(rows)} rows'}: "
-                f"return one RolloutRow for each of the {len(prompts)} rows"
+                f"return one RolloutRow for each of the {num_rows} rows"
             )
         empty = [number for number, row in enumerate(rows) if not row.answers or not all(a.ids for a in row.answers)]
         if empty:
@@ -55,9 +64,7 @@ class Rollout:
                 f"{type(callback).__name__}.on_generate returned row {empty[0]} with an answer of no tokens: end it "
                 "with the end-of-turn token at least"
             )
-        self.rows = rows
-        self.index = AnswerIndex.build(gather_object([describe(rows)]), len(rows))
-        return pack(rows)
+        return rows
 
     def calculate_rewards(self, prompts: list, completions: list) -> tuple[Tensor, Tensor]:
         """
@@ -97,7 +104,7 @@ class Rollout:
                 Rewards `(A, K)` of all processes, in rank order, NaN for answers that are not scored; and which of them
                 are this process's.
         """
-        flags = gather_object([[answer.is_scored for _, answer in answers]])
+        flags = gather_values([answer.is_scored for _, answer in answers])
         most = max(1, *(sum(rank) for rank in flags))  # TRL needs a row to ask about
         asked = [(row, answer) for row, answer in answers if answer.is_scored]
         # What is gathered must have one shape on all processes: some are asked about twice, and dropped below.
@@ -106,9 +113,16 @@ class Rollout:
             {**row, **answer.columns, "turn": answer.turn + 1, "last_turn": answer.is_last} for row, answer in asked
         ]
         completion_ids = [answer.ids for _, answer in asked]
-        gathered = GRPOTrainer._calculate_rewards(
-            self.trainer, rows, [a.prompt for _, a in asked], [a.completion for _, a in asked], completion_ids
+        calculate = partial(
+            GRPOTrainer._calculate_rewards,
+            self.trainer,
+            rows,
+            [a.prompt for _, a in asked],
+            [a.completion for _, a in asked],
+            completion_ids,
         )
+        nothing = torch.zeros(len(asked), len(self.trainer.reward_funcs), device=self.trainer.accelerator.device)
+        gathered = gather_rewards(self.trainer.accelerator, calculate, nothing)
         rewards = gathered.new_full((sum(map(len, flags)), gathered.size(1)), torch.nan)
         is_scored = torch.tensor([flag for rank in flags for flag in rank], dtype=torch.bool)
         position = [rank * most + i for rank, flagged in enumerate(flags) for i in range(sum(flagged))]

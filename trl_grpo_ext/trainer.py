@@ -1,5 +1,6 @@
 """[`AdaptiveGRPOTrainer`]: TRL's trainer with hooks. The seams and the hook calls, nothing else."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ._host import as_awaited
 from .advantages import group_advantages, normalize_then_sum, total_rewards
 from .callbacks import GRPOCallback, RolloutBatch, check_finite, check_shape
 from .config import AdaptiveGRPOConfig
+from .failures import gather_rewards
 from .features import callbacks_of
 from .logs import added_metrics, flat_rows, mean_advantages, metrics_of_merged
 from .planner import Planner, check_plannable, plans
@@ -120,7 +122,9 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         if self.rollout is not None:
             self._raw_rewards, rewards = self.rollout.calculate_rewards(prompts, completions)
             return rewards
-        self._raw_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        calculate = partial(super()._calculate_rewards, inputs, prompts, completions, completion_ids_list)
+        nothing = torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device)
+        self._raw_rewards = gather_rewards(self.accelerator, calculate, nothing)
         return self._raw_rewards
 
     def _generate_and_score_completions(self, inputs):

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate.utils import gather_object
-
 from ..answers import Answer, RolloutRow
+from ..failures import gather_values
 
 Message = dict[str, Any]
 
@@ -165,7 +164,7 @@ class Talk:
     def _generate(self, dialogues: list[Dialogue]) -> list[Answer]:
         # vLLM's server slices what it returns by one number of prompts for all processes, and a sharded model hangs
         # unless all generate: processes with fewer generate throw-away answers.
-        most = max(gather_object([len(dialogues)]))
+        most = max(gather_values(len(dialogues)))
         if most == 0:
             return []
         filler = dialogues[0].ids if dialogues else [self.trainer._tokenizer.eos_token_id]
@@ -252,7 +251,7 @@ def roll_out_rows(
     """
     rows = [RolloutRow(dialogue.ids, []) for dialogue in dialogues]
     waiting = dict(enumerate(dialogues))
-    while max(gather_object([len(waiting)])) > 0:
+    while max(gather_values(len(waiting))) > 0:
         answers = talk.answer(list(waiting.values()))
         still: dict[int, Dialogue] = {}
         for (number, dialogue), answer in zip(waiting.items(), answers, strict=True):
