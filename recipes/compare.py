@@ -40,7 +40,7 @@ class Options:
     seeds: int = field(default=5, metadata={"help": "Number of seeds: 0, 1, ..."})
     methods: list[str] = field(default_factory=lambda: [STOCK], metadata={"help": f"Of {', '.join(METHODS)}."})
     pools: list[str] = field(default_factory=lambda: list(POOLS), metadata={"help": "Which pools of prompts."})
-    rollouts: int = field(default=5120, metadata={"help": "Budget of one run, in sampled completions."})
+    rollouts: int = field(default=3840, metadata={"help": "Budget of one run, in sampled completions."})
     dpo_budgets: list[int] = field(default_factory=list, metadata={"help": "Smaller budgets of DPO, for its curve."})
     rows: int = field(default=64, metadata={"help": "Completions per step."})
     num_generations: int = field(default=8, metadata={"help": "Completions per prompt (PPO: 1), or their mean."})

@@ -106,8 +106,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int =
 
 def answer_log_probs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Tensor:
     """Log-probability `(P,)` that a sample at temperature 1 is the answer followed by the end of the text."""
-    prompts = [tokenizer(e.prompt)["input_ids"] for e in examples]
-    answers = [tokenizer(e.answer)["input_ids"] + [tokenizer.eos_token_id] for e in examples]
+    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    answers = [ids + [tokenizer.eos_token_id] for ids in tokenizer([e.answer for e in examples])["input_ids"]]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((len(examples), length), tokenizer.pad_token_id)  # (P, T)
     is_answer = torch.zeros(len(examples), length, dtype=torch.bool)  # (P, T)

@@ -45,7 +45,7 @@ class Cells:
             if "error" not in record:
                 return record
         record = {"cell": cell} | in_child(self.work, cell)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")  # another process may run the same cell
         part.write_text(json.dumps(record, indent=1))
         os.replace(part, path)
         return record

@@ -1,6 +1,7 @@
 """The tiny task: answer right, without a forbidden word, briefly; a model of 86k parameters that half can."""
 
 import copy
+import os
 import random
 import re
 from dataclasses import dataclass, field
@@ -78,7 +79,9 @@ class TinyTask:
         model = skills.make_model(self.tokenizer, self.seed)
         path = self.folder / f"warm_{self.seed}_{self.warm_start}_{self.held_out}.pt"
         if not path.exists():
-            torch.save(self._warm_started(model).state_dict(), path)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            torch.save(self._warm_started(model).state_dict(), part)
+            os.replace(part, path)
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
 
