@@ -13,9 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralC
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from trl_grpo_ext._host import HAS_FUSED_HEAD, logps_and_entropies
+from trl_grpo_ext._host import HAS_FUSED_HEAD
 from trl_grpo_ext.compute import forward
-from trl_grpo_ext.compute.forward import why_not_shared
+from trl_grpo_ext.compute.forward import logps_and_entropies, why_not_shared
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 BOTH = {"share_prompts": True, "skip_zero_advantage": True}
@@ -113,6 +113,17 @@ def test_same_gradient_for_every_loss(loss_type, beta, lora, model_path, dataset
         for name, value in metrics.items():
             if beta > 0.0 or name not in ("entropy", "vespo/phi_seq_mean"):  # these are of the rows that are computed
                 assert ours._metrics["train"][name] == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_log_probabilities_and_entropies_are_those_of_the_softmax(requires_grad):
+    logits, labels = torch.randn(2, 130, 7, requires_grad=True), torch.randint(7, (2, 130))
+    logps, entropies = logps_and_entropies(logits, labels, 0.7, requires_grad)
+    expected = (logits / 0.7).log_softmax(-1)
+    assert torch.allclose(logps, expected.gather(2, labels[..., None])[..., 0], atol=1e-5)
+    assert torch.allclose(entropies, -(expected.exp() * expected).sum(-1), atol=1e-5)
+    assert logps.requires_grad
+    assert entropies.requires_grad == requires_grad
 
 
 @pytest.mark.parametrize("kept", [0, 2**28], ids=["fused head", "own head"])

@@ -18,7 +18,7 @@ from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd
 
-from trl_grpo_ext._host import HELPERS, OPEN_SEAMS, SEAMS, check_seams, logps_and_entropies
+from trl_grpo_ext._host import HELPERS, OPEN_SEAMS, SEAMS, check_seams
 
 
 def parameters(function) -> list[str]:
@@ -80,17 +80,6 @@ def test_arguments_are_passed_on_as_trl_passes_them():
     """What follows the pinned parameters: ours must reach TRL's by name."""
     method = getattr(GRPOTrainer, "_full_logits_logps", GRPOTrainer._get_per_token_logps_and_entropies)  # TRL 1.14's
     assert parameters(method)[:8] == OPEN_SEAMS["_get_per_token_logps_and_entropies"][0]
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_log_probabilities_and_entropies_are_those_of_the_softmax(requires_grad):
-    logits, labels = torch.randn(2, 3, 7, requires_grad=True), torch.randint(7, (2, 3))
-    logps, entropies = logps_and_entropies(logits, labels, 0.7, requires_grad)
-    expected = (logits / 0.7).log_softmax(-1)
-    assert torch.allclose(logps, expected.gather(2, labels[..., None])[..., 0], atol=1e-5)
-    assert torch.allclose(entropies, -(expected.exp() * expected).sum(-1), atol=1e-5)
-    assert logps.requires_grad
-    assert entropies.requires_grad == requires_grad
 
 
 def test_signature_of_the_constructor():

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl
-from torch import Tensor
 from trl.trainer import utils
 
 from .rewards.base import is_async
@@ -50,7 +49,7 @@ OPEN_SEAMS = {
 HELPERS = {
     "trl.data_utils": ["is_conversational"],
     "trl.models": ["unwrap_model_for_generation"],
-    "trl.trainer.utils": ["entropy_from_logits", "get_config_model_id", "nanstd", "selective_log_softmax"],
+    "trl.trainer.utils": ["get_config_model_id", "nanstd"],
 }
 # Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
@@ -116,15 +115,6 @@ def asking_for(trainer: Any, num_generations: int | None) -> Iterator[None]:
         yield
     finally:
         trainer.num_generations, trainer.num_generations_eval = before
-
-
-def logps_and_entropies(
-    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_requires_grad: bool = False
-) -> tuple[Tensor, Tensor]:
-    """TRL's log-probabilities `(..., T)` of `labels`, and entropies, from logits `(..., T, V)`."""
-    logits = logits / temperature
-    entropies = utils.entropy_from_logits(logits if entropy_requires_grad else logits.detach())
-    return utils.selective_log_softmax(logits, labels), entropies
 
 
 def as_awaited(reward_funcs: Any) -> Any:

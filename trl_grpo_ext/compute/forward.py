@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._host import HAS_FUSED_HEAD, logps_and_entropies
+from .._host import HAS_FUSED_HEAD
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
 
 # Rotary embeddings that do not depend on the length of the sequence.
@@ -163,6 +163,20 @@ def has_small_logits(model: PreTrainedModel, accelerator: Accelerator, num_posit
     head = model.get_output_embeddings().weight
     is_float32 = head.dtype == torch.float32 and accelerator.mixed_precision == "no"
     return is_float32 and head.device.type == "cpu" and 4 * num_positions * head.size(0) <= KEPT_LOGITS
+
+
+def logps_and_entropies(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0, entropy_requires_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """
+    Log-probabilities `(..., T)` of `labels`, and entropies, from logits `(..., T, V)`.
+
+    One softmax serves both. The entropies are computed a few tokens at a time, which saves memory.
+    """
+    log_probs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
+    with torch.set_grad_enabled(entropy_requires_grad and torch.is_grad_enabled()):
+        entropies = [-(part.exp() * part).sum(-1) for part in log_probs.split(64, dim=-2)]
+    return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), torch.cat(entropies, dim=-1)
 
 
 def shared_logps(
