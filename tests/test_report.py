@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.report import NotARunError, read_run, write_report
 from trl_grpo_ext.report.__main__ import main
-from trl_grpo_ext.report.completions import read_groups
+from trl_grpo_ext.report.completions import _shown, read_groups
 from trl_grpo_ext.report.figures import MAX_POINTS, axes_of, panels_of, write_pngs
 from trl_grpo_ext.report.page import page_data
 from trl_grpo_ext.report.reader import average, state_of
@@ -450,3 +450,7 @@ def test_components_of_two_processes_stay_with_their_rows(model_path, tmp_path):
     # One process prints: each log is one line.
     lines = [line for line in result.stdout.splitlines() if line.startswith("step ")]
     assert [line.split(" · ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+
+
+def test_values_of_rollouts_are_lists_and_shown_as_numbers_where_there_is_one():
+    assert [_shown(value) for value in ([0.5], [], [1.0, None], ["yes"], 2)] == [0.5, None, "[1.0, None]", "yes", 2.0]

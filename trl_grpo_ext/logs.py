@@ -52,15 +52,15 @@ def metrics_of_merged(batch: RolloutBatch, reward_weights: Tensor, with_lengths:
     """
     raw = batch.raw_rewards_per_func
     total = total_rewards(raw, reward_weights)
-    metrics = {"reward": total.nanmean().item(), "reward_std": nanstd(total).item()}
+    corrected = {"reward": total.nanmean().item(), "reward_std": nanstd(total).item()}
     for k, name in enumerate(batch.reward_names):
-        metrics[f"rewards/{name}/mean"] = raw[:, k].nanmean().item()
-        metrics[f"rewards/{name}/std"] = nanstd(raw[:, k]).item()
+        corrected[f"rewards/{name}/mean"] = raw[:, k].nanmean().item()
+        corrected[f"rewards/{name}/std"] = nanstd(raw[:, k]).item()
     if with_lengths:
         lengths = batch.completion_lengths.float()
         for stat in ("mean", "min", "max"):
-            metrics[f"completions/{stat}_length"] = getattr(lengths, stat)().item()
-    return metrics
+            corrected[f"completions/{stat}_length"] = getattr(lengths, stat)().item()
+    return corrected
 
 
 def added_metrics(batch: RolloutBatch, has_sizes: bool, num_rounds: int | None) -> dict[str, float]:
@@ -81,8 +81,9 @@ def added_metrics(batch: RolloutBatch, has_sizes: bool, num_rounds: int | None) 
     metrics = dict(batch.metrics)
     if has_sizes:
         sizes = batch.group_sizes.float()
-        for stat in ("mean", "min", "max"):
-            metrics[f"group_size/{stat}"] = getattr(sizes, stat)().item()
+        metrics["group_size/mean"] = sizes.mean().item()
+        metrics["group_size/min"] = sizes.min().item()
+        metrics["group_size/max"] = sizes.max().item()
     flat = flat_rows(batch)
     discarded = 0 if batch.discarded is None else batch.discarded.group_ids.numel()
     metrics["rollouts/informative"] = (~flat).sum().item() / (flat.numel() + discarded)
