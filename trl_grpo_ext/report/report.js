@@ -168,7 +168,7 @@ class Plot {
       parts.push(draw("line", { class: "tick", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
       parts.push(draw("text", { x: LEFT - 5, y: at + 4, "text-anchor": "end" }, text));
     }
-    for (const [value, text] of ticks(x0, x1, Math.max(2, Math.floor(width / 90)))) {
+    for (const [value, text] of ticks(x0, x1, Math.max(3, Math.floor(width / 75)))) {
       parts.push(draw("text", { x: this.x(value), y: HEIGHT - BOTTOM + 15, "text-anchor": "middle" }, text));
     }
     parts.push(draw("text", { x: (LEFT + width - RIGHT) / 2, y: HEIGHT - 5, "text-anchor": "middle" }, AXES[kind]));
