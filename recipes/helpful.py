@@ -95,7 +95,7 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
         print_comparison(held_out.before, held_out.after)
         report = write_report(training_args.output_dir)
         print(f"Model saved to {training_args.output_dir}, report of the run to {report}")
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main(script_args: MultiTurnArguments, training_args: AdaptiveGRPOConfig, mod
             print_comparison(old, new, num_samples=2, title=f"Turn {turn} of held-out conversations")
         report = write_report(training_args.output_dir)
         print(f"Model saved to {training_args.output_dir}, report of the run to {report}")
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
