@@ -58,6 +58,8 @@ def main(model_path: str, out: str, options: str) -> None:
         "logs": trainer.state.log_history,
     }
     torch.save(saved, f"{out}/rank{trainer.accelerator.process_index}.pt")
+    # Gloo's threads, left to the end of the interpreter, may ask for its lock when it is gone, and abort the process.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

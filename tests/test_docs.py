@@ -12,7 +12,7 @@ import pytest
 import torch
 import trl
 import yaml
-from conftest import config_kwargs, count_vowels
+from conftest import config_kwargs, count_vowels, text_of
 from transformers import TrainerCallback
 from trl import GRPOConfig, ModelConfig, TrlParser
 
@@ -115,7 +115,7 @@ def test_the_rollout_of_the_docs_answers_in_place_of_the_model(model_path, conve
         callbacks=[defined_in_docs()["Copycat"]()],
     )
     trainer.train()
-    assert {completion[0]["content"][:4] for completion in trainer._logs["completion"]} == {"say "}
+    assert {text_of(completion)[:4] for completion in trainer._logs["completion"]} == {"say "}
 
 
 def test_the_way_to_test_a_callback_works():

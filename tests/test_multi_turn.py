@@ -224,8 +224,9 @@ def test_rewards_of_each_turn_are_logged(model_path, tmp_path):
     table = pandas.read_parquet(tables[0])
     assert len(table) == 16
     assert table["advantage"].notna().all()
-    # A part of a composed reward has a value for each turn.
-    assert [len(values) for values in table["has_letter"]] == [(len(c) + 1) // 2 for c in table["completion"]]
+    # A part of a composed reward has a value for each turn. Before TRL 1.15, the table holds text, not messages.
+    if not isinstance(table["completion"][0], str):
+        assert [len(values) for values in table["has_letter"]] == [(len(c) + 1) // 2 for c in table["completion"]]
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])

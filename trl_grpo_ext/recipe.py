@@ -164,4 +164,4 @@ def finish(trainer: AdaptiveGRPOTrainer, compare: Callable[[], None]) -> None:
     if trainer.accelerator.is_main_process:
         compare()
         print(f"Model saved to {output_dir}, report of the run to {write_report(output_dir)}")
-    trainer.end()
+    trainer.accelerator.end_training()

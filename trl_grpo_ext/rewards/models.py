@@ -2,11 +2,12 @@
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .leaves import Leaf
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,12 +111,14 @@ def load_tokenizer(model_id: str) -> Any:
     return AutoTokenizer.from_pretrained(model_id)
 
 
-def classifier_logits(model: Any, tokenizer: Any, ids: list[list[int]], batch_size: int) -> torch.Tensor:
+def classifier_logits(model: Any, tokenizer: Any, ids: list[list[int]], batch_size: int) -> "torch.Tensor":
     """
     Logits `(N, labels)` in float32 on the CPU for token ids `ids` of N rows, `batch_size` rows at a time.
 
     As in TRL, the model is told the padding token, since it scores the last token that is not padding.
     """
+    import torch
+
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,126 @@
+"""What is published: the contents of wheel and sdist, the cost of an import, and a reference of every public name."""
+
+import ast
+import email
+import importlib
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import trl_grpo_ext
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = ["trl_grpo_ext", "trl_grpo_ext.rewards", "trl_grpo_ext.report", "trl_grpo_ext.rollouts"]
+
+
+# Wheel and sdist
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """Both, from hatchling alone: nothing is downloaded."""
+    pytest.importorskip("hatchling", reason="pip install hatchling")
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", str(out)], cwd=ROOT, check=True, capture_output=True
+    )
+    return {path.suffix: path for path in out.iterdir()}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    with zipfile.ZipFile(built[".whl"]) as wheel:
+        names = set(wheel.namelist())
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_grpo_ext").rglob("*") if path.is_file()}
+    ours = {name for name in ours if "__pycache__" not in name}
+    assert {name for name in names if ".dist-info/" not in name} == ours
+    assert {"trl_grpo_ext/py.typed", "trl_grpo_ext/data/helpful.jsonl", "trl_grpo_ext/data/multi_turn.jsonl"} <= ours
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_can_be_tested_and_holds_no_runs(built):
+    with tarfile.open(built[".gz"]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "trl_grpo_ext/py.typed"} <= names
+    assert {"tests/conftest.py", "recipes/helpful.py", "recipes/configs/helpful.yaml", "docs/index.md"} <= names
+    assert [
+        name for name in names if re.search(r"(^|/)(runs|__pycache__|\.venv|dist|site)/|\.safetensors$", name)
+    ] == []
+
+
+def test_the_metadata_says_what_the_code_says(built):
+    with zipfile.ZipFile(built[".whl"]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(wheel.read(name))
+    assert metadata["Version"] == trl_grpo_ext.__version__
+    assert f"## {metadata['Version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    needs = " ".join(metadata.get_all("Requires-Dist"))
+    supported = importlib.import_module("trl_grpo_ext._host").SUPPORTED_TRL
+    assert sorted(re.search(r"trl([<>=.,\d]+)", needs)[1].split(",")) == sorted(supported.split(","))
+
+
+def test_the_readme_works_where_only_the_readme_is_shown():
+    """An index shows it without the repository: what it links to must be there under a full address, or be in docs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
+    assert [link for link in relative if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+# Imports
+
+
+def imported(statement: str) -> set[str]:
+    """The modules that a statement brings in, in a process that may not open a socket."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise AssertionError('a socket')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        f"{statement}\n"
+        "print(*sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["trl_grpo_ext", "trl_grpo_ext.rewards"])
+def test_importing_rewards_brings_no_model_and_no_download(module):
+    heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "sentence_transformers", "sklearn", "numpy"}
+    assert imported(f"import {module}") & heavy == set()
+
+
+def test_importing_the_trainer_downloads_nothing():
+    assert "trl.trainer.grpo_trainer" in imported("from trl_grpo_ext import AdaptiveGRPOTrainer")
+
+
+def test_public_names_are_importable_and_listed_once():
+    for module in map(importlib.import_module, PUBLIC):
+        assert len(set(module.__all__)) == len(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)
+        assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        trl_grpo_ext.Nothing  # noqa: B018
+
+
+def test_names_for_type_checkers_are_those_at_run_time():
+    tree = ast.parse((ROOT / "trl_grpo_ext" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    stated = {node.module: [alias.name for alias in node.names] for node in block.body}
+    assert stated == trl_grpo_ext._MODULES
+    assert sorted(name for names in stated.values() for name in names) == trl_grpo_ext.__all__
+
+
+# Reference
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("api.md", "rewards.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE))
+    for name in PUBLIC:
+        module = importlib.import_module(name)
+        if name not in shown:  # which shows all of `__all__`
+            assert [m for m in module.__all__ if not any(entry.endswith(f".{m}") for entry in shown)] == [], name
