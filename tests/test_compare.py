@@ -13,12 +13,13 @@ import torch
 from datasets import Dataset
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "benchmarks")]
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare
-from benchmarks.metering import Meter
 from comparison import methods, results, tiny
 from comparison.cells import Cells
+from metering import Meter
 from trl import TrlParser
 
 

@@ -119,7 +119,9 @@ def test_one_completion_per_prompt_and_an_advantage_per_token(model_path, datase
         assert batch.advantages.shape == (8, count)
         beyond = torch.arange(count) >= batch.completion_lengths[:, None]
         assert not batch.advantages[beyond].any()
-        assert [batch.rows[i]["prompt"] for i in range(8)] == [dataset[i]["prompt"] for i in batch.prompt_index.tolist()]
+        assert [batch.rows[i]["prompt"] for i in range(8)] == [
+            dataset[i]["prompt"] for i in batch.prompt_index.tolist()
+        ]
         assert batch.tokens["completion_mask"].sum(1).tolist() == batch.completion_lengths.tolist()
     assert all(not torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     logged = [entry for entry in trainer.state.log_history if "critic/loss" in entry]
@@ -214,5 +216,5 @@ def test_a_state_of_another_model_is_refused(model_path, dataset, tmp_path):
     _, critic, _ = make_trainer(model_path, dataset, tmp_path)
     state = critic.state_dict()
     state["value_model"]["head.weight"] = torch.zeros(1, 3)
-    with pytest.raises(ValueError, match="head.weight"):
+    with pytest.raises(ValueError, match=r"head\.weight"):
         critic.load_state_dict(state)
