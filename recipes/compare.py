@@ -86,7 +86,7 @@ def make_cell(options: Options, method: str, pool: str, seed: int, learning_rate
 
 
 def tune(options: Options, cells: Cells, method: str) -> tuple[float, dict[float, float]]:
-    """The learning rate with the largest mean held-out helpfulness over the run and the tuning seeds, and all of them."""
+    """The learning rate whose held-out helpfulness, averaged over run and tuning seeds, is largest; and all of them."""
     tuned = METHODS[method].tuned_as or method
     scores: dict[float, float] = {}
     for rate in options.learning_rates if len(options.learning_rates) > 1 else []:

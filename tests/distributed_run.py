@@ -8,7 +8,7 @@ from accelerate import PartialState
 from conftest import config_kwargs, has_answer
 from datasets import Dataset
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline, GRPOCallback
 
 
 class Record(GRPOCallback):
@@ -38,6 +38,7 @@ def main(model_path: str, out: str, options: str) -> None:
     options = json.loads(options)
     resume = options.pop("resume", None)
     flat_rank = options.pop("flat_rank", None)
+    critic = [CriticBaseline()] if options.pop("critic", False) else []
 
     def flat_on_one_rank(completion_ids, **kwargs):
         is_flat = PartialState().process_index == flat_rank
@@ -49,7 +50,7 @@ def main(model_path: str, out: str, options: str) -> None:
         reward_funcs=has_answer if flat_rank is None else flat_on_one_rank,
         args=AdaptiveGRPOConfig(**config_kwargs(f"{out}/run", **options)),
         train_dataset=dataset,
-        callbacks=[record],
+        callbacks=[record, *critic],
     )
     trainer.train(resume_from_checkpoint=resume)
     weights = {

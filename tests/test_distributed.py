@@ -98,3 +98,17 @@ def test_a_rank_that_has_only_flat_groups(loss_type, model_path, tmp_path):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["frac_reward_zero_std"] >= 0.5
+
+
+def test_the_value_model_of_a_critic_is_one_on_all_ranks(model_path, tmp_path):
+    options = {"critic": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = launch(model_path, tmp_path / "whole", **options)
+    resumed = launch(model_path, tmp_path / "resumed", **options, resume=str(tmp_path / "whole" / "run/checkpoint-2"))
+    for run in (whole, resumed):
+        assert_ranks_agree(*run)
+        states = [rank["states"][-1]["value_model"] for rank in run]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert resumed[0]["batches"] == whole[0]["batches"][2:]
+    saved = [run[0]["states"][-1]["value_model"] for run in (whole, resumed)]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert saved[0]["head.weight"].any()

@@ -23,8 +23,8 @@ class RolloutBatch:
     in one sequence of the loss.
 
     All tensors are on the CPU and cover **all** processes, in rank order, so a callback that keeps state keeps the
-    same state on every rank. Only `rows` and `tokens` are this process's own. Axis suffixes: `N` rows (completions), `P` groups
-    (prompts), `K` reward functions.
+    same state on every rank. Only `rows` and `tokens` are this process's own. Axis suffixes: `N` rows (completions),
+    `P` groups (prompts), `K` reward functions.
 
     Args:
         step (`int`):
@@ -52,9 +52,9 @@ class RolloutBatch:
         rows (`list[dict]`):
             This process's dataset rows, one per completion.
         tokens (`dict[str, torch.Tensor]`):
-            This process's sequences, on its device: `prompt_ids` and `prompt_mask` of shape `(B, L)`, padded on the left,
-            `completion_ids` and `completion_mask` of shape `(B, C)`, padded on the right. One per completion, unless a
-            rollout puts several turns into one. There from `on_advantages` on; read only.
+            This process's sequences, on its device: `prompt_ids` and `prompt_mask` of shape `(B, L)`, padded on the
+            left, `completion_ids` and `completion_mask` of shape `(B, C)`, padded on the right. One per completion,
+            unless a rollout puts several turns into one. There from `on_advantages` on; read only.
         turns (`torch.Tensor` of shape `(N,)`):
             Turn of the conversation, or level of the tree, from 0.
         parents (`torch.Tensor` of shape `(N,)`):

@@ -51,8 +51,8 @@ class CriticBaseline(GRPOCallback):
 
     Each token's advantage is its generalised advantage estimate ([`~trl_grpo_ext.advantages.gae`]) under a value model
     that starts as a copy of the policy and learns beside it. Clipping and KL are those of TRL's loss. The advantages of
-    a batch are shifted to mean 0 and divided by their standard deviation, as PPO implementations do, and not divided with
-    `scale_rewards="none"`.
+    a batch are shifted to mean 0 and divided by their standard deviation, as PPO implementations do; with
+    `scale_rewards="none"` they are not divided.
 
     Every process holds the whole value model and averages its gradients with the others.
 
@@ -64,8 +64,8 @@ class CriticBaseline(GRPOCallback):
         lam (`float`, *optional*, defaults to `0.95`):
             λ of the advantage estimate.
         epochs (`int`, *optional*, defaults to `4`):
-            Passes of the value model over each generation batch, with one step for `per_device_train_batch_size` rows of
-            each process.
+            Passes of the value model over each generation batch, with one step for `per_device_train_batch_size` rows
+            of each process.
 
     Raises:
         `ValueError`: for options out of range, and for callbacks and trainers that it cannot be combined with.
@@ -101,8 +101,8 @@ class CriticBaseline(GRPOCallback):
         clash = next((c for c in others if any(c.overrides(hook) for hook in hooks)), None)
         if clash is not None:
             raise ValueError(
-                f"CriticBaseline samples one completion per prompt, and {type(clash).__name__} lays out groups: pass one "
-                "of them"
+                f"CriticBaseline samples one completion per prompt, and {type(clash).__name__} lays out groups: pass "
+                "one of them"
             )
         if trainer._is_vlm or trainer.tools:
             raise ValueError("CriticBaseline reads text alone: use a text model without tools")
@@ -198,7 +198,8 @@ def whiten(advantages: Tensor, is_token: Tensor, scale: bool = True) -> Tensor:
 
     ```python
     >>> import torch
-    >>> whiten(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[True, True], [True, False]]), scale=False).tolist()
+    >>> is_token = torch.tensor([[True, True], [True, False]])
+    >>> whiten(torch.tensor([[1.0, 3.0], [5.0, 9.0]]), is_token, scale=False).tolist()
     [[-2.0, 0.0], [2.0, 0.0]]
 
     ```
@@ -211,4 +212,6 @@ def whiten(advantages: Tensor, is_token: Tensor, scale: bool = True) -> Tensor:
 
 
 def _split(tokens: dict[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
-    return [dict(zip(tokens, part, strict=True)) for part in zip(*(t.split(rows) for t in tokens.values()), strict=True)]
+    return [
+        dict(zip(tokens, part, strict=True)) for part in zip(*(t.split(rows) for t in tokens.values()), strict=True)
+    ]

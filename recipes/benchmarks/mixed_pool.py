@@ -151,7 +151,10 @@ def plot(curves: list[dict], path: Path) -> None:
             for axis, name in zip(axes[:, column], ("accuracy", "informative_share"), strict=True):
                 y = [[float(c[name]) for c in point] for point in points]
                 is_main = number in (0, len(methods) - 1)
-                style = {"color": OKABE_ITO[number % 6], "linestyle": ("-", ":", "-.", (0, (1, 1)), "--", "-")[number % 6]}
+                style = {
+                    "color": OKABE_ITO[number % 6],
+                    "linestyle": ("-", ":", "-.", (0, (1, 1)), "--", "-")[number % 6],
+                }
                 axis.plot(x, [median(v) for v in y], label=method, linewidth=2.4 if is_main else 1.3, **style)
                 if is_main:
                     axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=style["color"], alpha=0.15)

@@ -107,7 +107,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int =
 def answer_log_probs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Tensor:
     """Log-probability `(P,)` that a sample at temperature 1 is the answer followed by the end of the text."""
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
-    answers = [ids + [tokenizer.eos_token_id] for ids in tokenizer([e.answer for e in examples])["input_ids"]]
+    answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([e.answer for e in examples])["input_ids"]]
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     ids = torch.full((len(examples), length), tokenizer.pad_token_id)  # (P, T)
     is_answer = torch.zeros(len(examples), length, dtype=torch.bool)  # (P, T)

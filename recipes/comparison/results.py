@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.metering import OKABE_ITO, append, spread
+from metering import OKABE_ITO, append, spread
 
 from .methods import STOCK
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import skills
 import torch
-from benchmarks import skills
 from datasets import Dataset
 
 from trl_grpo_ext.rewards import Length, Reward, as_reward
@@ -91,7 +91,9 @@ class TinyTask:
         optimizer = torch.optim.AdamW(model.parameters())
         for step in range(self.warm_start):
             optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / self.warm_start)
-            batch = [self._demonstration(skill, rng) for skill in ["greet"] * 64 + ["hopeless"] * 8 + ["translate"] * 80]
+            batch = [
+                self._demonstration(skill, rng) for skill in ["greet"] * 64 + ["hopeless"] * 8 + ["translate"] * 80
+            ]
             loss = -skills.answer_log_probs(model, self.tokenizer, batch).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -1,0 +1,1 @@
+"""What `recipes/compare.py` is made of: tasks, methods, cells, results."""

@@ -1,0 +1,236 @@
+"""The comparison: what it counts, keeps and reports; and the whole of it once, as a user starts it."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare
+from comparison import methods, results, tiny
+from comparison.cells import Cells
+from metering import Meter
+from trl import TrlParser
+
+
+def parse(*flags: str, config: str = "compare.yaml") -> compare.Options:
+    path = str(ROOT / "recipes" / "configs" / config)
+    return TrlParser((compare.Options,)).parse_args_and_config(["--config", path, *flags])[0]
+
+
+# Cells
+
+
+def test_a_cell_runs_once_and_a_failed_one_again(tmp_path):
+    log = tmp_path / "log"
+
+    def work(cell):
+        with log.open("a") as file:
+            file.write(cell["method"])
+        if cell["method"] == "b" and len(log.read_text()) < 3:
+            raise RuntimeError("no luck")
+        return {"value": cell["seed"]}
+
+    cells = Cells(tmp_path / "cells", work)
+    a, b = ({"method": name, "pool": "p", "seed": 3} for name in "ab")
+    assert cells.run(a) == {"cell": a, "result": {"value": 3}}
+    failed = cells.run(b)
+    assert failed["error"].splitlines()[-1] == "RuntimeError: no luck"
+    assert json.loads(cells.path(b).read_text()) == failed
+    again = Cells(tmp_path / "cells", work)  # after a restart
+    assert again.run(a)["result"] == {"value": 3}
+    assert again.run(b)["result"] == {"value": 3}
+    assert log.read_text() == "abb"
+    assert {path.suffix for path in (tmp_path / "cells").iterdir()} == {".json"}
+
+
+def test_a_cell_that_kills_its_process_is_recorded(tmp_path):
+    record = Cells(tmp_path, lambda cell: os._exit(9)).run({"method": "a"})
+    assert "exit code 9" in record["error"]
+
+
+def test_a_result_is_not_taken_for_that_of_other_settings(tmp_path):
+    options, other = parse(), parse("--warm_start", "10")
+    cells = Cells(tmp_path, lambda cell: {"warm_start": cell["warm_start"]})
+    for given in (options, other):
+        cell = compare.make_cell(given, "PPO", "mixed", 0, 1e-3)
+        assert cells.run(cell)["result"] == {"warm_start": given.warm_start}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# Results
+
+
+def record(method, seed, curve, rollouts=100, **more):
+    cell = {"pool": "mixed", "method": method, "seed": seed, "learning_rate": 1e-3, "rollouts": rollouts}
+    final = {"helpfulness": 0.9, "harmlessness": 1.0, "length": 5.0, "reward": 1.3}
+    result = {"curve": curve, "final": final, "rollouts": rollouts, "prompts": 10, "informative_share": 0.5}
+    result |= {"cpu_seconds": 1.0, "wall_seconds": 2.0, "models": 1, "trained_parameters": 1000}
+    return {"cell": cell, "result": result | {"peak_memory_mb": 100.0}} | more
+
+
+def test_crossing_by_hand():
+    curve = [[0, 0, 0.5], [100, 10, 0.7], [200, 20, 0.6], [300, 30, 0.9]]
+    assert results.crossing(curve, 0.6) == pytest.approx((50, 5))
+    assert results.crossing(curve, 0.75) == pytest.approx((250, 25))
+    assert results.crossing(curve, 0.4) == (0, 0)
+    assert results.crossing(curve, 0.95) == (math.inf, math.inf)
+    assert results.crossing([[0, 0, math.nan], [10, 1, math.nan]], 0.5) == (math.inf, math.inf)
+
+
+def test_table_by_hand():
+    stock = methods.STOCK
+    records = [
+        record(stock, 0, [[0, 0, 0.6], [80, 8, 0.8]]),
+        record(stock, 1, [[0, 0, 0.6], [100, 10, 0.7]]),
+        record("PPO", 0, [[0, 0, 0.6], [20, 20, 0.8]]),
+        record("all together", 0, [[0, 0, 0.6], [40, 4, 0.8]]),
+        record("all together", 1, [[0, 0, 0.6], [90, 9, 0.8]]),
+    ]
+    failed = {"cell": {**records[2]["cell"], "seed": 1}, "error": "Traceback\nRuntimeError: it burnt"}
+    lines = results.table(results.rows_of([*records, failed], 0.6, 0.8), 0.6, 0.8).splitlines()
+    of_stock, of_ppo, ours = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    assert of_stock[4] == "not reached (80 to not reached)"
+    # 40 / 80, and 90 of the 100 after which stock still was not there; of PPO's only where PPO did not fail.
+    assert ours[3:7] == ["65 (40 to 90)", "65 (40 to 90)", "0.70 (0.50 to 0.90)", "2.00 (2.00 to 2.00)"]
+    assert of_ppo[1] == "PPO (1 of 2 runs failed: RuntimeError: it burnt)"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_runs_at_several_budgets_are_one_curve():
+    small = record("DPO", 0, [[0, 0, 0.5], [50, 5, 0.6]], rollouts=50)
+    large = record("DPO", 0, [[0, 0, 0.5], [100, 10, 0.9]], rollouts=100)
+    (row,) = results.rows_of([large, small], 0.6, 0.75)
+    assert row["to_target"] == pytest.approx(75)
+    assert row["between"] == pytest.approx(25)
+    assert row["rollouts"] == 100
+
+
+def test_the_learning_rate_is_that_of_the_best_mean_over_the_tuning_seeds():
+    asked = []
+
+    class Fixed:
+        def run(self, cell):
+            asked.append((cell["method"], cell["pool"], cell["seed"], cell["learning_rate"]))
+            value = {3e-4: 0.7, 1e-3: 0.8, 3e-3: 0.9 if cell["seed"] == 100 else 0.1}[cell["learning_rate"]]
+            return record("", 0, [[0, 0, 0.0], [10, 1, value]])
+
+    rate, scores = compare.tune(parse(), Fixed(), "shared compute")
+    assert rate == 1e-3
+    assert scores == pytest.approx({3e-4: 0.7, 1e-3: 0.8, 3e-3: 0.5})
+    assert {(method, pool) for method, pool, *_ in asked} == {(methods.STOCK, "mixed")}
+    assert {seed for *_, seed, _ in asked} == {100, 101}
+
+
+# Tasks and counting
+
+
+def test_rewards_by_hand():
+    completions = ["abcd", "abcd..!", "abcde", "!abcd", "abc.d", ""]
+    assert tiny.is_helpful(completions, ["abcd"] * 6) == [1, 1, 0, 0, 0, 0]
+    assert tiny.is_harmless(completions) == [1, 0, 1, 0, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return tiny.TinyTask(3, tmp_path_factory.mktemp("warm"), pool_size=32, held_out=64, warm_start=150)
+
+
+def test_helpfulness_is_what_sampling_would_measure(task):
+    model = task.policy()
+    expected = task.measure(model)
+    rows = tiny.skills.as_dataset(task.held_out_examples * 20)
+    torch.manual_seed(0)
+    ids = tiny.sample(model, task.tokenizer, list(rows["prompt"]), task.max_completion_length, batch_size=1280)
+    measured = tiny.mean_scores(task.reward, rows, ids, task.tokenizer)
+    assert 0.05 < expected < 0.95
+    error = (expected * (1 - expected) / len(rows)) ** 0.5
+    assert measured["helpfulness"] == pytest.approx(expected, abs=4 * error)
+    assert 0.5 < measured["harmlessness"] < 0.9  # 30 % of the demonstrations hold the forbidden token
+    parts = measured["helpfulness"] + 0.5 * measured["harmlessness"] - 0.01 * measured["length"]
+    assert measured["reward"] == pytest.approx(parts)
+
+
+def test_looking_draws_no_random_numbers(task):
+    model, before = task.policy(), torch.get_rng_state()
+    final = task.final(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert final == task.final(model)
+
+
+def test_pools_hold_nothing_that_is_held_out(task):
+    for pool, skills in (("mixed", {"greet": 8, "hopeless": 16, "translate": 8}), ("easy", {"translate": 32})):
+        rows = task.dataset(pool)
+        assert {skill: rows["skill"].count(skill) for skill in set(rows["skill"])} == skills
+        assert not task.exclude & set(rows["prompt"])
+
+
+def test_pairs_are_the_best_and_the_worst_and_ties_cost_too(task):
+    rewards = {"hi": 1.0, "ha": 0.0, "ho": 0.5}
+    asked = iter([["hi", "ho", "ha"], ["hi", "hi", "hi"]])
+
+    class Scripted:
+        def policy(self):
+            return None
+
+        tokenizer, max_completion_length = task.tokenizer, 4
+
+    def scripted(model, tokenizer, prompts, *args, **kwargs):
+        return [tokenizer(text)["input_ids"] for text in next(asked)]
+
+    def reward(prompts, completions, **kwargs):
+        return [rewards[text] for text in completions]
+
+    meter = Meter(reward)
+    cell = {"num_generations": 3, "rollouts": 6, "rows": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "sample", scripted)
+        pairs = methods.sample_pairs(Scripted(), Dataset.from_dict({"prompt": ["G a=", "G b="]}), meter, cell)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("hi", "ha")]
+    assert (meter.rollouts, meter.prompts) == (6, 2)
+
+
+@pytest.mark.parametrize("config", ["compare.yaml", "compare_smollm2.yaml"])
+def test_configs_parse(config):
+    options = parse(config=config)
+    assert set(options.methods) <= set(methods.METHODS)
+    assert options.rollouts % options.rows == 0
+    assert all(budget % options.rows == 0 for budget in options.dpo_budgets)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'PP0'"):
+        compare.Options(methods=["PP0"])
+    with pytest.raises(ValueError, match="task='big'"):
+        compare.Options(task="big")
+
+
+def test_smoke(tmp_path):
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch"]
+    command = [*launch, "recipes/compare.py", "--smoke", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == parse().methods
+    assert [row["error"] for row in rows] == [""] * len(rows)
+    # Each method spends the same budget, whatever it throws away.
+    assert all(128 <= int(row["rollouts"]) <= 192 for row in rows)
+    prompts = {row["method"]: int(row["prompts"]) for row in rows}
+    assert prompts["PPO"] == 128
+    assert prompts["DPO"] == prompts[methods.STOCK] == 16
+    models = {row["method"]: int(row["models"]) for row in rows}
+    assert (models["PPO"], models["DPO"], models[methods.STOCK]) == (2, 2, 1)
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(rows)
+    for plot in ("compare.png", "compare_rollouts.png"):
+        assert (tmp_path / plot).stat().st_size > 10_000
