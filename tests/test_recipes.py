@@ -251,7 +251,9 @@ def test_the_gate_of_the_harmless_recipe(monkeypatch):
 
 def test_questions_of_reasoning_gym(monkeypatch):
     reasoning = recipe("reasoning", monkeypatch)
-    arguments = reasoning.ReasoningArguments(train_size=5, test_size=2)
+    arguments = reasoning.ReasoningArguments(
+        tasks=["chain_sum", "letter_counting"], num_levels=3, train_size=5, test_size=2
+    )
     questions = reasoning.make_questions(arguments)
     assert {split: len(rows) for split, rows in questions.items()} == {"train": 30, "test": 12}
     rows = [row for split in questions.values() for row in split]
@@ -270,7 +272,9 @@ def test_questions_of_reasoning_gym(monkeypatch):
     columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
     right = answers(*(row["reference"] for row in rows))
     tagged = answers(*(f"So: <answer> {row['reference']} </answer>." for row in rows))
-    assert reasoning.score(right, **columns) == reasoning.score(tagged, **columns) == [1.0] * len(rows)
+    worked = answers(*(f"1 + 1 = {row['reference']}" for row in rows))
+    for solutions in (right, tagged, worked):
+        assert reasoning.score(solutions, **columns) == [1.0] * len(rows)
     assert reasoning.solved_fully(right, **columns) == [1.0] * len(rows)
     assert max(reasoning.score(answers(*[""] * len(rows)), **columns)) < 1
     assert questions["train"].to_list() == reasoning.make_questions(arguments)["train"].to_list()

@@ -197,7 +197,7 @@ def _read(path: str, config: str | None, layout: Layout, streaming: bool) -> dic
         raise ValueError(f"{path!r} ends in {ending!r}: use one of {', '.join(FORMATS)}")
     try:
         rows = load_dataset(FORMATS[ending], data_files=path, split="train", streaming=streaming)
-        first = next(iter(rows), {})
+        first: dict[str, Any] = next(iter(rows), {})
     except Exception as error:  # datasets, pyarrow and pandas each raise their own
         reason = (str(error.__cause__ or error).splitlines() or [""])[0]
         raise ValueError(f"{path!r} cannot be read as {ending}: {reason}") from error
