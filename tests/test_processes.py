@@ -1,5 +1,6 @@
 """Four processes on one node and on two: they agree, do what one process does, and stop together when one fails."""
 
+import contextlib
 import json
 import os
 import socket
@@ -20,28 +21,19 @@ ENVIRONMENT = {
 }
 
 
-def start(model_path: str, out: Path, names: list[str], *flags: str) -> subprocess.Popen:
-    out.mkdir(exist_ok=True)
+def launch(model_path: str, out: Path, names: list[str], *nodes: list[str]) -> list[dict]:
+    """What each of the four processes saw, of `torchrun` with the flags of each node."""
     options = json.dumps({"names": names, "rows": 4})
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, str(HERE / "processes_run.py")]
-    return subprocess.Popen(
-        [*command, model_path, str(out), options],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def results(nodes: list[subprocess.Popen], out: Path) -> list[dict]:
-    """What each of four processes saw."""
-    try:
-        for node in nodes:
-            output, _ = node.communicate(timeout=400)
-            assert node.returncode == 0, output[-4000:]
-    finally:
-        for node in nodes:
-            node.kill()
+    arguments = [str(HERE / "processes_run.py"), model_path, str(out), options]
+    with contextlib.ExitStack() as stack:
+        running = []
+        for number, flags in enumerate(nodes):
+            log = stack.enter_context(open(out / f"node{number}.txt", "w"))
+            command = [sys.executable, "-m", "torch.distributed.run", *flags, *arguments]
+            running.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT))
+            stack.callback(running[-1].kill)
+        for number, node in enumerate(running):
+            assert node.wait(timeout=400) == 0, (out / f"node{number}.txt").read_text()[-4000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
 
 
@@ -49,7 +41,7 @@ def results(nodes: list[subprocess.Popen], out: Path) -> list[dict]:
 def four(model_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("four")
     flags = ["--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return results([start(model_path, out, list(processes_run.RUNS), *flags)], out)
+    return launch(model_path, out, list(processes_run.RUNS), flags)
 
 
 def assert_processes_agree(ranks: list[dict]) -> None:
@@ -107,8 +99,7 @@ def test_two_nodes_do_what_one_process_does_and_stop_together(model_path, tmp_pa
         port = str(probe.getsockname()[1])
     flags = ["--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "localhost", "--master-port", port]
     names = ["healthy", "adaptive", "raises"]
-    nodes = [start(model_path, tmp_path / "two", names, *flags, "--node-rank", str(node)) for node in range(2)]
-    ranks = results(nodes, tmp_path / "two")
+    ranks = launch(model_path, tmp_path, names, *([*flags, "--node-rank", str(node)] for node in range(2)))
     for name in ("healthy", "adaptive"):
         assert_processes_agree([rank[name] for rank in ranks])
     assert_as_one_process([rank["healthy"] for rank in ranks], alone)
