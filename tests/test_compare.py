@@ -12,15 +12,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import compare
 from comparison import methods, results, tiny
 from comparison.cells import Cells
 from metering import Meter
 from trl import TrlParser
+
+ROOT = Path(__file__).parents[1]
 
 
 def parse(*flags: str, config: str = "compare.yaml") -> compare.Options:
