@@ -8,7 +8,8 @@ PPO, DPO, RLOO, stock GRPO and this package at one budget of sampled completions
 Every method starts from the same weights and trains on the same prompts and the same reward, helpfulness + 0.5 *
 harmlessness - a little for each token, until it has sampled as many completions as the others; each is counted in the
 reward function, through which all of them pass. Where there are several learning rates, each method takes the one that
-does best on seeds that are not in the table: the mean of its held-out helpfulness over the run is largest. Every
+does best on seeds that are not in the table: the mean of its held-out helpfulness over the run is largest. The grid is
+continued where the best one is at its end. Every
 training is a cell with a file of its own in `output_dir/cells`: started again, the comparison goes on where it stopped.
 Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/comparison.md.
 """
@@ -51,6 +52,7 @@ class Options:
     warm_start: int = field(default=350, metadata={"help": "Supervised steps of the tiny task."})
     start: float = field(default=0.6, metadata={"help": "Held-out helpfulness to count from."})
     target: float = field(default=0.8, metadata={"help": "Held-out helpfulness to count up to."})
+    further: float = field(default=0.9, metadata={"help": "One more to count up to."})
     eval_every: int = field(default=128, metadata={"help": "Rollouts between two evaluations of the tiny task."})
     output_dir: str = field(default="runs/compare", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed, one pool and a budget of 2 steps."})
@@ -89,9 +91,14 @@ def tune(options: Options, cells: Cells, method: str) -> tuple[float, dict[float
     """The learning rate whose held-out helpfulness, averaged over run and tuning seeds, is largest; and all of them."""
     tuned = METHODS[method].tuned_as or method
     scores: dict[float, float] = {}
-    for rate in options.learning_rates if len(options.learning_rates) > 1 else []:
-        grid = [make_cell(options, tuned, options.pools[0], seed, rate) for seed in options.tuning_seeds]
-        scores[rate] = mean(results.score(cells.run(cell)) for cell in grid)
+    rates = options.learning_rates if len(options.learning_rates) > 1 else []
+    while rates:
+        for rate in rates:
+            grid = [make_cell(options, tuned, options.pools[0], seed, rate) for seed in options.tuning_seeds]
+            scores[rate] = mean(results.score(cells.run(cell)) for cell in grid)
+        best = max(scores, key=scores.__getitem__)
+        # The best of a grid says little while it is the last one at an end of it.
+        rates = [best / 3] if best == min(scores) else [best * 3] if best == max(scores) else []
     return max(scores, key=scores.__getitem__, default=options.learning_rates[0]), scores
 
 
@@ -110,7 +117,7 @@ def main(options: Options) -> None:
                     record = cells.run(make_cell(options, method, pool, seed, grid[method][0], rollouts))
                     records.append(record)
                     print(results.describe(record), flush=True)
-    results.write(records, grid, folder, options.start, options.target)
+    results.write(records, grid, folder, (options.start, options.target, options.further))
     print((folder / "table.md").read_text())
 
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import compare
 from comparison import methods, results, tiny
 from comparison.cells import Cells
 from metering import Meter
 from trl import TrlParser
+
+ROOT = Path(__file__).parents[1]
 
 
 def parse(*flags: str, config: str = "compare.yaml") -> compare.Options:
@@ -98,11 +99,14 @@ def test_table_by_hand():
         record("all together", 1, [[0, 0, 0.6], [90, 9, 0.8]]),
     ]
     failed = {"cell": {**records[2]["cell"], "seed": 1}, "error": "Traceback\nRuntimeError: it burnt"}
-    lines = results.table(results.rows_of([*records, failed], 0.6, 0.8), 0.6, 0.8).splitlines()
+    levels = (0.6, 0.8, 0.9)
+    lines = results.table(results.rows_of([*records, failed], levels), levels).splitlines()
     of_stock, of_ppo, ours = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
-    assert of_stock[4] == "not reached (80 to not reached)"
+    assert of_stock[5] == "not reached (80 to not reached)"
+    assert of_stock[8] == "not reached (not reached to not reached)"
     # 40 / 80, and 90 of the 100 after which stock still was not there; of PPO's only where PPO did not fail.
-    assert ours[3:7] == ["65 (40 to 90)", "65 (40 to 90)", "0.70 (0.50 to 0.90)", "2.00 (2.00 to 2.00)"]
+    assert ours[3:6] == ["65 (40 to 90)", "6 (4 to 9)", "65 (40 to 90)"]
+    assert ours[6:8] == ["0.70 (0.50 to 0.90)", "2.00 (2.00 to 2.00)"]
     assert of_ppo[1] == "PPO (1 of 2 runs failed: RuntimeError: it burnt)"
     assert len({line.count("|") for line in lines}) == 1
 
@@ -110,7 +114,7 @@ def test_table_by_hand():
 def test_runs_at_several_budgets_are_one_curve():
     small = record("DPO", 0, [[0, 0, 0.5], [50, 5, 0.6]], rollouts=50)
     large = record("DPO", 0, [[0, 0, 0.5], [100, 10, 0.9]], rollouts=100)
-    (row,) = results.rows_of([large, small], 0.6, 0.75)
+    (row,) = results.rows_of([large, small], (0.6, 0.75, 0.9))
     assert row["to_target"] == pytest.approx(75)
     assert row["between"] == pytest.approx(25)
     assert row["rollouts"] == 100
@@ -122,14 +126,28 @@ def test_the_learning_rate_is_that_of_the_best_mean_over_the_tuning_seeds():
     class Fixed:
         def run(self, cell):
             asked.append((cell["method"], cell["pool"], cell["seed"], cell["learning_rate"]))
-            value = {3e-4: 0.7, 1e-3: 0.8, 3e-3: 0.9 if cell["seed"] == 100 else 0.1}[cell["learning_rate"]]
+            value = values[cell["learning_rate"]] if cell["seed"] == 100 else 0.4
             return record("", 0, [[0, 0, 0.0], [10, 1, value]])
 
+    values = {3e-4: 0.6, 1e-3: 0.8, 3e-3: 0.5}
     rate, scores = compare.tune(parse(), Fixed(), "shared compute")
     assert rate == 1e-3
-    assert scores == pytest.approx({3e-4: 0.7, 1e-3: 0.8, 3e-3: 0.5})
+    assert scores == pytest.approx({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.45})
     assert {(method, pool) for method, pool, *_ in asked} == {(methods.STOCK, "mixed")}
     assert {seed for *_, seed, _ in asked} == {100, 101}
+
+
+def test_a_grid_goes_on_where_its_end_is_best():
+    values = {3e-4: 0.8, 1e-3: 0.7, 3e-3: 0.6, 1e-4: 0.9, 1e-4 / 3: 0.85}
+
+    class Fixed:
+        def run(self, cell):
+            value = next(v for rate, v in values.items() if rate == pytest.approx(cell["learning_rate"]))
+            return record("", 0, [[0, 0, 0.0], [10, 1, value]])
+
+    rate, scores = compare.tune(parse(), Fixed(), "DPO")
+    assert rate == pytest.approx(1e-4)
+    assert len(scores) == 5
 
 
 # Tasks and counting

@@ -204,8 +204,8 @@ def gae(
     Generalised advantage estimation (arXiv 1506.02438, equation 16), and what the values should have been.
 
     `A_t = δ_t + γλ A_{t+1}` with `δ_t = r_t + γ V_{t+1} - V_t`. Nothing follows the last token of a row: behind it,
-    value and advantage are 0. With `lam=1` the advantage is the discounted return minus the value, whatever the value says
-    of later tokens; with `lam=0` it is `δ_t` alone.
+    value and advantage are 0. With `lam=1` the advantage is the discounted return minus the value, whatever the value
+    says of later tokens; with `lam=0` it is `δ_t` alone.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, T)`):

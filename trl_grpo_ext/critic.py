@@ -25,7 +25,7 @@ class ValueModel(nn.Module):
             Model to copy. What is frozen in it stays frozen, so a value model of a LoRA policy trains LoRA weights too.
     """
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: Any):
         super().__init__()
         model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         self.body = copy.deepcopy(model.base_model)

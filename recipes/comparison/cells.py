@@ -44,7 +44,7 @@ class Cells:
             record = json.loads(path.read_text())
             if "error" not in record:
                 return record
-        record = {"cell": cell} | in_child(self.work, cell)
+        record = dict(cell=cell, **in_child(self.work, cell))
         part = path.with_suffix(f".{os.getpid()}.part")  # another process may run the same cell
         part.write_text(json.dumps(record, indent=1))
         os.replace(part, path)
@@ -69,7 +69,7 @@ def in_child(work: Work, cell: dict[str, Any]) -> dict[str, Any]:
 
 def _report(work: Work, cell: dict[str, Any], sender) -> None:
     try:
-        record = {"result": work(cell)}
+        record: dict[str, Any] = {"result": work(cell)}
     except Exception:
         record = {"error": traceback.format_exc()}
     sender.send(record)

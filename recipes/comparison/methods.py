@@ -31,6 +31,7 @@ class Method:
 STOCK = "GRPO (TRL)"
 ALL = {"group_size": "variance", "curriculum": "online", "dynamic_sampling_rounds": 1}
 ALL |= {"reward_clip_quantiles": [0.05, 0.95], "share_prompts": True, "skip_zero_advantage": True}
+BATCH = {"group_size": "variance", "curriculum": "online", "scale_rewards": "batch"}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
 HELPFUL |= {"share_prompts": True, "skip_zero_advantage": True}
@@ -48,6 +49,9 @@ METHODS = {
     "shared compute": Method(options={"share_prompts": True, "skip_zero_advantage": True}, tuned_as=STOCK),
     "variance + online": Method(options={"group_size": "variance", "curriculum": "online"}),
     "all together": Method(options=ALL),
+    # Advantages divided by the standard deviation of the batch, not of the group.
+    "GRPO (TRL), batch scale": Method(GRPOTrainer, GRPOConfig, {"scale_rewards": "batch"}, tuned_as=STOCK),
+    "variance + online, batch scale": Method(options=BATCH, tuned_as="variance + online"),
     "helpful.yaml": Method(options=HELPFUL),
 }
 

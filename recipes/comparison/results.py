@@ -13,6 +13,8 @@ from .methods import STOCK
 SHOWN = {"PPO": 5, "DPO": 1, "RLOO": 3, STOCK: 0, "variance + online": 2, "all together": 6}  # method -> its colour
 BARS = "#56B4E9"
 
+Levels = tuple[float, float, float]  # of held-out helpfulness: to count from, up to, and further up to
+
 
 def score(record: dict[str, Any]) -> float:
     """What the learning rate is chosen by: held-out helpfulness, averaged over the run; a failed run is the worst."""
@@ -48,7 +50,7 @@ def crossing(curve: list[list[float]], level: float) -> tuple[float, float]:
     return math.inf, math.inf
 
 
-def rows_of(records: list[dict[str, Any]], start: float, target: float) -> list[dict[str, Any]]:
+def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any]]:
     """A row for each pool, method and seed. Runs of one method at several budgets are the points of one curve."""
     runs: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
@@ -62,10 +64,11 @@ def rows_of(records: list[dict[str, Any]], start: float, target: float) -> list[
         row["error"] = "; ".join(errors)
         if not errors:
             curve = curve_of(own)
-            (begin, _), (reached, prompts) = crossing(curve, start), crossing(curve, target)
+            (begin, _), (reached, prompts), (further, _) = (crossing(curve, level) for level in levels)
             result = whole["result"]
             names = ("informative_share", "rollouts", "prompts", "models", "trained_parameters", "peak_memory_mb")
-            row |= {"to_target": reached, "between": reached - begin if reached < math.inf else math.inf}
+            row |= {"between": reached - begin if reached < math.inf else math.inf}
+            row |= {"to_target": reached, "to_further": further}
             row |= {"prompts_to_target": prompts, **result["final"]}
             row |= {name: result[name] for name in (*names, "cpu_seconds", "wall_seconds")}
         rows.append(row)
@@ -80,10 +83,12 @@ def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
     return [records[0]["result"]["curve"][0], *sorted(ends)]
 
 
-def table(rows: list[dict[str, Any]], start: float, target: float) -> str:
+def table(rows: list[dict[str, Any]], levels: Levels) -> str:
     """Markdown, a line for each pool and method; ratios are taken seed by seed."""
-    between, reached = f"rollouts {start:g} to {target:g}", f"rollouts to {target:g}"
-    columns = ["pool", "method", "learning rate", between, reached, "of stock GRPO's", "of PPO's", "prompts"]
+    start, target, further = levels
+    columns = ["pool", "method", "learning rate", f"rollouts {start:g} to {target:g}", f"prompts to {target:g}"]
+    for level in (target, further):
+        columns += [f"rollouts to {level:g}", "of stock GRPO's", "of PPO's"]
     columns += ["helpfulness", "harmlessness", "length", "informative share", "CPU s", "models", "trained", "peak MB"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for pool, method in dict.fromkeys((row["pool"], row["method"]) for row in rows):
@@ -93,9 +98,10 @@ def table(rows: list[dict[str, Any]], start: float, target: float) -> str:
         failed = f" ({len(errors)} of {len(own)} runs failed: {errors[0]})" if errors else ""
         cells = [pool, method + failed, f"{own[0]['learning_rate']:g}"]
         if good:
-            cells += [spread([row[name] for row in good], 0) for name in ("between", "to_target")]
-            cells += [_ratio(good, rows, other) for other in (STOCK, "PPO")]
-            cells.append(spread([row["prompts_to_target"] for row in good], 0))
+            cells += [spread([row[name] for row in good], 0) for name in ("between", "prompts_to_target")]
+            for name in ("to_target", "to_further"):
+                cells.append(spread([row[name] for row in good], 0))
+                cells += [_ratio(name, good, rows, other) for other in (STOCK, "PPO")]
             cells += [spread([row[name] for row in good], 3) for name in ("helpfulness", "harmlessness")]
             cells.append(spread([row["length"] for row in good], 2))
             # Groups of one cannot differ.
@@ -107,11 +113,11 @@ def table(rows: list[dict[str, Any]], start: float, target: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ratio(own: list[dict[str, Any]], rows: list[dict[str, Any]], other: str) -> str:
+def _ratio(name: str, own: list[dict[str, Any]], rows: list[dict[str, Any]], other: str) -> str:
     base = {(row["pool"], row["seed"]): row for row in rows if row["method"] == other and not row["error"]}
     pairs = [(row, base[row["pool"], row["seed"]]) for row in own if (row["pool"], row["seed"]) in base]
     # Where the other did not get there, its whole run is counted: that makes its number too small, not too large.
-    ratios = [row["to_target"] / min(its["to_target"], its["rollouts"]) for row, its in pairs]
+    ratios = [row[name] / min(its[name], its["rollouts"]) for row, its in pairs]
     return spread(ratios, 2) if ratios else "-"
 
 
@@ -121,7 +127,7 @@ def tuning_table(grid: dict[str, tuple[float, dict[float, float]]]) -> str:
     lines = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " | chosen |"]
     lines.append("|" + " --- |" * (len(rates) + 2))
     for method, (chosen, scores) in grid.items():
-        cells = [f"{scores[rate]:.3f}" for rate in rates]
+        cells = [f"{scores[rate]:.3f}" if rate in scores else "-" for rate in rates]
         lines.append(f"| {method} | " + " | ".join([*cells, f"{chosen:g}"]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -177,18 +183,18 @@ def plot_bars(rows: list[dict[str, Any]], target: float, path: Path) -> None:
     _save(figure, path)
 
 
-def write(records: list[dict[str, Any]], grid: dict, folder: Path, start: float, target: float) -> None:
+def write(records: list[dict[str, Any]], grid: dict, folder: Path, levels: Levels) -> None:
     """Write `results.csv`, `table.md`, `tuning.md` and the plots."""
-    rows = rows_of(records, start, target)
+    rows = rows_of(records, levels)
     (folder / "results.csv").unlink(missing_ok=True)
     columns = dict.fromkeys(name for row in rows for name in row)
     for row in rows:
         append(folder / "results.csv", {name: row.get(name, "") for name in columns})
-    (folder / "table.md").write_text(table(rows, start, target))
+    (folder / "table.md").write_text(table(rows, levels))
     (folder / "tuning.md").write_text(tuning_table(grid))
     if any(value == value for r in records if "result" in r for value in _values(r)):
-        plot_curves(records, target, folder / "compare.png")
-        plot_bars(rows, target, folder / "compare_rollouts.png")
+        plot_curves(records, levels[1], folder / "compare.png")
+        plot_bars(rows, levels[1], folder / "compare_rollouts.png")
 
 
 def _values(record: dict[str, Any]) -> Iterable[float]:
