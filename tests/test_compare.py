@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import compare
+import skills
 from comparison import methods, results, tiny
 from comparison.cells import Cells
+from comparison.sampling import mean_scores, sample
 from metering import Meter
 from trl import TrlParser
 
@@ -167,16 +169,24 @@ def task(tmp_path_factory):
 def test_helpfulness_is_what_sampling_would_measure(task):
     model = task.policy()
     expected = task.measure(model)
-    rows = tiny.skills.as_dataset(task.held_out_examples * 20)
+    rows = skills.as_dataset(task.held_out_examples * 20)
     torch.manual_seed(0)
-    ids = tiny.sample(model, task.tokenizer, list(rows["prompt"]), task.max_completion_length, batch_size=1280)
-    measured = tiny.mean_scores(task.reward, rows, ids, task.tokenizer)
+    ids = sample(model, task.tokenizer, list(rows["prompt"]), task.max_completion_length, batch_size=1280)
+    measured = mean_scores(task.reward, rows, ids, task.tokenizer)
     assert 0.05 < expected < 0.95
     error = (expected * (1 - expected) / len(rows)) ** 0.5
     assert measured["helpfulness"] == pytest.approx(expected, abs=4 * error)
     assert 0.5 < measured["harmlessness"] < 0.9  # 30 % of the demonstrations hold the forbidden token
     parts = measured["helpfulness"] + 0.5 * measured["harmlessness"] - 0.01 * measured["length"]
     assert measured["reward"] == pytest.approx(parts)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(task):
+    prompts, model, tokenizer = ["G a=", "T abcd=", "H ab="], task.policy(), skills.make_tokenizer("!.")
+    tokenizer.padding_side = "right"
+    together = sample(model, tokenizer, prompts, 8, do_sample=False)
+    assert together == [sample(model, tokenizer, [prompt], 8, do_sample=False)[0] for prompt in prompts]
+    assert all(ids[-1] == tokenizer.eos_token_id or len(ids) == 8 for ids in together)
 
 
 def test_looking_draws_no_random_numbers(task):
@@ -187,9 +197,9 @@ def test_looking_draws_no_random_numbers(task):
 
 
 def test_pools_hold_nothing_that_is_held_out(task):
-    for pool, skills in (("mixed", {"greet": 8, "hopeless": 16, "translate": 8}), ("easy", {"translate": 32})):
+    for pool, counts in (("mixed", {"greet": 8, "hopeless": 16, "translate": 8}), ("easy", {"translate": 32})):
         rows = task.dataset(pool)
-        assert {skill: rows["skill"].count(skill) for skill in set(rows["skill"])} == skills
+        assert {skill: rows["skill"].count(skill) for skill in set(rows["skill"])} == counts
         assert not task.exclude & set(rows["prompt"])
 
 

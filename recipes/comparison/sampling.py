@@ -27,15 +27,19 @@ def sample(
     completions: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        padded = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         if isinstance(part[0], str):
-            inputs = tokenizer(part, **padded)
+            asked = tokenizer(part)["input_ids"]
         else:
-            inputs = tokenizer.apply_chat_template(part, add_generation_prompt=True, return_dict=True, **padded)
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            asked = tokenizer.apply_chat_template(part, add_generation_prompt=True, return_dict=True)["input_ids"]
+        width = max(map(len, asked))
+        # Padded on the left, whatever side the tokenizer prefers: generation goes on from the last position.
+        padded = [[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in asked]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in asked]
+        inputs = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
         pad = {"pad_token_id": tokenizer.pad_token_id}
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **pad, **how)
-        for ids in output[:, inputs["input_ids"].size(1) :].tolist():
+        for ids in output[:, width:].tolist():
             length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
             completions.append(ids[:length])
     model.train(was_training)
