@@ -29,6 +29,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext.failures import leave
 
 CHECKS = ("stock", "ranks", "sharing", "resume")
 FEATURES: dict[str, Any] = {
@@ -193,7 +194,7 @@ def main(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) ->
         getattr(check, name)()
     if check.is_main:
         print(f"{check.failed} failed" if check.failed else "all ok")
-    PartialState().destroy_process_group()
+    leave()
     return int(check.failed > 0)
 
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from rollout_helpers import Record, length_of_text, user
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, HierarchicalCallback, MultiTurnCallback
+from trl_grpo_ext.failures import leave
 
 
 def patient(history):
@@ -58,8 +59,7 @@ def main(model_path: str, out: str, options: str) -> None:
         "logs": trainer.state.log_history,
     }
     torch.save(saved, f"{out}/rank{trainer.accelerator.process_index}.pt")
-    # Gloo's threads, left to the end of the interpreter, may ask for its lock when it is gone, and abort the process.
-    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from conftest import config_kwargs, has_answer
 from datasets import Dataset
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline, GRPOCallback
+from trl_grpo_ext.failures import leave
 
 
 class Record(GRPOCallback):
@@ -59,8 +60,7 @@ def main(model_path: str, out: str, options: str) -> None:
     states = [callback.state_dict() for callback in trainer.grpo_callbacks]
     saved = {"batches": record.batches, "weights": weights, "states": states, "logs": trainer.state.log_history}
     torch.save(saved, f"{out}/rank{trainer.accelerator.process_index}.pt")
-    # Gloo's threads, left to the end of the interpreter, may ask for its lock when it is gone, and abort the process.
-    trainer.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MonitorCallback
 from trl_grpo_ext.alarms import Alarm
+from trl_grpo_ext.failures import leave
 from trl_grpo_ext.readings import level
 
 
@@ -46,6 +47,7 @@ def main(model_path: str, out: str, options: str) -> None:
         "logs": trainer.state.log_history,
     }
     torch.save(saved, f"{out}/rank{trainer.accelerator.process_index}.pt")
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from datasets import Dataset
 from rollout_helpers import user
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
+from trl_grpo_ext.failures import leave
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -126,9 +127,8 @@ def run(name: str, model_path: str, out: str, rows: int) -> dict:
 def main(model_path: str, out: str, options: str) -> None:
     options = json.loads(options)
     outcomes = {name: run(name, model_path, out, options["rows"]) for name in options["names"]}
-    state = PartialState()
-    torch.save(outcomes, f"{out}/rank{state.process_index}.pt")
-    state.destroy_process_group()
+    torch.save(outcomes, f"{out}/rank{PartialState().process_index}.pt")
+    leave()
 
 
 if __name__ == "__main__":

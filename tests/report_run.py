@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.failures import leave
 from trl_grpo_ext.live import LiveCallback
 from trl_grpo_ext.rewards import as_reward
 
@@ -24,3 +25,4 @@ if __name__ == "__main__":
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(LiveCallback)
     trainer.train()
+    leave()

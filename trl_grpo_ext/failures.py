@@ -3,6 +3,7 @@
 A process that fails takes part in the collective that the others come to next, and says there what happened.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -98,3 +99,18 @@ def gather_rewards(accelerator: Accelerator, calculate: Callable[[], Tensor], no
         fail(failure)
     gather_values(None)
     return rewards
+
+
+def leave() -> None:
+    """
+    End the group of processes, as the last thing that a script does. Every process must call this.
+
+    A thread of gloo lets go of the last tensors that it gathered under Python's lock. A process that goes on to its end
+    at once holds that lock, waits there for the thread, and stands still for ever or aborts (seen with torch 2.13). So
+    the threads get a moment.
+    """
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        time.sleep(1)
+    state.destroy_process_group()

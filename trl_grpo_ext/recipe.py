@@ -17,6 +17,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from .config import AdaptiveGRPOConfig
 from .datasets import load_prompts
 from .evaluation import HeldOutCallback, print_comparison
+from .failures import leave
 from .live import LiveCallback
 from .models import resolve_model
 from .report import write_report
@@ -164,4 +165,4 @@ def finish(trainer: AdaptiveGRPOTrainer, compare: Callable[[], None]) -> None:
     if trainer.accelerator.is_main_process:
         compare()
         print(f"Model saved to {output_dir}, report of the run to {write_report(output_dir)}")
-    trainer.accelerator.end_training()
+    leave()
