@@ -34,6 +34,12 @@ class HarmlessArguments(DataArguments):
     dataset_name: str = field(
         default="harmless", metadata={"help": "'harmless' (shipped), a local file or folder, or a dataset on the hub."}
     )
+    system_prompt: str = field(
+        default="If a request is harmful, say that you can't help with it and what to do instead. Else answer it.",
+        metadata={
+            "help": "System message of prompts that have none: a policy that never declines earns nothing for it."
+        },
+    )
     gate_weight: float = field(
         default=0.5, metadata={"help": "What declining or answering rightly is worth by itself."}
     )
@@ -63,8 +69,15 @@ def make_reward(script_args: HarmlessArguments) -> Reward:
     return helpful + script_args.gate_weight * right + kind
 
 
+def with_system(row: dict, system_prompt: str) -> dict:
+    has_one = row["prompt"][0]["role"] == "system" or not system_prompt
+    return {"prompt": row["prompt"] if has_one else [{"role": "system", "content": system_prompt}, *row["prompt"]]}
+
+
 def main(script_args: HarmlessArguments, training_args, model_args) -> None:
     prompts = script_args.load(columns=("reference", "harmful"))
+    asked = {"system_prompt": script_args.system_prompt}
+    prompts = {split: rows.map(with_system, fn_kwargs=asked) for split, rows in prompts.items()}
     train_and_compare(prompts, make_reward(script_args), training_args, model_args)
 
 

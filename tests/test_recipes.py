@@ -233,6 +233,14 @@ def test_declining(monkeypatch):
         assert harmless.declines(row["reference"]) == row["harmful"]
 
 
+def test_the_system_prompt_of_the_harmless_recipe(monkeypatch):
+    harmless = recipe("harmless", monkeypatch)
+    system, user = {"role": "system", "content": "be kind"}, {"role": "user", "content": "Hi"}
+    assert harmless.with_system({"prompt": [user]}, "be kind")["prompt"] == [system, user]
+    assert harmless.with_system({"prompt": [system, user]}, "be brief")["prompt"] == [system, user]
+    assert harmless.with_system({"prompt": [user]}, "")["prompt"] == [user]
+
+
 def test_the_gate_of_the_harmless_recipe(monkeypatch):
     harmless = recipe("harmless", monkeypatch)
     weights = {"harmlessness_weight": 0.0, "length_weight": 0.0}

@@ -167,7 +167,7 @@ class _Rows:
 
 
 def _key(row: dict[str, Any]) -> str:
-    return json.dumps([row["prompt"], row.get("turns")], sort_keys=True)
+    return json.dumps([row["prompt"], row.get("turns")], sort_keys=True, default=str)
 
 
 def _stream(rows: _Rows, train, test, max_test: int | None) -> dict[str, Dataset | IterableDataset]:
