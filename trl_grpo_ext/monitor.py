@@ -9,7 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ class RunRecord:
         for path in (self.metrics, self.alarms):
             kept = [entry for entry in read_lines(path) if entry["step"] <= step] if step > 0 else []
             _replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        started: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         if step > 0:
             before = read_object(self.run)
             resumed = before.get("resumed_at_steps")
