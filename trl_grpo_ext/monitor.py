@@ -10,7 +10,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
@@ -215,7 +215,7 @@ class RunRecord:
             kept = (entry for entry in read_lines(path) if entry["step"] <= step) if step > 0 else ()
             lines = (f"{json.dumps(entry)}\n".encode() for entry in kept)
             write_whole(path, functools.partial(_write_lines, lines))
-        started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+        started: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         if step > 0:
             before = read_object(self.run)
             resumed = before.get("resumed_at_steps")
