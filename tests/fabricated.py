@@ -4,7 +4,7 @@ import json
 import math
 import random
 import re
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,7 +41,7 @@ def fabricate(
     logged = steps if logged is None else logged
     monitor = folder / "monitor"
     monitor.mkdir(parents=True)
-    started = datetime.fromtimestamp(START, UTC).isoformat(timespec="seconds")
+    started = datetime.fromtimestamp(START, timezone.utc).isoformat(timespec="seconds")
     description = {
         "started": started,
         "config": {

@@ -16,7 +16,7 @@ import pyte
 import pytest
 from conftest import config_kwargs, count_vowels, has_answer
 from fabricated import alarm, write_alarms
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -91,6 +91,8 @@ def test_any_log_fits_any_width(logs, width, fancy):
     assert "\n" not in readable(logs | {"group_size/max": 1, "group_size/min": 1}, 3, 10)
 
 
+@example([0.0, 2.2e-313])
+@example([-1.7e308, 1.7e308])
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=30))
 def test_a_sparkline_keeps_the_order(values):
     bars = [BARS.index(bar) for bar in sparkline(values)]

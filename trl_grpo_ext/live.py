@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import sys
 import threading
 import time
@@ -128,8 +129,10 @@ def sparkline(values: list[float]) -> str:
     ```
     """
     low, high = min(values, default=0.0), max(values, default=0.0)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((value - low) * scale)] for value in values)
+    span = high - low
+    # A share first: one over a span of nearly nothing is infinite, and so is a span of nearly everything.
+    shares = [(value - low) / span if 0 < span < math.inf else 0.0 for value in values]
+    return "".join(BARS[round(share * (len(BARS) - 1))] for share in shares)
 
 
 def trend(values: list[float]) -> str:
