@@ -143,7 +143,8 @@ class Check:
     def train(self, name: str, trainer_class=Keeper, resume: str | None = None, **overrides) -> Any:
         """A trainer after its last step, and its [`Record`] in `record`."""
         options: Any = {"output_dir": os.path.join(self.folder, name), "generation_batch_size": None, **overrides}
-        args = replace(self.args, model_init_kwargs={**self.init, **(self.args.model_init_kwargs or {})}, **options)
+        options["model_init_kwargs"] = {**self.init, **(self.args.model_init_kwargs or {})}
+        args = replace(self.args, **options)
         dataset = Dataset.from_dict({"prompt": [f"What comes to mind when you hear {i}? " for i in range(64)]})
         record = Record()
         callbacks = [] if trainer_class is GRPOTrainer else [record]

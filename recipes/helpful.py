@@ -35,8 +35,9 @@ class HelpfulArguments(DataArguments):
 
 
 def main(script_args: HelpfulArguments, training_args, model_args) -> None:
+    needs: tuple[str, ...] = ()
     if script_args.reward_model_name_or_path:
-        helpfulness, needs = RewardModel(script_args.reward_model_name_or_path).named("helpfulness"), ()
+        helpfulness = RewardModel(script_args.reward_model_name_or_path).named("helpfulness")
     else:
         helpfulness, needs = Relevance("reference").named("helpfulness"), ("reference",)
     reward = 1.0 * helpfulness + script_args.harmlessness_weight * Harmlessness() - script_args.length_weight * Length()
