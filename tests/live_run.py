@@ -33,6 +33,8 @@ class Disturb(GRPOCallback):
 
 
 def main(model_path: str, out: str, how: str) -> None:
+    # A shell that starts the tests in the background lets them ignore interrupts, and they their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.getLogger("made_before").addHandler(logging.StreamHandler())
     logging.getLogger("made_before").propagate = False
     trainer = AdaptiveGRPOTrainer(
