@@ -330,3 +330,17 @@ def test_markup_in_an_answer_is_printed_as_text(capsys):
     held_out = HeldOut(["[bold]q[/bold]"], ["[red]x[/nothing]"], {"total": [1.0]})
     print_comparison(held_out, held_out)
     assert "[red]x[/nothing]" in capsys.readouterr().out
+
+
+def test_held_out_results_are_logged_without_the_table_of_completions(monkeypatch):
+    from types import SimpleNamespace
+
+    from trl_grpo_ext import evaluation
+
+    seen = []
+    trainer = SimpleNamespace(log_completions=True, log=lambda logs: seen.append((trainer.log_completions, logs)))
+    result = evaluation.HeldOut(["q"], ["a"], {"total": [1.0], "length": [3.0]})
+    monkeypatch.setattr(evaluation, "evaluate_held_out", lambda *args: result)
+    evaluation.HeldOutCallback(trainer, None, None).on_train_begin(None, None, None)
+    assert seen == [(False, {"eval_reward": 1.0, "eval_rewards/length/mean": 3.0})]
+    assert trainer.log_completions

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer import utils
 
 from .rewards.base import is_async
@@ -53,6 +54,9 @@ HELPERS = {
 }
 # Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
+
+# What models and their `generate` call the keys and values of the tokens so far; renamed in transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # Up to TRL 1.14.1, `_generate_single_turn` reads the number of completions per prompt from the trainer.
 TAKES_NUM_GENERATIONS = "num_generations" in inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters

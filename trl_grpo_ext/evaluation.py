@@ -112,7 +112,11 @@ class HeldOutCallback(TrainerCallback):
     def _evaluate(self) -> HeldOut:
         result = evaluate_held_out(self.trainer, self.dataset, self.reward)
         parts = {f"eval_rewards/{name}/mean": result.mean(name) for name in result.scores if name != "total"}
-        self.trainer.log({"eval_reward": result.mean("total"), **parts})
+        logs_completions, self.trainer.log_completions = self.trainer.log_completions, False  # those of the training
+        try:
+            self.trainer.log({"eval_reward": result.mean("total"), **parts})
+        finally:
+            self.trainer.log_completions = logs_completions
         return result
 
 

@@ -91,7 +91,7 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     # One view, that of the training; transformers warns about its own deprecations.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     return parser.parse_args_and_config(flags)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
+from .._host import CACHE
 from .packing import equal_rows
 
 # Settings under which a generation may be interrupted and taken up again: none depends on how long the prompt was.
@@ -126,9 +127,9 @@ def prefilled_generate(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = prefill.past_key_values
+        cache = prefill[CACHE]
         select_rows(cache, prompts, 1 + generation_config.max_new_tokens)
-        arguments["past_key_values"] = cache
+        arguments[CACHE] = cache
 
     config = copy.deepcopy(generation_config)
     config.return_dict_in_generate = True
@@ -148,11 +149,12 @@ def prefilled_generate(
         if config.max_new_tokens == 0 or not going_on.any():
             return sequences[:, : output.sequences.size(1)]
         rows = rows[going_on]
-        select_rows(output.past_key_values, going_on.nonzero().flatten(), 1 + config.max_new_tokens)
+        cache = output[CACHE]
+        select_rows(cache, going_on.nonzero().flatten(), 1 + config.max_new_tokens)
         ids = output.sequences[going_on]
         mask = torch.ones_like(ids)
         mask[:, :width] = attention_mask[rows]
-        arguments = {"input_ids": ids, "attention_mask": mask, "past_key_values": output.past_key_values}
+        arguments = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
 
 
 @contextmanager
