@@ -57,7 +57,7 @@ WORKLOADS = {  # name -> length of the prompts, share of flat groups
     "prompt 256": (256, 0.0),
     "prompt 64, half flat": (64, 0.5),
 }
-PARTS = {"time": ("update", "step"), "memory": ("memory", "memory of the update")}  # part -> kinds of its results
+PARTS = {"time": ("update", "step"), "memory": ("memory",)}  # part -> kinds of its results
 
 
 def methods_of(workload: str) -> list[str]:
@@ -126,22 +126,21 @@ def seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def memory(line: str) -> float:
-    """Resident memory of this process in MB: `VmRSS` now, `VmHWM` at its peak."""
+def peak_memory() -> float:
+    """Largest resident memory of this process in MB, since `clear_refs` was written."""
     status = Path("/proc/self/status").read_text()
-    return next(int(row.split()[1]) for row in status.splitlines() if row.startswith(line)) / 1024
+    return next(int(row.split()[1]) for row in status.splitlines() if row.startswith("VmHWM")) / 1024
 
 
 def peak(method: str, workload: str, shape: dict[str, int]) -> dict[str, float]:
-    """Memory in MB before an update, and at the peak of it."""
+    """Memory in MB at the peak of an update."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(method, workload, shape, folder)
         rollouts = trainer._prepare_inputs(trainer.rows)
         update(trainer, rollouts)  # gradients and caches are there from the first on
-        before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         update(trainer, rollouts)
-        return {"before": before, "peak": memory("VmHWM")}
+        return {"peak": peak_memory()}
 
 
 def measure(workload: str, shape: dict[str, int], repeats: int, say: Callable[[str], None]) -> list[dict]:
@@ -183,28 +182,20 @@ def measure_memory(workload: str, smoke: bool, say: Callable[[str], None]) -> li
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = json.loads(out.splitlines()[-1])
         results.append({"workload": workload, "method": method, **found})
-    stock = results[0]
-    rows = []
+    base = results[0]["peak"]
     for result in results:
-        for kind, value, base in (
-            ("memory", result["peak"], stock["peak"]),
-            ("memory of the update", result["peak"] - result["before"], stock["peak"] - stock["before"]),
-        ):
-            rows.append(
-                {
-                    "workload": workload,
-                    "method": result["method"],
-                    "kind": kind,
-                    "repeat": 0,
-                    "value": value,
-                    "ratio": value / max(base, 1e-9),
-                }
-            )
-        say(
-            f"{workload}, {result['method']}: {result['before']:.0f} MB before an update, "
-            f"{result['peak']:.0f} MB at its peak"
-        )
-    return rows
+        say(f"{workload}, {result['method']}: {result['peak']:.0f} MB at the peak of an update")
+    return [
+        {
+            "workload": workload,
+            "method": result["method"],
+            "kind": "memory",
+            "repeat": 0,
+            "value": result["peak"],
+            "ratio": result["peak"] / base,
+        }
+        for result in results
+    ]
 
 
 def read(path: Path) -> list[dict]:
