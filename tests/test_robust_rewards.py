@@ -361,8 +361,7 @@ def test_what_a_heavy_reward_does_costs_its_row(tmp_path, monkeypatch, caplog):
 def test_a_process_that_is_killed_while_it_is_idle_costs_no_row():
     reward = as_reward(misbehave).in_processes(1)
     (first,) = ask(reward, "pid")
-    os.kill(int(first), signal.SIGKILL)
-    wait_until(lambda: not is_running(int(first)))
+    os.kill(int(first), signal.SIGKILL)  # its end of the connection may still be open for a moment
     logs = Logs()
     (second,) = ask(reward, "pid", **logs.kwargs())
     assert second not in (None, first)

@@ -3,7 +3,6 @@
 Rows go out pickled. Answers come back as JSON, so nothing that a reward does over there runs code in the training.
 """
 
-import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -12,6 +11,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +20,7 @@ from typing import Any
 
 from .scoring import NOT_OF_THE_ROW, RowError, only_value, said
 
+_TAKEN = {"taken": True}  # what a process says before it scores: from here on, its death is the row's doing
 _START_TIMEOUT = 600.0  # seconds for the imports of a new process, on a machine that may be busy
 # A reward that uses torch or accelerate must not take itself for a rank of the training.
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -59,23 +60,18 @@ class Workers:
 
     def ask(self, leaf: Any, call: dict[str, Any], timeout: float) -> Any:
         """The value of one row, or the [`RowError`] that it came to."""
-        worker = self._kept() or Worker(leaf.name, _payload(leaf))
-        answer = worker.ask({name: value for name, value in call.items() if name not in NOT_OF_THE_ROW}, timeout)
-        if worker.is_alive:
-            self._idle.put(worker)
-        return answer
-
-    def _kept(self) -> "Worker | None":
-        """A process that is idle, and was not killed while it was: that would be no fault of the next row."""
+        call = {name: value for name, value in call.items() if name not in NOT_OF_THE_ROW}
         while True:
             try:
-                worker = self._idle.get_nowait()
+                worker, was_kept = self._idle.get_nowait(), True
             except queue.Empty:
-                return None
-            with contextlib.suppress(OSError):  # Windows raises where others read the end
-                if not worker.connection.poll(0):
-                    return worker
-            worker.stop()
+                worker, was_kept = Worker(leaf.name, _payload(leaf)), False
+            answer = worker.ask(call, timeout)
+            if worker.is_alive:
+                self._idle.put(worker)
+            elif was_kept and not worker.took_row:  # killed while it was idle: no fault of this row
+                continue
+            return answer
 
 
 def _payload(leaf: Any) -> bytes:
@@ -95,7 +91,7 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, payload), daemon=True)
         self.process.start()
         theirs.close()
-        self.is_alive = True
+        self.is_alive, self.took_row = True, False
         self._kill = weakref.finalize(self, _kill, self.process, self.connection, os.getpid())
         started = self._receive(_START_TIMEOUT)
         if not isinstance(started, dict) or "ready" not in started:
@@ -111,9 +107,14 @@ class Worker:
             payload = pickle.dumps(call)
         except Exception as error:
             return RowError(f"its row cannot be sent to a process: {said(error)}")
+        self.took_row = False
+        end = time.monotonic() + timeout
         try:
             self.connection.send_bytes(payload)
             answer = self._receive(timeout)
+            self.took_row = answer is TimeoutError or answer == _TAKEN
+            if answer == _TAKEN:
+                answer = self._receive(max(end - time.monotonic(), 0.0))
         except (OSError, EOFError, ValueError):  # it is gone, or wrote something else into the connection
             answer = None
         if answer is TimeoutError:
@@ -172,10 +173,11 @@ def serve(connection: multiprocessing.connection.Connection, payload: bytes) -> 
     connection.send_bytes(json.dumps({"ready": True}).encode())
     while True:
         try:
-            call = pickle.loads(connection.recv_bytes())
+            call = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(json.dumps(_answer(leaf, call)).encode())
+        connection.send_bytes(json.dumps(_TAKEN).encode())
+        connection.send_bytes(json.dumps(_answer(leaf, pickle.loads(call))).encode())
 
 
 def _answer(leaf: Any, call: dict[str, Any]) -> dict[str, Any]:
