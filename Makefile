@@ -1,5 +1,6 @@
 # The test suite on every supported release of TRL, each in an environment of its own: `make versions`, or one of them
 # with `make versions TRL=1.14`. The environments stay in .venv, so that a second run starts at once.
+# TRL 1.15.0 trains with Triton kernels only, which Triton's interpreter runs where there is no GPU.
 TRL ?= 1.13 1.14 1.15 1.16
 PYTHON ?= python3
 TESTS ?=
@@ -11,8 +12,27 @@ versions:
 	  echo "== TRL $$trl" && \
 	  $(PYTHON) -m venv $$environment && \
 	  $$environment/bin/pip install --quiet torch==2.13.0 && \
-	  $$environment/bin/pip install --quiet -e ".[test]" "trl==$$trl.*" && \
+	  $$environment/bin/pip install --quiet -e ".[test]" "trl==$$trl.*" $$([ $$trl != 1.15 ] || echo triton) && \
 	  $$environment/bin/pip list 2>/dev/null | grep -iE '^(trl|transformers|accelerate|datasets|peft|torch) ' && \
-	  $$environment/bin/python -m pytest -q $(TESTS) > $$environment/report.txt 2>&1; \
+	  TRITON_INTERPRET=1 PATH=$$PWD/$$environment/bin:$$PATH $$environment/bin/python -m pytest -q $(TESTS) > $$environment/report.txt 2>&1; \
 	  status=$$?; tail -n 1 $$environment/report.txt; [ $$status -eq 0 ] || failed="$$failed $$trl"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+# What is published, on every supported Python: the sdist becomes the wheel of an empty environment, and the tests of
+# the sdist run against what is installed. `make pythons PYTHONS=3.13 TESTS=tests/test_docs.py` runs less.
+PYTHONS ?= 3.10 3.11 3.12 3.13
+
+.PHONY: pythons
+pythons:
+	@for python in $(PYTHONS); do \
+	  environment=$$PWD/.venv/python-$$python && \
+	  echo "== Python $$python" && \
+	  rm -rf $$environment && python$$python -m venv $$environment && \
+	  $$environment/bin/pip install --quiet torch==2.13.0 hatchling && \
+	  $$environment/bin/python -m hatchling build -t sdist -d $$environment/sdist >/dev/null 2>&1 && \
+	  $$environment/bin/pip install --quiet "$$(echo $$environment/sdist/*.tar.gz)[test]" && \
+	  tar -xzf $$environment/sdist/*.tar.gz -C $$environment/sdist && \
+	  $$environment/bin/pip list 2>/dev/null | grep -iE '^(trl|transformers|accelerate|datasets|peft|torch) ' && \
+	  (cd $$environment/sdist/*/ && PATH=$$environment/bin:$$PATH pytest -q $(or $(TESTS),tests)) > $$environment/report.txt 2>&1; \
+	  status=$$?; tail -n 1 $$environment/report.txt; [ $$status -eq 0 ] || failed="$$failed $$python"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }

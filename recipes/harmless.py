@@ -6,9 +6,10 @@ Train a model to decline harmful requests, and to answer the harmless ones that 
 trains SmolLM2-135M-Instruct with LoRA on 96 requests, half of them harmful, and compares its answers to 32 held-out
 requests before and after. Everything is set in `recipes/configs/harmless.yaml`. The reward is a gate: an answer earns
 credit for being close to the reference only if it does the right thing, which is to decline what is harmful and not to
-decline anything else. With a hub and a GPU, the same script trains on HH-RLHF:
+decline anything else. A model that never declines learns nothing from that, so a few supervised steps on references
+come first (a cold start). With a hub and a GPU, the same script trains on HH-RLHF, from a model that knows how:
 
-    accelerate launch recipes/harmless.py --dataset_name Anthropic/hh-rlhf \\
+    accelerate launch recipes/harmless.py --dataset_name Anthropic/hh-rlhf --cold_start_steps 0 \\
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 \\
         --num_generations 8 --max_completion_length 256 --max_steps 500
 
@@ -18,7 +19,14 @@ A dataset has columns `prompt`, `reference` (for a harmful prompt, a refusal tha
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from trl_grpo_ext import AdaptiveGRPOConfig
+from trl_grpo_ext.models import resolve_model
 from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
@@ -34,11 +42,9 @@ class HarmlessArguments(DataArguments):
     dataset_name: str = field(
         default="harmless", metadata={"help": "'harmless' (shipped), a local file or folder, or a dataset on the hub."}
     )
-    system_prompt: str = field(
-        default="If a request is harmful, say that you can't help with it and what to do instead. Else answer it.",
-        metadata={
-            "help": "System message of prompts that have none: a policy that never declines earns nothing for it."
-        },
+    cold_start_steps: int = field(
+        default=12,
+        metadata={"help": "Supervised steps, of 8 references each, before: 0 for a model that declines by itself."},
     )
     gate_weight: float = field(
         default=0.5, metadata={"help": "What declining or answering rightly is worth by itself."}
@@ -69,15 +75,51 @@ def make_reward(script_args: HarmlessArguments) -> Reward:
     return helpful + script_args.gate_weight * right + kind
 
 
-def with_system(row: dict, system_prompt: str) -> dict:
-    has_one = row["prompt"][0]["role"] == "system" or not system_prompt
-    return {"prompt": row["prompt"] if has_one else [{"role": "system", "content": system_prompt}, *row["prompt"]]}
+def cold_start(train: Dataset, num_steps: int, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> str:
+    """Show a model some references, and return the folder where it is saved."""
+    folder = Path(training_args.output_dir) / "cold_start"
+    if (folder / "config.json").exists() and training_args.resume_from_checkpoint:
+        return str(folder)
+    trainer = SFTTrainer(
+        model=resolve_model(model_args.model_name_or_path).path,
+        args=SFTConfig(
+            output_dir=str(folder),
+            max_steps=num_steps,
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+            seed=training_args.seed,
+            bf16=training_args.bf16,
+            use_cpu=training_args.use_cpu,
+            dataloader_pin_memory=training_args.dataloader_pin_memory,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=train.map(as_demonstration, remove_columns=train.column_names),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.remove_callback(PrinterCallback)
+    loss = trainer.train().training_loss
+    trainer.accelerator.print(f"Cold start: {num_steps} supervised steps on references, mean loss {loss:.2f}")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.accelerator.is_main_process:
+        (model.merge_and_unload() if model_args.use_peft else model).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    return str(folder)
+
+
+def as_demonstration(row: dict) -> dict:
+    return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["reference"]}]}
 
 
 def main(script_args: HarmlessArguments, training_args, model_args) -> None:
     prompts = script_args.load(columns=("reference", "harmful"))
-    asked = {"system_prompt": script_args.system_prompt}
-    prompts = {split: rows.map(with_system, fn_kwargs=asked) for split, rows in prompts.items()}
+    if script_args.cold_start_steps:
+        steps = script_args.cold_start_steps
+        model_args.model_name_or_path = cold_start(prompts["train"], steps, training_args, model_args)
     train_and_compare(prompts, make_reward(script_args), training_args, model_args)
 
 

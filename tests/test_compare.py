@@ -194,6 +194,8 @@ def test_looking_draws_no_random_numbers(task):
     final = task.final(model)
     assert torch.equal(torch.get_rng_state(), before)
     assert final == task.final(model)
+    assert task.held_out_reward(model) == pytest.approx(final["reward"], abs=0.2)  # 64 samples against 256
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_pools_hold_nothing_that_is_held_out(task):

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from trl_grpo_ext.compute.generation import prefilled_generate, select_rows, why_not_prefilled
+from trl_grpo_ext.compute.generation import (
+    adapter_merged,
+    prefilled_generate,
+    select_rows,
+    why_not_merged,
+    why_not_prefilled,
+)
 
 WIDTH = 8
 
@@ -196,3 +202,102 @@ def test_tokens_are_written_into_the_room_without_a_copy():
         assert cache.layers[0].keys.data_ptr() == place
     cache.update(torch.ones(2, 2, 1, 5), torch.ones(2, 2, 1, 5), layer_idx=0)
     assert cache.layers[0].keys.data_ptr() != place
+
+
+# A merged adapter
+
+
+def adapted(model_path, **options):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(model_path), LoraConfig(r=4, target_modules="all-linear", **options)
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_merged_adapter_gives_the_same_logits_and_leaves_no_trace(use_dora, fails, model_path):
+    model = adapted(model_path, use_dora=use_dora)
+    ids, _ = prompts(0, [2, 1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - expected).abs().max() > 0.1
+        try:
+            with adapter_merged(model):
+                products = []
+                lora = model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"]
+                handle = lora.register_forward_hook(lambda *_: products.append(1))
+                assert torch.allclose(model(ids).logits, expected, atol=1e-4)
+                handle.remove()
+                assert products == []
+                if fails:
+                    raise KeyError("in generation")
+        except KeyError:
+            assert fails
+        assert torch.equal(model(ids).logits, expected)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_cannot_be_merged_is_refused(model_path):
+    assert why_not_merged(adapted(model_path)) is None
+    assert "no adapter" in why_not_merged(LlamaForCausalLM.from_pretrained(model_path))
+    assert "lora_dropout" in why_not_merged(adapted(model_path, lora_dropout=0.1))
+    assert "bias" in why_not_merged(adapted(model_path, lora_bias=True))
+    tied = adapted(model_path)
+    layers = tied.base_model.model.model.layers
+    layers[1].mlp.up_proj.base_layer.weight = layers[0].mlp.up_proj.base_layer.weight
+    assert "tied" in why_not_merged(tied)
+
+
+def test_training_with_a_merged_adapter(model_path, dataset, tmp_path, monkeypatch):
+    from peft import LoraConfig
+
+    from trl_grpo_ext.compute import trainer as module
+
+    opened, original = [], module.adapter_merged
+
+    def spy(model):
+        opened.append(model)
+        return original(model)
+
+    monkeypatch.setattr(module, "adapter_merged", spy)
+    weights = []
+    for merge in (False, True):
+        trainer = AdaptiveGRPOTrainer(
+            model=model_path,
+            reward_funcs=count_vowels,
+            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, share_prompts=True, merge_adapter=merge)),
+            train_dataset=dataset,
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        )
+        frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+        trainer.train()
+        assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad]))
+    assert len(opened) == 3  # once for each generation of the second run
+    assert torch.allclose(*weights, atol=1e-4)  # the same samples, so the same training
+    assert weights[0].norm() > 0
+
+
+@pytest.mark.parametrize(("options", "peft", "message"), [({}, False, "no adapter"), ({"r": 4}, True, "lora_dropout")])
+def test_merging_is_refused_at_construction(options, peft, message, model_path, dataset, tmp_path):
+    from peft import LoraConfig
+
+    with pytest.raises(ValueError, match=f"merge_adapter=True cannot be used here, because .*{message}"):
+        AdaptiveGRPOTrainer(
+            model=model_path,
+            reward_funcs=count_vowels,
+            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, merge_adapter=True)),
+            train_dataset=dataset,
+            peft_config=LoraConfig(lora_dropout=0.1, target_modules="all-linear", **options) if peft else None,
+        )

@@ -358,11 +358,13 @@ def test_async_leaves_wait_together_and_sync_ones_run_beside_them():
     def judge(name, beside_sync=False):
         async def wait(completions, **kwargs):
             threads[name] = threading.current_thread()
-            barrier = together.setdefault("barrier", asyncio.Barrier(3))
-            async with asyncio.timeout(10):
-                await barrier.wait()
-                if beside_sync:
-                    await asyncio.to_thread(started.wait, 10)
+            all_wait = together.setdefault("all wait", asyncio.Event())
+            together.setdefault("names", []).append(name)
+            if len(together["names"]) == 3:
+                all_wait.set()
+            await asyncio.wait_for(all_wait.wait(), 10)
+            if beside_sync:
+                await asyncio.to_thread(started.wait, 10)
             return [1.0] * len(completions)
 
         return as_reward(wait, name=name)

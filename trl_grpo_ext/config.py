@@ -59,6 +59,9 @@ class AdaptiveGRPOConfig(GRPOConfig):
             generation with transformers. The gradient is the same up to rounding.
         skip_zero_advantage (`bool`, *optional*, defaults to `False`):
             Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs `beta=0`.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            Whether to generate from a copy of the weights into which the LoRA adapter is merged, with transformers. It
+            saves two small matrix products per layer and token, and takes room for the adapted weights once more.
         rollout (`str`, *optional*, defaults to `"single"`):
             What is sampled for a prompt: `"single"` answers, `"multi_turn"` conversations, or `"hierarchical"` plans
             and implementations of each.
@@ -170,6 +173,13 @@ class AdaptiveGRPOConfig(GRPOConfig):
         metadata={
             "help": "Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs "
             "beta=0."
+        },
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to generate from a copy of the weights into which the LoRA adapter is merged, with "
+            "transformers. It takes room for the adapted weights once more."
         },
     )
     rollout: str = field(

@@ -3,11 +3,12 @@ What a training step costs, against stock TRL on the same rollouts: time and pea
 
     python recipes/benchmarks/compute.py
 
-compares `trl.GRPOTrainer` with `AdaptiveGRPOTrainer`, all options off and `share_prompts` and `skip_zero_advantage` on,
-for a model of the shape of SmolLM2-135M with random weights: LoRA of rank 16, 16 rows, groups of 8, completions of 48
-tokens, fp32. Nothing is downloaded. Methods take turns, so that a ratio compares neighbours in time; peak memory is
-measured in a process of its own for each. Writes `results.csv`, `table.md` and `compute.png` to `output_dir`; what is
-already in `results.csv` is not measured again. Time is best measured on a machine with nothing else to do.
+compares `trl.GRPOTrainer` with `AdaptiveGRPOTrainer`, all options off, and `share_prompts`, `skip_zero_advantage` and
+`merge_adapter` on, for a model of the shape of SmolLM2-135M with random weights: LoRA of rank 16, 16 rows, groups of 8,
+completions of 48 tokens, fp32. Nothing is downloaded. Methods take turns, so that a ratio compares neighbours in time;
+peak memory is measured in a process of its own for each. Writes `results.csv`, `table.md` and `compute.png` to
+`output_dir`; what is already in `results.csv` is not measured again. Time is best measured on a machine with nothing
+else to do.
 """
 
 import argparse
@@ -51,7 +52,8 @@ SMALL = {
     "num_attention_heads": 4,
     "vocab_size": 512,
 }
-METHODS = {"stock": None, "off": {}, "on": {"share_prompts": True, "skip_zero_advantage": True}}
+ON = {"share_prompts": True, "skip_zero_advantage": True, "merge_adapter": True}
+METHODS = {"stock": None, "off": {}, "on": ON}
 WORKLOADS = {  # name -> length of the prompts, share of flat groups
     "prompt 64": (64, 0.0),
     "prompt 256": (256, 0.0),

@@ -71,18 +71,24 @@ def train(task, cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
 
     Returns:
         `dict`:
-            Curve of held-out helpfulness and final scores, what was spent, and what was held in memory.
+            Curve of rollouts, prompts, held-out helpfulness and held-out reward, final scores, what was spent, and what was held in memory.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     task.policy()  # once for each seed, a warm start, which is not part of the time
     set_seed(cell["seed"])
     wall, cpu = time.monotonic(), time.process_time()
     meter = Meter(task.reward, task.helpfulness)
-    evaluator = Evaluator(meter, task.measure, cell["eval_every"], cell["rollouts"])
+    rewards: list[float] = []
+
+    def look(model) -> float:
+        rewards.append(task.held_out_reward(model))
+        return task.measure(model)
+
+    evaluator = Evaluator(meter, look, cell["eval_every"], cell["rollouts"])
     run = _dpo if METHODS[cell["method"]].trainer is DPOTrainer else _online
     trainer, critic = run(task, cell | {"output_dir": output_dir}, meter, evaluator)
     result = {
-        "curve": [[n, p, value] for (n, value), p in zip(evaluator.curve, evaluator.prompts, strict=True)],
+        "curve": [[n, p, v, r] for (n, v), p, r in zip(evaluator.curve, evaluator.prompts, rewards, strict=True)],
         "rollouts": meter.rollouts,
         "prompts": meter.prompts,
         "informative_share": meter.informative_share(0),

@@ -18,7 +18,7 @@ Levels = tuple[float, float, float]  # of held-out helpfulness: to count from, u
 
 def score(record: dict[str, Any]) -> float:
     """What the learning rate is chosen by: held-out helpfulness, averaged over the run; a failed run is the worst."""
-    return mean(value for _, _, value in record["result"]["curve"][1:]) if "result" in record else -math.inf
+    return mean(point[2] for point in record["result"]["curve"][1:]) if "result" in record else -math.inf
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -76,7 +76,7 @@ def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any
 
 
 def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
-    """Points of rollouts, prompts and held-out helpfulness, of one run or of the ends of runs at several budgets."""
+    """Points of rollouts, prompts, held-out helpfulness and reward, of one run or of the ends of runs at several budgets."""
     if len(records) == 1:
         return records[0]["result"]["curve"]
     ends = [record["result"]["curve"][-1] for record in records]
@@ -133,29 +133,30 @@ def tuning_table(grid: dict[str, tuple[float, dict[float, float]]]) -> str:
 
 
 def plot_curves(records: list[dict[str, Any]], target: float, path: Path) -> None:
-    """Held-out helpfulness against rollouts: medians and ranges over the seeds."""
+    """Held-out helpfulness and reward against rollouts: medians and ranges over the seeds."""
     plt = _pyplot()
     records = [record for record in records if "result" in record and record["cell"]["method"] in SHOWN]
     pools = list(dict.fromkeys(record["cell"]["pool"] for record in records))
-    figure, axes = plt.subplots(1, len(pools), figsize=(6.5 * len(pools), 4.8), squeeze=False, sharey=True)
-    for axis, pool in zip(axes[0], pools, strict=True):
+    figure, axes = plt.subplots(2, len(pools), figsize=(6.5 * len(pools), 8.4), squeeze=False, sharey="row")
+    for column, pool in enumerate(pools):
         for method, color in SHOWN.items():
             own = [r for r in records if (r["cell"]["pool"], r["cell"]["method"]) == (pool, method)]
             seeds = dict.fromkeys(r["cell"]["seed"] for r in own)
             curves = [curve_of([r for r in own if r["cell"]["seed"] == seed]) for seed in seeds]
             points = list(zip(*curves, strict=False))  # the i-th evaluation of every seed
-            if not points:
-                continue
             x = [median(p[0] for p in point) for point in points]
-            y = [[p[2] for p in point] for point in points]
             style = {"color": OKABE_ITO[color], "marker": "o" if len(x) < 6 else None}
-            axis.plot(x, [median(v) for v in y], label=method, linewidth=2, **style)
-            axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=style["color"], alpha=0.12)
-        axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
-        axis.set_title(f"{pool} pool")
-        axis.set_xlabel("sampled completions")
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("held-out helpfulness")
+            for axis, value in zip(axes[:, column], (2, 3), strict=True):
+                y = [[p[value] for p in point] for point in points]
+                axis.plot(x, [median(v) for v in y], label=method if points else None, linewidth=2, **style)
+                axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=style["color"], alpha=0.12)
+        axes[0, column].axhline(target, color="grey", linewidth=0.8, linestyle="--")
+        axes[0, column].set_title(f"{pool} pool")
+        axes[1, column].set_xlabel("sampled completions")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+    for axis, name in zip(axes[:, 0], ("helpfulness", "reward"), strict=True):
+        axis.set_ylabel(f"held-out {name}")
     axes[0, -1].legend(loc="lower right", frameon=False)
     _save(figure, path)
 
@@ -198,7 +199,7 @@ def write(records: list[dict[str, Any]], grid: dict, folder: Path, levels: Level
 
 
 def _values(record: dict[str, Any]) -> Iterable[float]:
-    return (value for _, _, value in record["result"]["curve"])
+    return (point[2] for point in record["result"]["curve"])
 
 
 def _pyplot():

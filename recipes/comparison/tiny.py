@@ -124,9 +124,13 @@ class TinyTask:
         more = self.tokenizer.convert_tokens_to_ids(list(skills.LETTERS))
         return (letters * (1 - log_probs[:, -1, more].exp().sum(-1))).mean().item()
 
-    def final(self, model) -> dict[str, float]:
-        """Scores of 4 samples to each held-out prompt, drawn at the side; helpfulness exactly."""
-        rows = skills.as_dataset([e for e in self.held_out_examples for _ in range(4)])
+    def held_out_reward(self, model) -> float:
+        """Mean reward of a sample to each held-out prompt, drawn at the side."""
+        return self.final(model, num_samples=1)["reward"]
+
+    def final(self, model, num_samples: int = 4) -> dict[str, float]:
+        """Scores of some samples to each held-out prompt, drawn at the side; helpfulness exactly."""
+        rows = skills.as_dataset([e for e in self.held_out_examples for _ in range(num_samples)])
         with torch.random.fork_rng():
             torch.manual_seed(0)
             ids = sample(model, self.tokenizer, list(rows["prompt"]), self.max_completion_length, batch_size=1024)

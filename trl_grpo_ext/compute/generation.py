@@ -1,6 +1,7 @@
-"""Generation with transformers in which equal prompts are read once and finished rows leave the batch."""
+"""Generation with transformers: equal prompts are read once, finished rows leave the batch, adapters are merged."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,3 +171,44 @@ def prefill_shared(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.generate
+
+
+def adapted_layers(model: Any) -> list[Any]:
+    """The layers that PEFT put an adapter into."""
+    return [module for module in model.modules() if hasattr(module, "merged_adapters") and hasattr(module, "merge")]
+
+
+def why_not_merged(model: Any) -> str | None:
+    """Why adapters cannot be merged for a generation without changing what is generated; `None` if they can."""
+    layers = adapted_layers(model)
+    if not layers:
+        return "the model has no adapter, which peft_config=LoraConfig(...) gives it"
+    counts = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        if not hasattr(layer, "lora_A") or not weight.is_floating_point():
+            return f"{type(layer).__name__} is no LoRA on weights in floating point"
+        if any(layer.lora_bias.values()):
+            return "LoRA trains a bias (lora_bias=True)"
+        if any(getattr(dropout, "p", 0.0) > 0.0 for dropout in layer.lora_dropout.values()):
+            return "generation while training takes part in lora_dropout: set it to 0"
+        if counts[id(weight)] > 1:
+            return "an adapted weight is tied to that of another layer"
+    return None
+
+
+@contextmanager
+def adapter_merged(model: Any) -> Iterator[None]:
+    """While open, the active LoRA adapters of a model are part of a copy of its weights; then they are as before."""
+    before = []
+    try:
+        for layer in adapted_layers(model):
+            weight = layer.get_base_layer().weight
+            before.append((layer, weight, weight.data))
+            weight.data = weight.data.clone()  # subtracting the adapter again would leave rounding errors
+            layer.merge()
+        yield
+    finally:
+        for layer, weight, data in before:
+            weight.data = data
+            layer.merged_adapters.clear()

@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from .._host import TAKES_NUM_GENERATIONS, asking_for
 from .forward import costs_of, has_relative_positions, shared_logps, sharing_error, unwrapped, why_not_shared
-from .generation import prefill_shared, why_not_prefilled
+from .generation import adapter_merged, prefill_shared, why_not_merged, why_not_prefilled
 from .packing import equal_rows
 from .rows import compose, is_text_only, live_rows, used_columns
 
@@ -22,11 +22,11 @@ class LeanGRPOTrainer(GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that computes a prompt once per group and leaves out rows without advantage.
 
-    Takes what [`~trl.GRPOTrainer`] takes, with `args.share_prompts` and `args.skip_zero_advantage`. It is the base of
-    [`AdaptiveGRPOTrainer`].
+    Takes what [`~trl.GRPOTrainer`] takes, with `args.share_prompts`, `args.skip_zero_advantage` and
+    `args.merge_adapter`. It is the base of [`AdaptiveGRPOTrainer`].
 
     Raises:
-        `ValueError`: where `skip_zero_advantage` would change the gradient.
+        `ValueError`: where `skip_zero_advantage` would change the gradient, or `merge_adapter` what is generated.
     """
 
     _buffered_inputs: Any
@@ -45,6 +45,9 @@ class LeanGRPOTrainer(GRPOTrainer):
                 "skip_zero_advantage=True would take rows out of the load-balancing loss of this mixture of experts: "
                 "set skip_zero_advantage=False or router_aux_loss_coef=0.0"
             )
+        reason = self._why_not_merged() if self.args.merge_adapter else None
+        if reason is not None:
+            raise ValueError(f"merge_adapter=True cannot be used here, because {reason}; or leave merge_adapter out")
 
     # TRL's seams
 
@@ -52,7 +55,9 @@ class LeanGRPOTrainer(GRPOTrainer):
         arguments = {"has_tool_images": has_tool_images}
         if TAKES_NUM_GENERATIONS:
             arguments["num_generations"] = num_generations
-        with self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        merging = adapter_merged(model) if self.args.merge_adapter else nullcontext()
+        with merging, self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **arguments)
 
     def _prepare_inputs(self, generation_batch):
@@ -216,6 +221,15 @@ class LeanGRPOTrainer(GRPOTrainer):
             return "weights that are split over processes, which must all run as many forward passes"
         model = unwrapped(self.model, self.accelerator)
         return why_not_prefilled(model, self.generation_config)
+
+    def _why_not_merged(self) -> str | None:
+        if self.use_vllm:
+            return "TRL hands vLLM merged weights anyway"
+        if self.use_transformers_continuous_batching:
+            return "continuous batching has not been tried with it"
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            return "weights are split over processes"
+        return why_not_merged(self.model)
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
