@@ -236,7 +236,7 @@ def plot(results: list[dict], path: Path) -> None:
     workloads = list(dict.fromkeys(row["workload"] for row in results))
     figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3.6), sharey=True, constrained_layout=True)
     for axis, kind in zip(axes, kinds, strict=True):
-        for offset, (method, label) in enumerate({"off": "all options off", "on": "both options on"}.items()):
+        for offset, (method, label) in enumerate({"off": "all options off", "on": "all options on"}.items()):
             for x, workload in enumerate(workloads):
                 if method not in methods_of(workload):
                     continue

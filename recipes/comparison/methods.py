@@ -71,7 +71,8 @@ def train(task, cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
 
     Returns:
         `dict`:
-            Curve of rollouts, prompts, held-out helpfulness and held-out reward, final scores, what was spent, and what was held in memory.
+            Curve of rollouts, prompts, held-out helpfulness and held-out reward, final scores, what was spent, and what
+            was held in memory.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     task.policy()  # once for each seed, a warm start, which is not part of the time

@@ -76,7 +76,7 @@ def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any
 
 
 def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
-    """Points of rollouts, prompts, held-out helpfulness and reward, of one run or of the ends of runs at several budgets."""
+    """Points of rollouts, prompts, held-out helpfulness and reward, of a run or of the ends of several budgets."""
     if len(records) == 1:
         return records[0]["result"]["curve"]
     ends = [record["result"]["curve"][-1] for record in records]
