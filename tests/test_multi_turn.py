@@ -240,9 +240,10 @@ def test_rows_of_training_and_evaluation_fit_into_one_table(history, model_path,
     for path in sorted((tmp_path / "completions").glob("*.parquet")):
         table = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
         for completion, lengths in zip(table["completion"], table["length"], strict=True):
-            texts = [message["content"] for message in completion if message["role"] == "assistant"]
-            assert lengths == [float(len(text)) for text in texts]
-            counts.add(len(texts))
+            counts.add(len(lengths))
+            if not isinstance(completion, str):  # up to TRL 1.14, the table holds the whole conversation as text
+                texts = [message["content"] for message in completion if message["role"] == "assistant"]
+                assert lengths == [float(len(text)) for text in texts]
     assert counts == {1, 2, 3}
 
 

@@ -761,6 +761,8 @@ def test_stock_trainer_logs_every_component(tiny, tmp_path, asynchronous):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    if asynchronous and not hasattr(utils, "is_async_callable"):
+        pytest.skip("stock GRPOTrainer of TRL 1.13 takes an async reward for a function only")
     policy, tokenizer = tiny
     reward = 2.0 * Length("words").named("words") + linear(1, 0) * as_reward(applies_to_cats) - 0.1 * Length()
     if asynchronous:

@@ -193,7 +193,7 @@ def test_tools(model_path, tmp_path, monkeypatch):
         calls.append((a, b))
         return a + b
 
-    def scripted(self, prompt_ids, images, fields, num_generations, *args, **kwargs):
+    def scripted(self, prompt_ids, *args, **kwargs):
         call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
         second_turn = [tokenizer.decode(ids).count("tool_response") > 1 for ids in prompt_ids]
         texts = ["3<|im_end|>" if second else (call, "4<|im_end|>")[i % 2] for i, second in enumerate(second_turn)]

@@ -121,6 +121,11 @@ def asking_for(trainer: Any, num_generations: int | None) -> Iterator[None]:
         trainer.num_generations, trainer.num_generations_eval = before
 
 
+def eos_token_ids_of(trainer: Any) -> list[int]:
+    """Tokens of which each ends a completion; up to TRL 1.14.0, only the tokenizer's does."""
+    return getattr(trainer, "eos_token_ids", None) or [trainer._tokenizer.eos_token_id]
+
+
 def as_awaited(reward_funcs: Any) -> Any:
     """
     Reward functions of which TRL awaits the async ones.

@@ -15,6 +15,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
+from ._host import eos_token_ids_of
 from .rewards import Reward
 from .rollouts.dialogue import read_turns
 
@@ -158,7 +159,7 @@ def evaluate_conversations(trainer, dataset: Dataset, reward: Reward, turn_colum
 
 
 def _answer(trainer, prompts: list) -> list[list[int]]:
-    tokenizer = trainer.processing_class
+    tokenizer, eos_token_ids = trainer.processing_class, eos_token_ids_of(trainer)
     inputs = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
     ).to(trainer.accelerator.device)
@@ -177,13 +178,13 @@ def _answer(trainer, prompts: list) -> list[list[int]]:
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=trainer.eos_token_ids,
+            eos_token_id=eos_token_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
     trainer.model.train(was_training)
     answers = []
     for ids in output[:, inputs["input_ids"].size(1) :].tolist():
-        ends = [i for i, token in enumerate(ids) if token in trainer.eos_token_ids]
+        ends = [i for i, token in enumerate(ids) if token in eos_token_ids]
         answers.append(ids[: ends[0] + 1] if ends else ids)
     return answers
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from .._host import TAKES_NUM_GENERATIONS, asking_for
+from .._host import TAKES_NUM_GENERATIONS, asking_for, eos_token_ids_of
 from .forward import costs_of, has_relative_positions, shared_logps, sharing_error, unwrapped, why_not_shared
 from .generation import adapter_merged, prefill_shared, why_not_merged, why_not_prefilled
 from .packing import equal_rows
@@ -38,8 +38,7 @@ class LeanGRPOTrainer(GRPOTrainer):
         # Of the micro-batch whose loss is computed: live rows, mask of the loss, old log-probabilities.
         self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
         super().__init__(*args, **kwargs)
-        # Up to TRL 1.14.0, only the tokenizer's ends a completion.
-        self.eos_token_ids: list[int] = getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])
+        self.eos_token_ids: list[int] = eos_token_ids_of(self)
         if self.args.skip_zero_advantage and self.aux_loss_enabled:
             raise ValueError(
                 "skip_zero_advantage=True would take rows out of the load-balancing loss of this mixture of experts: "
