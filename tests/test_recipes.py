@@ -13,6 +13,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import config_kwargs
 from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig
@@ -130,7 +131,11 @@ TINY += ["--num_generations", "4", "--disable_tqdm", "true"]
     ("name", "flags", "parts"),
     [
         ("arithmetic", [], ["correct", "length"]),
-        ("harmless", ["--max_test_prompts", "6"], ["relevance", "declined", "answered", "harmlessness", "length"]),
+        (
+            "harmless",
+            ["--max_test_prompts", "6", "--cold_start_steps", "0"],
+            ["relevance", "declined", "answered", "harmlessness", "length"],
+        ),
         ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right"]),
     ],
 )
@@ -233,12 +238,26 @@ def test_declining(monkeypatch):
         assert harmless.declines(row["reference"]) == row["harmful"]
 
 
-def test_the_system_prompt_of_the_harmless_recipe(monkeypatch):
+def test_the_cold_start_of_the_harmless_recipe(model_path, tmp_path, monkeypatch, capsys):
     harmless = recipe("harmless", monkeypatch)
-    system, user = {"role": "system", "content": "be kind"}, {"role": "user", "content": "Hi"}
-    assert harmless.with_system({"prompt": [user]}, "be kind")["prompt"] == [system, user]
-    assert harmless.with_system({"prompt": [system, user]}, "be brief")["prompt"] == [system, user]
-    assert harmless.with_system({"prompt": [user]}, "")["prompt"] == [user]
+    flags = [*TINY, "--model_name_or_path", model_path, "--output_dir", str(tmp_path), "--cold_start_steps", "2"]
+    flags += ["--seed", "3"]
+    monkeypatch.setattr(sys, "argv", ["harmless.py", *flags])
+    script_args, args, model_args = parse_arguments(harmless.HarmlessArguments, harmless.__file__)
+    train = script_args.load(columns=("reference", "harmful"))["train"].select(range(16))
+    folder = harmless.cold_start(train, 2, args, model_args)
+    assert "Cold start: 2 supervised steps on references, mean loss" in capsys.readouterr().out
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (model_path, folder))
+    assert not hasattr(after, "peft_config")  # merged, so that a new adapter starts from here
+    changed = [
+        n for (n, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True) if (a != b).any()
+    ]
+    assert changed
+    assert all("proj" in name for name in changed)  # what lora_target_modules: all-linear adapts
+    # A run that is resumed starts from the weights that it started from.
+    args.resume_from_checkpoint = str(tmp_path / "checkpoint-1")
+    monkeypatch.setattr(harmless, "SFTTrainer", None)
+    assert harmless.cold_start(train, 2, args, model_args) == folder
 
 
 def test_the_gate_of_the_harmless_recipe(monkeypatch):
