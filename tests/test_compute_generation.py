@@ -273,6 +273,7 @@ def test_training_with_a_merged_adapter(model_path, dataset, tmp_path, monkeypat
     monkeypatch.setattr(module, "adapter_merged", spy)
     weights = []
     for merge in (False, True):
+        torch.manual_seed(0)  # of the adapter
         trainer = AdaptiveGRPOTrainer(
             model=model_path,
             reward_funcs=count_vowels,
