@@ -27,7 +27,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.models import resolve_model
-from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe import DataArguments, init_kwargs, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
 
@@ -84,6 +84,7 @@ def cold_start(train: Dataset, num_steps: int, training_args: AdaptiveGRPOConfig
         model=resolve_model(model_args.model_name_or_path).path,
         args=SFTConfig(
             output_dir=str(folder),
+            model_init_kwargs=init_kwargs(training_args, model_args),
             max_steps=num_steps,
             per_device_train_batch_size=8,
             learning_rate=1e-3,

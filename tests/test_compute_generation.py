@@ -257,6 +257,8 @@ def test_what_cannot_be_merged_is_refused(model_path):
     layers = tied.base_model.model.model.layers
     layers[1].mlp.up_proj.base_layer.weight = layers[0].mlp.up_proj.base_layer.weight
     assert "tied" in why_not_merged(tied)
+    layers[1].mlp.up_proj.base_layer = torch.nn.Identity()  # packed weights go by other names
+    assert "no LoRA on weights in floating point" in why_not_merged(tied)
 
 
 def test_training_with_a_merged_adapter(model_path, dataset, tmp_path, monkeypatch):

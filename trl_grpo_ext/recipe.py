@@ -95,6 +95,16 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     return parser.parse_args_and_config(flags)
 
 
+def init_kwargs(training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """What the model is loaded with: of [`~trl.ModelConfig`], unless `model_init_kwargs` says otherwise."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
 def make_trainer(
     prompts: dict[str, Any], reward: Reward, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
 ) -> AdaptiveGRPOTrainer:
@@ -111,12 +121,7 @@ def make_trainer(
             [`~trl_grpo_ext.models.resolve_model`].
     """
     source = resolve_model(model_args.model_name_or_path)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = init_kwargs(training_args, model_args)
     trainer = AdaptiveGRPOTrainer(
         model=source.path,
         reward_funcs=reward,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -65,7 +66,7 @@ class Evaluator(TrainerCallback):
     Args:
         meter ([`Meter`]):
             Counts the rollouts.
-        measure (`Callable[[model], float]`):
+        measure (`Callable[[model], Any]`):
             What to measure. It must not draw from the random generators of the training.
         every (`int`), budget (`int`):
             In rollouts.
@@ -74,7 +75,7 @@ class Evaluator(TrainerCallback):
     def __init__(self, meter: Meter, measure: Callable, every: int, budget: int):
         self.meter, self.measure = meter, measure
         self.every, self.budget = every, budget
-        self.curve: list[tuple[int, float]] = []  # rollouts, value
+        self.curve: list[tuple[int, Any]] = []  # rollouts, value
         self.prompts: list[int] = []  # at each point of the curve
         self.seconds = 0.0  # of CPU time, spent on measuring
 

@@ -79,17 +79,15 @@ def train(task, cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
     set_seed(cell["seed"])
     wall, cpu = time.monotonic(), time.process_time()
     meter = Meter(task.reward, task.helpfulness)
-    rewards: list[float] = []
 
-    def look(model) -> float:
-        rewards.append(task.held_out_reward(model))
-        return task.measure(model)
+    def measure(model) -> tuple[float, float]:
+        return task.measure(model), task.held_out_reward(model)
 
-    evaluator = Evaluator(meter, look, cell["eval_every"], cell["rollouts"])
+    evaluator = Evaluator(meter, measure, cell["eval_every"], cell["rollouts"])
     run = _dpo if METHODS[cell["method"]].trainer is DPOTrainer else _online
     trainer, critic = run(task, cell | {"output_dir": output_dir}, meter, evaluator)
     result = {
-        "curve": [[n, p, v, r] for (n, v), p, r in zip(evaluator.curve, evaluator.prompts, rewards, strict=True)],
+        "curve": [[n, p, *values] for (n, values), p in zip(evaluator.curve, evaluator.prompts, strict=True)],
         "rollouts": meter.rollouts,
         "prompts": meter.prompts,
         "informative_share": meter.informative_share(0),

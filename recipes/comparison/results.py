@@ -144,11 +144,13 @@ def plot_curves(records: list[dict[str, Any]], target: float, path: Path) -> Non
             seeds = dict.fromkeys(r["cell"]["seed"] for r in own)
             curves = [curve_of([r for r in own if r["cell"]["seed"] == seed]) for seed in seeds]
             points = list(zip(*curves, strict=False))  # the i-th evaluation of every seed
+            if not points:
+                continue
             x = [median(p[0] for p in point) for point in points]
             style = {"color": OKABE_ITO[color], "marker": "o" if len(x) < 6 else None}
             for axis, value in zip(axes[:, column], (2, 3), strict=True):
                 y = [[p[value] for p in point] for point in points]
-                axis.plot(x, [median(v) for v in y], label=method if points else None, linewidth=2, **style)
+                axis.plot(x, [median(v) for v in y], label=method, linewidth=2, **style)
                 axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=style["color"], alpha=0.12)
         axes[0, column].axhline(target, color="grey", linewidth=0.8, linestyle="--")
         axes[0, column].set_title(f"{pool} pool")

@@ -185,8 +185,8 @@ def why_not_merged(model: Any) -> str | None:
         return "the model has no adapter, which peft_config=LoraConfig(...) gives it"
     counts = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for layer in layers:
-        weight = layer.get_base_layer().weight
-        if not hasattr(layer, "lora_A") or not weight.is_floating_point():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if not hasattr(layer, "lora_A") or weight is None or not weight.is_floating_point():
             return f"{type(layer).__name__} is no LoRA on weights in floating point"
         if any(layer.lora_bias.values()):
             return "LoRA trains a bias (lora_bias=True)"

@@ -54,9 +54,7 @@ class LeanGRPOTrainer(GRPOTrainer):
         arguments = {"has_tool_images": has_tool_images}
         if TAKES_NUM_GENERATIONS:
             arguments["num_generations"] = num_generations
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        merging = adapter_merged(model) if self.args.merge_adapter else nullcontext()
-        with merging, self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
+        with self._merging(), self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **arguments)
 
     def _prepare_inputs(self, generation_batch):
@@ -216,19 +214,25 @@ class LeanGRPOTrainer(GRPOTrainer):
     def _why_not_prefilled(self, images: Any, multimodal_fields: Any) -> str | None:
         if images or multimodal_fields:
             return "images or sound"
-        if self.accelerator.num_processes > 1 and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if self.accelerator.num_processes > 1 and self._splits_weights():
             return "weights that are split over processes, which must all run as many forward passes"
         model = unwrapped(self.model, self.accelerator)
         return why_not_prefilled(model, self.generation_config)
+
+    def _merging(self) -> AbstractContextManager:
+        if not self.args.merge_adapter:
+            return nullcontext()
+        return adapter_merged(self.accelerator.unwrap_model(self.model_wrapped))
 
     def _why_not_merged(self) -> str | None:
         if self.use_vllm:
             return "TRL hands vLLM merged weights anyway"
         if self.use_transformers_continuous_batching:
             return "continuous batching has not been tried with it"
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            return "weights are split over processes"
-        return why_not_merged(self.model)
+        return "weights are split over processes" if self._splits_weights() else why_not_merged(self.model)
+
+    def _splits_weights(self) -> bool:
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
