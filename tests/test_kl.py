@@ -119,6 +119,7 @@ def test_logged_beta_follows_the_rule_and_every_rollout_counts_once(name, model_
     beta = 0.1
     for entry in logs:
         assert entry["beta"] == pytest.approx(beta)
+        assert entry["kl_target"] == 0.02
         beta = adapt_beta(beta, entry["kl"], 0.02, rollouts, 40)
     assert trainer.beta == pytest.approx(beta)
     assert trainer.beta != 0.1

@@ -92,6 +92,7 @@ class AdaptiveKLCallback(GRPOCallback):
         metrics = self.trainer._metrics["train"]
         values = metrics["kl"][self._num_read :]
         metrics["beta"].append(self.trainer.beta)
+        metrics["kl_target"].append(self.kl_target)
         self._num_read = len(metrics["kl"])
         valid = [value for value in values if not math.isnan(value)]
         kl = sum(valid) / len(valid) if valid else math.nan

@@ -53,7 +53,7 @@ STATIC: tuple[tuple[str, str, dict[str, str], tuple[str, str] | None, tuple[floa
         (0, 1),
     ),
     ("Advantages", "advantage", {"advantage/mean": "mean", "advantage/abs_mean": "mean of |A|"}, None, (-0.05, 0.05)),
-    ("KL to the reference", "KL per token (nats)", {"kl": "KL"}, None, None),
+    ("KL to the reference", "KL per token (nats)", {"kl": "KL", "kl_target": "target"}, None, None),
     ("KL coefficient β", "β (weight of the KL term)", {"beta": "β"}, None, None),
     ("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}, None, None),
     ("Loss", "loss", {"loss": "loss", "policy_loss": "policy loss"}, None, None),
