@@ -3,7 +3,7 @@ Train a model to decline harmful requests, and to answer the harmless ones that 
 
     accelerate launch recipes/harmless.py
 
-trains SmolLM2-135M-Instruct with LoRA on 96 requests, half of them harmful, and compares its answers to 32 held-out
+trains SmolLM2-135M-Instruct with LoRA on 192 requests, half of them harmful, and compares its answers to 64 held-out
 requests before and after. Everything is set in `recipes/configs/harmless.yaml`. The reward is a gate: an answer earns
 credit for being close to the reference only if it does the right thing, which is to decline what is harmful and not to
 decline anything else. A model that never declines learns nothing from that, so a few supervised steps on references
@@ -43,7 +43,7 @@ class HarmlessArguments(DataArguments):
         default="harmless", metadata={"help": "'harmless' (shipped), a local file or folder, or a dataset on the hub."}
     )
     cold_start_steps: int = field(
-        default=12,
+        default=48,
         metadata={"help": "Supervised steps, of 8 references each, before: 0 for a model that declines by itself."},
     )
     gate_weight: float = field(
@@ -88,7 +88,7 @@ def cold_start(train: Dataset, num_steps: int, training_args: AdaptiveGRPOConfig
             max_steps=num_steps,
             per_device_train_batch_size=8,
             learning_rate=1e-3,
-            lr_scheduler_type="constant",
+            lr_scheduler_type="linear",
             gradient_checkpointing=False,
             seed=training_args.seed,
             bf16=training_args.bf16,
