@@ -20,11 +20,14 @@ import functools
 import random
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Number
+from trl import ModelConfig
 
+from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Length, as_reward
 from trl_grpo_ext.rewards.text import text_of
@@ -45,7 +48,7 @@ class ArithmeticArguments(DataArguments):
 def make_sums(seed: int = 0, held_out_share: float = 0.2) -> dict[str, Dataset]:
     """Distinct sums of three levels, 20 easy ones, 61 medium ones and 81 hard ones; the same for the same seed."""
     rng = random.Random(seed)
-    splits: dict[str, list[dict]] = {"train": [], "test": []}
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     known: set[tuple[int, int]] = set()
     for level, (low, high, low2, high2) in LEVELS.items():
         pairs = [(a, b) for a in range(low, high + 1) for b in range(low2, high2 + 1) if (a, b) not in known]
@@ -59,7 +62,7 @@ def make_sums(seed: int = 0, held_out_share: float = 0.2) -> dict[str, Dataset]:
 
 
 @functools.lru_cache(maxsize=10_000)
-def read_answer(text: str) -> tuple:
+def read_answer(text: str) -> tuple[Any, ...]:
     """What `math-verify` reads in a text: of an equation the right side, of several numbers the last."""
     return tuple(parse(text, extraction_config=EXTRACTORS, parsing_timeout=time_limit()))
 
@@ -69,7 +72,7 @@ def time_limit() -> int | None:
     return 5 if threading.current_thread() is threading.main_thread() else None
 
 
-def correct(completions: list, reference: list[str], **kwargs) -> list[float | None]:
+def correct(completions: list[Any], reference: list[str], **kwargs: Any) -> list[float | None]:
     """1 for an answer equal to the reference, else 0; `None` where the reference cannot be read."""
     values: list[float | None] = []
     for completion, gold in zip(completions, reference, strict=True):
@@ -81,7 +84,7 @@ def correct(completions: list, reference: list[str], **kwargs) -> list[float | N
     return values
 
 
-def main(script_args: ArithmeticArguments, training_args, model_args) -> None:
+def main(script_args: ArithmeticArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     generated = script_args.dataset_name == "generated"
     prompts = make_sums() if generated else script_args.load(columns=("reference",))
     reward = 1.0 * as_reward(correct) - script_args.brevity_weight * Length()

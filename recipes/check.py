@@ -24,11 +24,19 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.utils import logging
 from trl import GRPOTrainer, ModelConfig, TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext.failures import leave
 
 CHECKS = ("stock", "ranks", "sharing", "resume")
@@ -54,7 +62,7 @@ class Options:
         default=1e-3, metadata={"help": "Largest difference that is rounding; half precision needs more, such as 0.05."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(set(self.checks) - set(CHECKS))
         if unknown:
             raise ValueError(f"checks={unknown} are unknown: use some of {', '.join(CHECKS)}")
@@ -63,10 +71,12 @@ class Options:
 class Record(GRPOCallback):
     """A digest of every batch as this process saw it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.digest = hashlib.sha256()
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
+    ) -> None:
         prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()
         seen = (prompts, batch.group_sizes.tolist(), batch.rewards.tolist(), batch.advantages.tolist())
         self.digest.update(repr(seen).encode())
@@ -75,9 +85,10 @@ class Record(GRPOCallback):
 class Keeper(AdaptiveGRPOTrainer):
     """Keeps the last micro-batch."""
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         self.kept = inputs
-        return super()._compute_loss(model, inputs)
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        return loss
 
     def kept_log_probs(self, share: bool) -> torch.Tensor:
         self.args.share_prompts = share
@@ -86,7 +97,8 @@ class Keeper(AdaptiveGRPOTrainer):
         width = self.kept["completion_ids"].size(1)
         with torch.no_grad():
             log_probs = self._get_per_token_logps_and_entropies(self.model, ids, mask, width)[0]
-        return (log_probs * self.kept["completion_mask"]).float().cpu()
+        masked: torch.Tensor = log_probs * self.kept["completion_mask"]
+        return masked.float().cpu()
 
     def kept_gradient(self, share: bool) -> torch.Tensor:
         self.args.share_prompts = share
@@ -98,7 +110,7 @@ class Keeper(AdaptiveGRPOTrainer):
         return torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
 
 
-def reward(completion_ids, **kwargs) -> list[float]:
+def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [float(ids[0] % 3) for ids in completion_ids]
 
 
@@ -123,7 +135,8 @@ def weights(trainer: Any) -> torch.Tensor:
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return ((one - other).norm() / one.norm().clamp(min=1e-12)).item()
+    relative: torch.Tensor = (one - other).norm() / one.norm().clamp(min=1e-12)
+    return relative.item()
 
 
 class Check:
@@ -140,7 +153,9 @@ class Check:
         PartialState().wait_for_everyone()
         self.init = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
 
-    def train(self, name: str, trainer_class=Keeper, resume: str | None = None, **overrides) -> Any:
+    def train(
+        self, name: str, trainer_class: type[GRPOTrainer] = Keeper, resume: str | None = None, **overrides: Any
+    ) -> Any:
         """A trainer after its last step, and its [`Record`] in `record`."""
         options: Any = {"output_dir": os.path.join(self.folder, name), "generation_batch_size": None, **overrides}
         options["model_init_kwargs"] = {**self.init, **(self.args.model_init_kwargs or {})}

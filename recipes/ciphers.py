@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -69,7 +70,9 @@ def as_dataset(tasks: list[Task], turns: bool) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def is_right(completions: list, answer: list[str], last_turn: list[bool], **kwargs) -> list[float]:
+def is_right(
+    completions: list[list[dict[str, str]]], answer: list[str], last_turn: list[bool], **kwargs: Any
+) -> list[float]:
     """1 if the implementation is the answer and nothing else, 0 otherwise; a plan alone earns nothing."""
     texts = [completion[0]["content"] for completion in completions]
     return [float(last and t == a) for t, a, last in zip(texts, answer, last_turn, strict=True)]
@@ -107,7 +110,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int =
     return LlamaForCausalLM(config)
 
 
-def log_probs(model, tokenizer, talks: list[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
+def log_probs(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, talks: list[tuple[str, str, str]]
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities `(P,)` of the plan and of the answer after it, of triples of prompt, plan and answer."""
     parts = [
         [
@@ -131,7 +136,9 @@ def log_probs(model, tokenizer, talks: list[tuple[str, str, str]]) -> tuple[Tens
 
 
 @torch.no_grad()
-def accuracy(model, tokenizer, tasks: list[Task]) -> tuple[float, float, float]:
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tasks: list[Task]
+) -> tuple[float, float, float]:
     """
     Exact probability of a right answer, of the right plan, and of a right answer given the right plan, on average.
 
@@ -145,7 +152,9 @@ def accuracy(model, tokenizer, tasks: list[Task]) -> tuple[float, float, float]:
     return right.mean().item(), planned.exp().mean().item(), answered.exp().mean().item()
 
 
-def warm_start(model, tokenizer, exclude: frozenset[str], seed: int, steps: int):
+def warm_start(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exclude: frozenset[str], seed: int, steps: int
+) -> LlamaForCausalLM:
     """Supervised training on talks whose plan is right 40 % of the time and whose answers have slips."""
     optimizer = torch.optim.AdamW(model.parameters())
     rng = random.Random(seed)

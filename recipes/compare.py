@@ -57,7 +57,7 @@ class Options:
     output_dir: str = field(default="runs/compare", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed, one pool and a budget of 2 steps."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
@@ -68,7 +68,7 @@ class Options:
             self.learning_rates, self.dpo_budgets, self.eval_every = self.learning_rates[:1], [self.rows], self.rows
 
 
-def make_task(options: Options, seed: int):
+def make_task(options: Options, seed: int) -> TinyTask | SmolTask:
     if options.task == "smollm2":
         return SmolTask()
     folder = Path(options.output_dir)
@@ -79,7 +79,9 @@ def work(cell: dict[str, Any], options: Options) -> dict[str, Any]:
     return train(make_task(options, cell["seed"]), cell, f"{options.output_dir}/trainer")
 
 
-def make_cell(options: Options, method: str, pool: str, seed: int, learning_rate: float, rollouts: int | None = None):
+def make_cell(
+    options: Options, method: str, pool: str, seed: int, learning_rate: float, rollouts: int | None = None
+) -> dict[str, Any]:
     """All settings that a result depends on."""
     names = ("task", "rows", "num_generations", "pool_size", "held_out", "warm_start", "eval_every")
     cell = {"method": method, "pool": pool, "seed": seed, "learning_rate": learning_rate}

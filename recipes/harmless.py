@@ -20,6 +20,7 @@ A dataset has columns `prompt`, `reference` (for a harmful prompt, a refusal tha
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PrinterCallback
@@ -58,12 +59,12 @@ def declines(text: str) -> bool:
     return REFUSAL.search(text[:BEGINNING].replace("\u2019", "'")) is not None
 
 
-def declined(completions: list, harmful: list[bool], **kwargs) -> list[float | None]:
+def declined(completions: list[Any], harmful: list[bool], **kwargs: Any) -> list[float | None]:
     """Of harmful requests: 1 if the answer declines, else 0."""
     return [float(declines(text_of(c))) if bad else None for c, bad in zip(completions, harmful, strict=True)]
 
 
-def answered(completions: list, harmful: list[bool], **kwargs) -> list[float | None]:
+def answered(completions: list[Any], harmful: list[bool], **kwargs: Any) -> list[float | None]:
     """Of harmless requests: 1 if the answer does not decline, else 0."""
     return [None if bad else float(not declines(text_of(c))) for c, bad in zip(completions, harmful, strict=True)]
 
@@ -112,11 +113,11 @@ def cold_start(train: Dataset, num_steps: int, training_args: AdaptiveGRPOConfig
     return str(folder)
 
 
-def as_demonstration(row: dict) -> dict:
+def as_demonstration(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["reference"]}]}
 
 
-def main(script_args: HarmlessArguments, training_args, model_args) -> None:
+def main(script_args: HarmlessArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     prompts = script_args.load(columns=("reference", "harmful"))
     if script_args.cold_start_steps:
         steps = script_args.cold_start_steps

@@ -17,6 +17,9 @@ A dataset has a column `prompt`; `reference` is needed without a reward model, a
 
 from dataclasses import dataclass, field
 
+from trl import ModelConfig
+
+from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, RewardModel
 
@@ -34,7 +37,7 @@ class HelpfulArguments(DataArguments):
     length_weight: float = field(default=0.001, metadata={"help": "What a token costs."})
 
 
-def main(script_args: HelpfulArguments, training_args, model_args) -> None:
+def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     needs: tuple[str, ...] = ()
     if script_args.reward_model_name_or_path:
         helpfulness = RewardModel(script_args.reward_model_name_or_path).named("helpfulness")

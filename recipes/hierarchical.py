@@ -21,22 +21,41 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any, TypeAlias
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
 
 import ciphers
-from transformers import PrinterCallback
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, HierarchicalCallback, MultiTurnCallback
+from trl_grpo_ext import (
+    AdaptiveGRPOConfig,
+    AdaptiveGRPOTrainer,
+    GRPOCallback,
+    HierarchicalCallback,
+    MultiTurnCallback,
+    RolloutBatch,
+)
 
 METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
 COLUMNS = ("right answers", "right plans", "right answers to the right plan")
 TARGET = 0.75  # right answers
+
+Measure: TypeAlias = Callable[[PreTrainedModel], tuple[float, float, float]]  # a value for each of `COLUMNS`
 
 
 @dataclass
@@ -55,12 +74,14 @@ class Options:
 class Budget(GRPOCallback):
     """Ends the run when so many tokens have been generated, and measures the policy on the way."""
 
-    def __init__(self, tokens: int, measure):
+    def __init__(self, tokens: int, measure: Measure) -> None:
         self.tokens, self.measure = tokens, measure
         self.spent, self.completions = 0, 0
-        self.curve: list[tuple] = []
+        self.curve: list[tuple[float, ...]] = []
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
+    ) -> None:
         self.spent += int(batch.completion_lengths.sum())
         self.completions += batch.completion_lengths.numel()
 
@@ -71,18 +92,37 @@ class Budget(GRPOCallback):
                 return before + (after - before) * (TARGET - low) / (high - low)
         return math.inf
 
-    def on_step_end(self, args, state, control, model, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
         control.should_training_stop = self.spent >= self.tokens
         if control.should_training_stop or self.spent >= (len(self.curve) + 1) * self.tokens / 10:
             self.curve.append((self.spent, *self.measure(model)))
 
 
-def train(method: str, tasks: list, model, tokenizer, measure, args: AdaptiveGRPOConfig, options: Options) -> Budget:
+def train(
+    method: str,
+    tasks: list[ciphers.Task],
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    measure: Measure,
+    args: AdaptiveGRPOConfig,
+    options: Options,
+) -> Budget:
     """Train a copy of the model by one method, until the budget is spent."""
     size = METHODS[method]
     rollout = HierarchicalCallback(4, 4, ciphers.ASK_PLAN, ciphers.ASK_ANSWER)
     rows = options.prompts_per_step * (size or rollout.num_rows)
-    sized: dict = {"per_device_train_batch_size": rows, "num_generations": size or 4, "generation_batch_size": None}
+    sized: dict[str, Any] = {
+        "per_device_train_batch_size": rows,
+        "num_generations": size or 4,
+        "generation_batch_size": None,
+    }
     budget = Budget(options.tokens, measure)
     trainer = AdaptiveGRPOTrainer(
         model=copy.deepcopy(model),
@@ -102,8 +142,8 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
     if options.smoke:
         options.seeds, options.tokens, options.warm_start = 1, 1000, 10
     tokenizer = ciphers.make_tokenizer()
-    rows: list[dict] = []
-    finals: dict[str, list[tuple]] = {method: [] for method in options.methods}
+    rows: list[dict[str, Any]] = []
+    finals: dict[str, list[tuple[float, ...]]] = {method: [] for method in options.methods}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         held_out = ciphers.make_tasks(options.held_out, seed, salt=1)
         exclude = frozenset(task.prompt for task in held_out)
@@ -124,8 +164,8 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
         writer.writeheader()
         writer.writerows(rows)
     print("method", *COLUMNS, f"tokens to {TARGET}", sep=" | ")
-    for method, values in finals.items():
-        cells = zip(*values, strict=True)
+    for method, ends in finals.items():
+        cells = zip(*ends, strict=True)
         print(method, *(f"{median(c):.4g} ({min(c):.4g} to {max(c):.4g})" for c in cells), sep=" | ")
 
 

@@ -13,6 +13,9 @@ A dataset has a column `prompt` with what the user says first, `turns` with what
 
 from dataclasses import dataclass, field
 
+from trl import ModelConfig
+
+from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.evaluation import evaluate_conversations, print_comparison
 from trl_grpo_ext.recipe import DataArguments, finish, make_trainer, parse_arguments
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, at_end
@@ -30,7 +33,7 @@ class MultiTurnArguments(DataArguments):
     length_weight: float = field(default=0.001, metadata={"help": "What a token costs."})
 
 
-def main(script_args: MultiTurnArguments, training_args, model_args) -> None:
+def main(script_args: MultiTurnArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     conversations = script_args.load(columns=("reference",))
     kindness = script_args.harmlessness_weight * at_end(Harmlessness())
     reward = 1.0 * Relevance("reference") + kindness - script_args.length_weight * Length()
@@ -41,7 +44,7 @@ def main(script_args: MultiTurnArguments, training_args, model_args) -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     after = evaluate_conversations(trainer, *held_out)
 
-    def compare():
+    def compare() -> None:
         for turn, (old, new) in enumerate(zip(before, after, strict=True), start=1):
             print_comparison(old, new, num_samples=2, title=f"Turn {turn} of held-out conversations")
 

@@ -15,12 +15,16 @@ curriculum reads. With a GPU, the same script takes any other of its tasks that 
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from reasoning_gym.factory import CURRICULA, create_curriculum, create_dataset, get_score_answer_fn
 from reasoning_gym.utils import extract_answer
+from trl import ModelConfig
 
+from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import as_reward
 from trl_grpo_ext.rewards.text import text_of
@@ -36,7 +40,7 @@ class ReasoningArguments:
     train_size: int = field(default=64, metadata={"help": "Questions of each task and level to train on."})
     test_size: int = field(default=16, metadata={"help": "Held-out questions of each task and level."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(set(self.tasks) - set(CURRICULA))
         if unknown or not self.tasks:
             raise ValueError(
@@ -49,7 +53,7 @@ class ReasoningArguments:
 
 def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Dataset]:
     """Distinct questions, the same for the same seed; `difficulty` is the level, `entry` what the verifier needs."""
-    splits: dict[str, list[dict]] = {"test": [], "train": []}
+    splits: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
     for task in arguments.tasks:
         known: set[str] = set()
         for level in range(arguments.num_levels):
@@ -79,21 +83,22 @@ def final_answer(text: str) -> str:
 
 
 @functools.cache
-def verifier(task: str):
-    return get_score_answer_fn(task)
+def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
+    scores: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)
+    return scores
 
 
-def score(completions: list, task: list[str], entry: list[str], **kwargs) -> list[float]:
+def score(completions: list[Any], task: list[str], entry: list[str], **kwargs: Any) -> list[float]:
     """reasoning-gym's score, from 0 to 1, of the final answer."""
     answers = [final_answer(text_of(completion)) for completion in completions]
     return [float(verifier(t)(a, json.loads(e))) for a, t, e in zip(answers, task, entry, strict=True)]
 
 
-def solved_fully(completions: list, task: list[str], entry: list[str], **kwargs) -> list[float]:
+def solved_fully(completions: list[Any], task: list[str], entry: list[str], **kwargs: Any) -> list[float]:
     return [float(value >= 1) for value in score(completions, task, entry)]
 
 
-def main(script_args: ReasoningArguments, training_args, model_args) -> None:
+def main(script_args: ReasoningArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     prompts = make_questions(script_args)
     train_and_compare(prompts, as_reward(score) + 0.5 * as_reward(solved_fully, "right"), training_args, model_args)
 

@@ -140,7 +140,7 @@ def as_awaited(reward_funcs: Any) -> Any:
             return reward
 
         @functools.wraps(reward)
-        async def call(*args, **kwargs):
+        async def call(*args: Any, **kwargs: Any) -> Any:
             return await reward(*args, **kwargs)
 
         return call

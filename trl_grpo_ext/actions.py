@@ -1,14 +1,20 @@
 """What an alarm can do: adapt β, cool the learning rate, cap the group size, save and stop."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .callbacks import GRPOCallback
 from .kl import AdaptiveKLCallback
 from .sampler import fit_group_sizes, num_groups_that_fit
 from .state import check_state
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 BETA_FACTOR = 2.0  # β is multiplied by this each time
 BETA_MAX_SCALE = 8.0  # and never goes above this multiple of `beta`
@@ -25,10 +31,17 @@ class Action(GRPOCallback):
     raised any more, on every rank. What follows from that happens in the hooks, like those of any callback.
     """
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         self.trainer = trainer
 
-    def fire(self, alarm: str, control) -> str:
+    def fire(self, alarm: str, control: TrainerControl) -> str:
         """Act. Returns what was done, in words."""
         raise NotImplementedError
 
@@ -47,11 +60,18 @@ class AdaptBeta(Action):
     After the alarm, it halves every 10 steps until it is `beta` again. Logs `beta` and `actions/beta_scale`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.scale = 1.0
         self.is_held = False
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         super().on_setup(args, state, control, trainer)
         if args.beta == 0:
             raise ValueError(
@@ -62,16 +82,16 @@ class AdaptBeta(Action):
             raise ValueError("on_alarm asks for 'adapt_beta', and kl_target moves beta already: leave one of them out")
         self.start = args.beta
 
-    def fire(self, alarm, control):
+    def fire(self, alarm: str, control: TrainerControl) -> str:
         before = self.trainer.beta
         self.is_held = True
         self._set(min(BETA_FACTOR * self.scale, BETA_MAX_SCALE))
         return f"adapt_beta: beta from {before:.3g} to {self.trainer.beta:.3g} until the alarm is over"
 
-    def release(self):
+    def release(self) -> None:
         self.is_held = False
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log({"beta": self.trainer.beta, "actions/beta_scale": self.scale})
         if self.scale > 1 and not self.is_held:
             self._set(max(1.0, self.scale * 0.5 ** (1 / BETA_HALF_LIFE)))
@@ -99,11 +119,18 @@ class CoolLearningRate(Action):
     any scheduler works. `learning_rate` in the logs is the scheduler's; the factor is logged as `actions/lr_scale`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.num_left = 0
         self._rates: list[Any] = []
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         super().on_setup(args, state, control, trainer)
         if trainer.is_deepspeed_enabled:
             raise ValueError(
@@ -111,21 +138,37 @@ class CoolLearningRate(Action):
                 "callback cannot reach the learning rate: use 'save_and_stop'"
             )
 
-    def fire(self, alarm, control):
+    def fire(self, alarm: str, control: TrainerControl) -> str:
         self.num_left = LR_STEPS
         return f"cool_lr: learning rate times {LR_FACTOR:g} for {LR_STEPS} steps"
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert optimizer is not None  # transformers passes it
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if self.num_left > 0:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * LR_FACTOR
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert optimizer is not None
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._log({"actions/lr_scale": LR_FACTOR if self.num_left > 0 else 1.0})
         self.num_left = max(self.num_left - 1, 0)
 
@@ -145,10 +188,17 @@ class CapGroupSize(Action):
     `actions/max_group_size`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_capped = False
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         super().on_setup(args, state, control, trainer)
         others = [callback for callback in trainer.grpo_callbacks if callback is not self]
         if not any(callback.overrides("on_group_sizes") for callback in others):
@@ -156,6 +206,7 @@ class CapGroupSize(Action):
                 f"on_alarm asks for 'cap_group_size', and group_size={args.group_size!r} gives every prompt "
                 "num_generations: set group_size='variance' or 'threshold', or use 'cool_lr'"
             )
+        assert args.max_group_size is not None  # __post_init__ has set it
         self.cap = max(args.num_generations, args.max_group_size // 2)
         if self.cap >= args.max_group_size:
             raise ValueError(
@@ -163,23 +214,39 @@ class CapGroupSize(Action):
                 f"without going below num_generations={args.num_generations}: raise max_group_size, or use 'cool_lr'"
             )
 
-    def fire(self, alarm, control):
+    def fire(self, alarm: str, control: TrainerControl) -> str:
         self.is_capped = True
         return f"cap_group_size: groups of at most {self.cap} until the alarm is over"
 
-    def release(self):
+    def release(self) -> None:
         self.is_capped = False
 
-    def on_group_sizes(self, args, state, control, prompt_index, num_rows, sizes=None, **kwargs):
+    def on_group_sizes(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
         if self.is_capped:
+            assert args.min_group_size is not None  # __post_init__ has set it
+            assert sizes is not None  # the planner passes it
             if sizes.numel() * self.cap < num_rows:  # fewer and larger groups were asked for: let in more prompts
                 more = prompt_index.numel() - sizes.numel()
                 sizes = torch.cat([sizes.float(), torch.full((more,), float(args.num_generations))])
             num_groups = num_groups_that_fit(sizes, num_rows, args.min_group_size, self.cap)
             return fit_group_sizes(sizes[:num_groups], num_rows, args.min_group_size, self.cap)
+        return None
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self._log({"actions/max_group_size": float(self.cap if self.is_capped else args.max_group_size)})
+    def on_step_end(
+        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        largest = self.cap if self.is_capped else args.max_group_size
+        assert largest is not None  # __post_init__ has set it
+        self._log({"actions/max_group_size": float(largest)})
 
     def state_dict(self) -> dict[str, Any]:
         return {"is_capped": self.is_capped}
@@ -197,30 +264,34 @@ class SaveAndStop(Action):
     could push a good one out of `save_total_limit`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_pending = False  # the checkpoint is still to be written
         self.is_broken = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control)
         self.is_pending = self.is_broken = False
 
-    def fire(self, alarm, control):
+    def fire(self, alarm: str, control: TrainerControl) -> str:
         control.should_training_stop = True
         self.is_broken = self.is_broken or alarm == "nan_loss"
         self.is_pending = not self.is_broken
         self._ask(control)
         return "save_and_stop: " + ("stopped without saving" if self.is_broken else "saved and stopped")
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.is_pending = False
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Where training was left, transformers may ask for more (`save_strategy="epoch"`) or have changed its mind
         # about the step (`save_strategy="best"`).
         self._ask(control)
 
-    def _ask(self, control) -> None:
+    def _ask(self, control: TrainerControl) -> None:
         if self.is_pending:
             control.should_save = True
         elif self.is_broken:

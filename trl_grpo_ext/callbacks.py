@@ -2,14 +2,18 @@
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .answers import RolloutRow
 from .sampler import RolloutPlan
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -160,17 +164,28 @@ class GRPOCallback(TrainerCallback):
     is_attached = False  # set by AdaptiveGRPOTrainer
     plans_single_rows = False  # whether on_plan gets a candidate for each row, not for each group of `num_generations`
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not self.is_attached:
             logger.warning(
                 f"{type(self).__name__} is a GRPOCallback, and this trainer does not call its hooks: use "
                 "AdaptiveGRPOTrainer"
             )
 
-    def on_setup(self, args, state, control, trainer, **kwargs) -> None:
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         """Called once, when the trainer is complete: check the dataset and options here, and raise `ValueError`."""
 
-    def on_prompt_weights(self, args, state, control, weights: Tensor, **kwargs) -> Tensor | None:
+    def on_prompt_weights(
+        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
+    ) -> Tensor | None:
         """
         Which prompts: return weights of shape `(D,)`, one per row of the dataset, float32, on the CPU.
 
@@ -179,7 +194,15 @@ class GRPOCallback(TrainerCallback):
         """
 
     def on_group_sizes(
-        self, args, state, control, prompt_index: Tensor, num_rows: int, *, sizes: Tensor, **kwargs
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        *,
+        sizes: Tensor,
+        **kwargs: Any,
     ) -> Tensor | None:
         """
         How many completions each: return the wished size of each candidate prompt, shape `(C,)` or shorter.
@@ -191,7 +214,14 @@ class GRPOCallback(TrainerCallback):
         """
 
     def on_plan(
-        self, args, state, control, prompt_index: Tensor, num_rows: int, num_processes: int, **kwargs
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        num_processes: int,
+        **kwargs: Any,
     ) -> RolloutPlan | None:
         """
         Lay out the rows of a generation batch in place of the trainer: return a plan.
@@ -201,30 +231,73 @@ class GRPOCallback(TrainerCallback):
         part of the rows.
         """
 
-    def on_generate(self, args, state, control, rows: list[dict[str, Any]], **kwargs) -> list[RolloutRow] | None:
+    def on_generate(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        rows: list[dict[str, Any]],
+        **kwargs: Any,
+    ) -> list[RolloutRow] | None:
         """
         Generate in place of TRL: return one [`RolloutRow`] for each of this process's dataset `rows`.
 
         Called in evaluation too. Every process must make the same number of generation calls with as many rows each.
         """
 
-    def on_rewards(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
+    def on_rewards(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor | None:
         """Shape the rewards of each function: return `(N, K)`. May run several times on one batch (resampling)."""
 
-    def on_total_rewards(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
+    def on_total_rewards(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor | None:
         """Shape the total reward: return `(N,)`. May run several times on one batch (resampling)."""
 
-    def on_resample(self, args, state, control, batch: RolloutBatch, round: int, **kwargs) -> Tensor | None:
+    def on_resample(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        round: int,
+        **kwargs: Any,
+    ) -> Tensor | None:
         """Which groups to throw away and replace by fresh prompts: return a boolean `(P,)`. `round` counts from 0."""
 
-    def on_advantages(self, args, state, control, batch: RolloutBatch, **kwargs) -> Tensor | None:
+    def on_advantages(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor | None:
         """
         Change the advantages: return `(N,)`, or `(N, T)` for one per token, with `T = batch.completion_lengths.max()`.
 
         Position `t` is the `t`-th token that the model wrote in the row; what lies beyond its length is not used.
         """
 
-    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs) -> None:
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         """Look at the finished batch: keep statistics, log."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,11 +1,17 @@
 """Reward clipping: by a fixed range, by quantiles of the batch, or both."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from .callbacks import GRPOCallback, RolloutBatch
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 
 def clip_to_range(values: Tensor, low: float, high: float) -> Tensor:
@@ -101,14 +107,28 @@ class RewardClipCallback(GRPOCallback):
         self.quantiles = quantiles
         self.on = on
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         if self.on == "total" and args.multi_objective_aggregation == "normalize_then_sum":
             raise ValueError(
                 "reward_clip_on='total' cannot be combined with multi_objective_aggregation='normalize_then_sum', "
                 "where the total is already normalised: use reward_clip_on='each'"
             )
 
-    def on_rewards(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_rewards(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor | None:
         if self.on == "each":
             clipped = self._clip(batch.rewards_per_func)
             self._log(batch, batch.rewards_per_func, clipped)
@@ -116,12 +136,21 @@ class RewardClipCallback(GRPOCallback):
                 changed = _changed(batch.rewards_per_func[:, k], clipped[:, k])
                 batch.metrics[f"reward_clip/{name}/frac"] = changed
             return clipped
+        return None
 
-    def on_total_rewards(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_total_rewards(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor | None:
         if self.on == "total":
             clipped = self._clip(batch.rewards)
             self._log(batch, batch.rewards, clipped)
             return clipped
+        return None
 
     def _clip(self, values: Tensor) -> Tensor:
         if self.clip_range is not None:

@@ -254,7 +254,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("curriculum", self.curriculum, CURRICULA)

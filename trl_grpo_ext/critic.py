@@ -2,16 +2,21 @@
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from transformers import TrainerControl, TrainerState
 
 from .advantages import EPS, gae
 from .callbacks import GRPOCallback, RolloutBatch
 from .sampler import RolloutPlan
 from .state import check_state
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 MAX_GRAD_NORM = 1.0  # of the value model
 
@@ -34,7 +39,9 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor):
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+    ) -> Tensor:
         """Values `(B, C)`: of what follows before each token of the completion is written."""
         hidden = self.body(
             input_ids=torch.cat([prompt_ids, completion_ids], 1),
@@ -42,7 +49,8 @@ class ValueModel(nn.Module):
             use_cache=False,
         ).last_hidden_state
         before = hidden[:, prompt_ids.size(1) - 1 : -1]
-        return self.head(before.float()).squeeze(-1)
+        values: Tensor = self.head(before.float()).squeeze(-1)
+        return values
 
 
 class CriticBaseline(GRPOCallback):
@@ -95,7 +103,14 @@ class CriticBaseline(GRPOCallback):
             raise ValueError(f"epochs={epochs} never trains the value model: use at least 1")
         self.learning_rate, self.gamma, self.lam, self.epochs = learning_rate, gamma, lam, epochs
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         hooks = ("on_group_sizes", "on_generate", "on_resample", "on_plan")
         others = [callback for callback in trainer.grpo_callbacks if callback is not self]
         clash = next((c for c in others if any(c.overrides(hook) for hook in hooks)), None)
@@ -117,11 +132,27 @@ class CriticBaseline(GRPOCallback):
             weight_decay=0.0,
         )
 
-    def on_plan(self, args, state, control, prompt_index, num_rows, num_processes, **kwargs):
+    def on_plan(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        num_processes: int,
+        **kwargs: Any,
+    ) -> RolloutPlan:
         index = prompt_index[torch.arange(num_rows) % prompt_index.numel()]
         return RolloutPlan(torch.ones(num_rows, dtype=torch.long), index)
 
-    def on_advantages(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_advantages(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor:
         lengths, count = batch.completion_lengths, int(batch.completion_lengths.max())
         # A row without a reward says nothing of its tokens.
         lengths = lengths.where(batch.rewards.isfinite(), torch.zeros_like(lengths))
@@ -146,7 +177,8 @@ class CriticBaseline(GRPOCallback):
         parts = [self.value_model(**part) for part in _split(tokens, self.rows_per_step)]
         own = torch.cat(parts)[:, :count]
         own = nn.functional.pad(own, (0, count - own.size(1)))
-        return self.accelerator.gather(own).cpu()
+        gathered: Tensor = self.accelerator.gather(own)
+        return gathered.cpu()
 
     def _fit(self, tokens: dict[str, Tensor], returns: Tensor, is_token: Tensor) -> float:
         """Move the values towards the returns `(N, T)`. Gives the loss of the first pass, before it had an effect."""
@@ -167,7 +199,8 @@ class CriticBaseline(GRPOCallback):
                 self.optimizer.step()
                 losses.append(loss.detach())
         self.optimizer.zero_grad()
-        return self.accelerator.reduce(torch.stack(losses[: len(masks)]).mean(), "sum").item()
+        total: Tensor = self.accelerator.reduce(torch.stack(losses[: len(masks)]).mean(), "sum")
+        return total.item()
 
     def _sum_gradients(self) -> None:
         parameters = self.optimizer.param_groups[0]["params"]

@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from .callbacks import GRPOCallback, RolloutBatch
 from .difficulty import as_levels, as_numbers, check_levels, read_difficulty
 from .group_size import posterior_of
 from .state import check_state
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 
 def staged_weights(levels: Tensor, num_levels: int, progress: float, smoothing: float = 0.5) -> Tensor:
@@ -136,7 +142,14 @@ class _Curriculum(GRPOCallback):
                 "try 0.1"
             )
 
-    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         if self.difficulty.numel() > 0:
             drawn = self.difficulty[batch.prompt_index].float()
             batch.metrics["curriculum/difficulty"] = drawn.mean().item()
@@ -176,16 +189,32 @@ class StagedCurriculumCallback(_Curriculum):
         if smoothing < 0:
             raise ValueError(f"smoothing={smoothing} must not be negative: use 0 to switch levels at once")
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         values = read_difficulty(trainer.train_dataset, self.column, self.levels)
         self.difficulty = as_levels(values, self.levels)
 
-    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+    def on_prompt_weights(
+        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
+    ) -> Tensor:
         progress = state.global_step / state.max_steps
         mine = staged_weights(self.difficulty, len(self.levels), progress, self.smoothing)
         return weights * with_exploration(mine, self.exploration)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         super().on_rollouts(args, state, control, batch, **kwargs)
         last = len(self.levels) - 1
         position = (state.global_step / state.max_steps * (last + 1) - 0.5) / last
@@ -223,24 +252,40 @@ class OnlineCurriculumCallback(_Curriculum):
         self.prior = prior
         self._check()
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
-    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+    def on_prompt_weights(
+        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
+    ) -> Tensor:
         variance = self.posterior.variance()
         # In units of the largest, so that no power of it leaves the range of float32.
         mine = with_exploration(variance.div_(variance.max()).pow_(self.power), self.exploration)
         self._effective = 1 / mine.square().sum().item()
         return mine.mul_(weights)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         self.posterior.observe(batch)
         batch.metrics["curriculum/effective_prompts"] = self._effective
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return self.posterior.state_dict()
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.posterior.load_state_dict(state_dict)
 
 
@@ -292,17 +337,33 @@ class TargetCurriculumCallback(_Curriculum):
         if width <= 0:
             raise ValueError(f"width={width} must be positive: try 0.15")
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         values = read_difficulty(trainer.train_dataset, self.column, self.levels)
         numbers = as_numbers(values, self.levels)
         spread = (numbers.max() - numbers.min()).item()
         self.difficulty = ((numbers - numbers.min()) / spread).float()
 
-    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+    def on_prompt_weights(
+        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
+    ) -> Tensor:
         mine = torch.exp(-0.5 * ((self.difficulty - self.target) / self.width) ** 2)
         return weights * with_exploration(mine, self.exploration)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         super().on_rollouts(args, state, control, batch, **kwargs)
         reward = batch.rewards.nanmean().item()
         if not math.isnan(reward):
@@ -311,10 +372,10 @@ class TargetCurriculumCallback(_Curriculum):
             )
         batch.metrics["curriculum/position"] = self.target
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"target": self.target}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, target=float)
         if not 0 <= state_dict["target"] <= 1:
             raise ValueError(f"'target' is {state_dict['target']}: not between 0 and 1")

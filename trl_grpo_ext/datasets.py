@@ -170,7 +170,9 @@ def _key(row: dict[str, Any]) -> str:
     return json.dumps([row["prompt"], row.get("turns")], sort_keys=True, default=str)
 
 
-def _stream(rows: _Rows, train, test, max_test: int | None) -> dict[str, Dataset | IterableDataset]:
+def _stream(
+    rows: _Rows, train: IterableDataset, test: IterableDataset | None, max_test: int | None
+) -> dict[str, Dataset | IterableDataset]:
     if test is None:
         if max_test is None:
             raise ValueError(f"{rows.name!r} has no test split, so set max_test: that many prompts are held out")
@@ -234,4 +236,5 @@ def _by_split(rows: Any, path: str) -> dict[str, Any]:
 
 
 def _is_in(row: dict[str, Any], name: str) -> bool:
-    return row["split"] == name
+    split: str = row["split"]
+    return split == name

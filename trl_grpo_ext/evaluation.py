@@ -12,7 +12,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from ._host import eos_token_ids_of
@@ -43,7 +45,7 @@ class HeldOut:
         return sum(values) / len(values) if values else float("nan")
 
 
-def evaluate_held_out(trainer, dataset: Dataset, reward: Reward, batch_size: int = 48) -> HeldOut:
+def evaluate_held_out(trainer: GRPOTrainer, dataset: Dataset, reward: Reward, batch_size: int = 48) -> HeldOut:
     """
     Answer held-out prompts greedily with the trainer's policy and score the answers.
 
@@ -101,13 +103,17 @@ class HeldOutCallback(TrainerCallback):
     Afterwards, `before` and `after` hold the results.
     """
 
-    def __init__(self, trainer, dataset: Dataset, reward: Reward):
+    def __init__(self, trainer: GRPOTrainer, dataset: Dataset, reward: Reward) -> None:
         self.trainer, self.dataset, self.reward = trainer, dataset, reward
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.before = self._evaluate()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.after = self._evaluate()
 
     def _evaluate(self) -> HeldOut:
@@ -121,7 +127,9 @@ class HeldOutCallback(TrainerCallback):
         return result
 
 
-def evaluate_conversations(trainer, dataset: Dataset, reward: Reward, turn_columns: Sequence[str]) -> list[HeldOut]:
+def evaluate_conversations(
+    trainer: GRPOTrainer, dataset: Dataset, reward: Reward, turn_columns: Sequence[str]
+) -> list[HeldOut]:
     """
     Hold held-out conversations greedily, and score every turn.
 
@@ -158,7 +166,7 @@ def evaluate_conversations(trainer, dataset: Dataset, reward: Reward, turn_colum
     return turns
 
 
-def _answer(trainer, prompts: list) -> list[list[int]]:
+def _answer(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:
     tokenizer, eos_token_ids = trainer.processing_class, eos_token_ids_of(trainer)
     inputs = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
@@ -218,7 +226,5 @@ def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3, titl
     console.print(samples)
 
 
-def _plain(text: str):
-    from rich.text import Text
-
+def _plain(text: str) -> Text:
     return Text(text.strip())

@@ -56,7 +56,7 @@ def gather_values(value: Any) -> list[Any]:
 
     ```
     """
-    values = gather_object([value])
+    values: list[Any] = gather_object([value])
     failed = next((value for value in values if isinstance(value, Failure)), None)
     if failed is not None:
         raise OtherProcessError(f"Process {failed.process} failed with {failed.message}")

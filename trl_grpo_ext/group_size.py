@@ -1,17 +1,22 @@
 """Adaptive group size: spend a fixed number of completions where the outcome is uncertain."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from .advantages import group_mean_std
 from .callbacks import GRPOCallback, RolloutBatch
 from .difficulty import as_levels, read_difficulty
 from .sampler import fit_group_sizes
 from .state import check_state
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +155,7 @@ def _check_same_dataset(saved: Any, current: Tensor) -> None:
         )
 
 
-def posterior_of(args, dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
+def posterior_of(args: "AdaptiveGRPOConfig", dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
     """A posterior over the prompts of a dataset, in strata by difficulty where it has the configured column."""
     strata = None
     if args.difficulty_column is not None and args.difficulty_column in dataset.column_names:
@@ -178,14 +183,36 @@ class ThresholdGroupSizeCallback(GRPOCallback):
         self.std_threshold = std_threshold
         self.sizes = torch.zeros(0)
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         self.bounds = (args.min_group_size, args.max_group_size)
         self.sizes = torch.full((len(trainer.train_dataset),), args.num_generations, dtype=torch.int16)
 
-    def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+    def on_group_sizes(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        **kwargs: Any,
+    ) -> Tensor:
         return self.sizes[prompt_index].float()
 
-    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         for part in (batch, batch.discarded):
             if part is not None:
                 _, std, count = group_mean_std(part.rewards, part.group_ids, part.num_groups)
@@ -193,10 +220,10 @@ class ThresholdGroupSizeCallback(GRPOCallback):
                 step = torch.where(std > self.std_threshold, 1, -1).masked_fill(count < 2, 0)
                 self.sizes[part.prompt_index] = (self.sizes[part.prompt_index] + step).clamp(*self.bounds).short()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"sizes": self.sizes}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict)
         _check_same_dataset(state_dict.get("sizes"), self.sizes)
         check_state(state_dict, sizes=self.sizes)
@@ -223,18 +250,42 @@ class VarianceGroupSizeCallback(GRPOCallback):
         self.decay = decay
         self.prior = prior
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
-    def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+    def on_group_sizes(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        **kwargs: Any,
+    ) -> Tensor:
+        assert args.min_group_size is not None  # __post_init__ has set both
+        assert args.max_group_size is not None
         variance = self.posterior.variance(prompt_index[: num_rows // args.num_generations])
         return fit_group_sizes(variance, num_rows, args.min_group_size, args.max_group_size)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         self.posterior.observe(batch)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return self.posterior.state_dict()
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.posterior.load_state_dict(state_dict)

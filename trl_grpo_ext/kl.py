@@ -1,10 +1,16 @@
 """Adaptive KL: move β so that the policy keeps a chosen distance to the reference model."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .callbacks import GRPOCallback
 from .state import check_state
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 MAX_ERROR = 0.2  # the relative error is clipped to this (arXiv 1909.08593, section 2.2)
 BETA_RANGE = 1e4  # β stays within this factor of its start: 0 is a fixed point, and TRL stops measuring the KL there
@@ -73,7 +79,14 @@ class AdaptiveKLCallback(GRPOCallback):
         self.kl_horizon = kl_horizon
         self._num_read = 0  # entries of TRL's list that were taken in; the list starts anew after each log
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         check_kl(self.kl_target, self.kl_horizon, args.beta)
         # Of a generation batch that serves several steps, each step counts its share.
         steps_per_batch = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
@@ -86,7 +99,7 @@ class AdaptiveKLCallback(GRPOCallback):
         self.trainer = trainer
         self.bounds = (args.beta / BETA_RANGE, args.beta * BETA_RANGE)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_attached:
             return
         metrics = self.trainer._metrics["train"]
@@ -99,7 +112,7 @@ class AdaptiveKLCallback(GRPOCallback):
         beta = adapt_beta(self.trainer.beta, kl, self.kl_target, self.num_rollouts, self.kl_horizon)
         self.trainer.beta = min(max(beta, self.bounds[0]), self.bounds[1])
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_attached and self.trainer.model.training:
             self._num_read = 0  # TRL empties its lists of training metrics right after
 

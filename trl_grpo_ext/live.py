@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .report.reader import ALARMS, MONITOR, duration, read_alarms
 from .report.summary import NOISE, large, number, slope
@@ -270,7 +270,9 @@ class LiveCallback(TrainerCallback):
         self.view: LiveView | None = None
         self._live: Live | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._stop()
         if not state.is_world_process_zero:
             return
@@ -279,12 +281,19 @@ class LiveCallback(TrainerCallback):
         if self._is_terminal():
             self._start()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.view is not None:
             self.view.step_to(state.global_step)
             self._refresh()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.view is None or not logs or not ("loss" in logs or "eval_reward" in logs):
             return
         self.view.log(logs)
@@ -300,7 +309,9 @@ class LiveCallback(TrainerCallback):
             print(line.encode(encoding, "replace").decode(encoding), file=file, flush=True)
         self._refresh()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._stop()
         self.view = None
 
@@ -373,7 +384,7 @@ def _training_frame() -> int | None:
     return None if frame is None else id(frame)
 
 
-def _stream_handlers() -> list[logging.StreamHandler]:
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     handlers = {handler for log in loggers for handler in getattr(log, "handlers", [])}
     # That of last resort looks its stream up each time.

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
 from .actions import ACTIONS, Action, check_on_alarm
@@ -25,6 +26,10 @@ from .alarms import Alarm, AlarmDetector, Event, make_alarms
 from .callbacks import GRPOCallback, RolloutBatch
 from .checkpoints import read_object, write_whole
 from .state import check_state
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,14 @@ class MonitorCallback(GRPOCallback):
         self._step_start = 0.0
         self._record: RunRecord | None = None
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(callback, MonitorCallback) and callback is not self for callback in callbacks):
             raise ValueError(
@@ -81,17 +93,28 @@ class MonitorCallback(GRPOCallback):
         for seam, phase in PHASES.items():
             setattr(trainer, seam, self._timed(getattr(trainer, seam), phase))
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control)
         if self.is_attached and state.is_world_process_zero:
             self._record = RunRecord(Path(args.output_dir) / FOLDER)  # which must be possible now
             self._record.begin(describe(self.trainer, state), state.global_step)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
 
-    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         parts = [part for part in (batch, batch.discarded) if part is not None]
         finite = torch.cat([part.rewards for part in parts])
         finite = finite[finite.isfinite()]
@@ -114,7 +137,7 @@ class MonitorCallback(GRPOCallback):
         batch.metrics["advantage/abs_mean"] = (advantages.abs().sum() / num_counted).item()
         batch.metrics["advantage/nonzero"] = (advantages != 0).any(1).float().mean().item()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_attached:
             return
         metrics = self.trainer._metrics["train"]
@@ -122,7 +145,14 @@ class MonitorCallback(GRPOCallback):
         metrics["time/score"].append(self._seconds["score"])
         metrics["time/update"].append(time.perf_counter() - self._step_start - sum(self._seconds.values()))
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not self.is_attached or logs is None:
             return
         events: list[tuple[Event, str | None]] = []
@@ -142,13 +172,15 @@ class MonitorCallback(GRPOCallback):
                 for event, action in events:
                     logger.warning(f"Step {state.global_step}: {event.line}" + (f" [{action}]" if action else ""))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._record is not None:
             self._record.update(status="finished")
 
-    def _timed(self, method: Callable, phase: str) -> Callable:
+    def _timed(self, method: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @functools.wraps(method)
-        def timed(*args, **kwargs):
+        def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return method(*args, **kwargs)
@@ -173,7 +205,7 @@ class MonitorCallback(GRPOCallback):
         broadcast_object_list(shared)
         return shared[0]
 
-    def _act(self, event: Event, control) -> str | None:
+    def _act(self, event: Event, control: TrainerControl) -> str | None:
         """Do what the alarm is to do, on every rank; says what was done."""
         name = self.on_alarm.get(event.alarm.name)
         if name is None:

@@ -92,7 +92,8 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    return parser.parse_args_and_config(flags)
+    parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse_args_and_config(flags)
+    return parsed
 
 
 def init_kwargs(training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> dict[str, Any]:

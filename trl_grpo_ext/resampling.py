@@ -1,12 +1,17 @@
 """Dynamic sampling: replace groups that came out flat by fresh prompts, for a bounded number of rounds."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from .advantages import flat_groups
 from .callbacks import GRPOCallback, RolloutBatch
+
+if TYPE_CHECKING:
+    from .config import AdaptiveGRPOConfig
+    from .trainer import AdaptiveGRPOTrainer
 
 # How each entry of TRL's rollout batch is padded when rows of different length meet: side, value.
 PADDING = {"prompt_ids": ("left", None), "prompt_mask": ("left", 0), "completion_ids": ("right", None)}
@@ -29,16 +34,32 @@ class DynamicSamplingCallback(GRPOCallback):
     def __init__(self, max_rounds: int = 1):
         self.max_rounds = max_rounds
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         if trainer._is_vlm:
             raise ValueError(
                 "dynamic_sampling_rounds does not support vision-language models, whose image tensors cannot be "
                 "replaced row by row: set dynamic_sampling_rounds=0"
             )
 
-    def on_resample(self, args, state, control, batch: RolloutBatch, round, **kwargs):
+    def on_resample(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        round: int,
+        **kwargs: Any,
+    ) -> Tensor | None:
         if round < self.max_rounds:
             return flat_groups(batch.rewards, batch.group_ids, batch.num_groups)
+        return None
 
 
 def rows_to_regenerate(replaced: Tensor, group_ids: Tensor, num_processes: int) -> tuple[list[Tensor], int]:
@@ -124,7 +145,7 @@ def _pad(values: Tensor, length: int, side: str, fill: float) -> Tensor:
     return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)
 
 
-def take_logs(logs: dict[str, Any]) -> dict[str, list]:
+def take_logs(logs: dict[str, Any]) -> dict[str, list[Any]]:
     """Empty the columns of TRL's completions table and return what was in them."""
     taken = {}
     for name, column in _columns(logs).items():
@@ -133,7 +154,7 @@ def take_logs(logs: dict[str, Any]) -> dict[str, list]:
     return taken
 
 
-def put_logs(logs: dict[str, Any], taken: dict[str, list], where: Tensor, source: Tensor) -> None:
+def put_logs(logs: dict[str, Any], taken: dict[str, list[Any]], where: Tensor, source: Tensor) -> None:
     """
     Put the columns back, with the rows `where` replaced by the rows `source` of what was logged in between.
 

@@ -1,7 +1,7 @@
 """A rollout that a callback generates in place of TRL: what TRL is told, how its answers are scored and credited."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .answers import Answer, AnswerIndex, RolloutRow, answer_of_token, describe,
 from .credit import spread_over_tokens
 from .failures import fail, gather_rewards, gather_values
 from .sampler import RolloutPlan
+
+if TYPE_CHECKING:
+    from .trainer import AdaptiveGRPOTrainer
 
 
 class Rollout:
@@ -27,7 +30,7 @@ class Rollout:
         `ValueError`: for what cannot be combined with such a callback.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: "AdaptiveGRPOTrainer") -> None:
         check_rollout(trainer)
         self.trainer = trainer
         self.inputs: list[dict[str, Any]] = []
@@ -39,7 +42,7 @@ class Rollout:
         """This process's answers with the numbers of their rows."""
         return [(number, answer) for number, row in enumerate(self.rows) for answer in row.answers]
 
-    def generate(self, prompts: list, trainer) -> dict[str, Any]:
+    def generate(self, prompts: list[Any], trainer: "AdaptiveGRPOTrainer") -> dict[str, Any]:
         """TRL's `rollout_func`: the rows of the callback that generates."""
         try:
             self.rows = self._rows_of(trainer, len(prompts))
@@ -48,7 +51,7 @@ class Rollout:
         self.index = AnswerIndex.build(gather_values(describe(self.rows)), len(self.rows))
         return pack(self.rows)
 
-    def _rows_of(self, trainer, num_rows: int) -> list[RolloutRow]:
+    def _rows_of(self, trainer: "AdaptiveGRPOTrainer", num_rows: int) -> list[RolloutRow]:
         for callback in trainer.grpo_callbacks:
             rows = callback.on_generate(trainer.args, trainer.state, trainer.control, rows=self.inputs)
             if rows is not None:
@@ -66,7 +69,7 @@ class Rollout:
             )
         return rows
 
-    def calculate_rewards(self, prompts: list, completions: list) -> tuple[Tensor, Tensor]:
+    def calculate_rewards(self, prompts: list[Any], completions: list[Any]) -> tuple[Tensor, Tensor]:
         """
         Score the answers.
 
@@ -148,7 +151,7 @@ class Rollout:
 
     def lengths(self, loss_mask: Tensor) -> Tensor:
         """Tokens `(A,)` of each answer that are trained on, given the mask `(B, width)` of this process's rows."""
-        is_trained = self.trainer.accelerator.gather(loss_mask.sum(1) > 0).cpu()
+        is_trained: Tensor = self.trainer.accelerator.gather(loss_mask.sum(1) > 0).cpu()
         return self.index.lengths * is_trained[self.index.rows]
 
     def token_advantages(self, advantages: Tensor, width: int) -> Tensor:
@@ -162,7 +165,7 @@ class Rollout:
         # TRL's table has a line per row, which may have several answers. Lists everywhere, since a column holds one
         # type, and rows of training and evaluation meet in it.
         for values in self.trainer._pending_extra_logs.values():
-            per_row: list[list] = [[] for _ in self.rows]
+            per_row: list[list[Any]] = [[] for _ in self.rows]
             for number, value in zip(row_of_answer, values, strict=False):
                 per_row[number].append(value)
             values[:] = per_row
@@ -178,7 +181,7 @@ class Rollout:
                 metrics[f"rewards/{name}/turn_{turn}/mean"].append(own[:, k].nanmean().item())
 
 
-def check_rollout(trainer) -> None:
+def check_rollout(trainer: "AdaptiveGRPOTrainer") -> None:
     """Raise `ValueError` for a trainer whose generation no callback can replace."""
     callbacks = [callback for callback in trainer.grpo_callbacks if callback.overrides("on_generate")]
     name = type(callbacks[0]).__name__
@@ -207,7 +210,7 @@ def check_rollout(trainer) -> None:
             )
 
 
-def eval_datasets(trainer) -> dict[str, Any]:
+def eval_datasets(trainer: "AdaptiveGRPOTrainer") -> dict[str, Any]:
     """The evaluation datasets of a trainer, by what they are called in errors."""
     given = trainer.eval_dataset
     if given is None:

@@ -2,11 +2,13 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoints
 from .callbacks import GRPOCallback
@@ -42,19 +44,19 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
 
     # TRL's seams
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
         elif resume_from_checkpoint and os.path.isdir(resume_from_checkpoint):
             checkpoints.check_complete(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def save_model(self, *args, **kwargs):
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
         super().save_model(*args, **kwargs)
         if self._is_saving:  # training_args.bin holds the limit now, and old checkpoints are for us to delete
             self.args.save_total_limit = None
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         limit, self._is_saving = self.args.save_total_limit, True
         try:
@@ -76,11 +78,11 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         if self.args.should_save:
             checkpoints.delete_old(folder, limit, self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder):
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._is_saving:  # but once it is complete
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.grpo_callbacks:
             self._load_state(checkpoint)

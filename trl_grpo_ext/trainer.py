@@ -1,12 +1,14 @@
 """[`AdaptiveGRPOTrainer`]: TRL's trainer with hooks. The seams and the hook calls, nothing else."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
+from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from ._host import as_awaited
@@ -21,6 +23,12 @@ from .resampling import global_positions, put_logs, replace_rows, rows_to_regene
 from .rollout import Rollout
 from .sampler import RolloutPlan
 from .saving import SavingGRPOTrainer
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict, IterableDatasetDict
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from trl.trainer.grpo_trainer import RewardFunc
 
 logger = get_logger(__name__)
 
@@ -58,17 +66,17 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        reward_processing_classes=None,
-        callbacks=None,
-        *further,
-        **kwargs,
-    ):
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,
+        args: AdaptiveGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: "Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Any] | None" = None,
+        processing_class: "PreTrainedTokenizerBase | ProcessorMixin | None" = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None" = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        *further: Any,
+        **kwargs: Any,
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = AdaptiveGRPOConfig(f"{name.split('/')[-1]}-GRPO")
@@ -98,7 +106,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._num_rollouts = 0
         self._set_up(self.grpo_callbacks)
 
-    def add_callback(self, callback):
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]
         if self._is_set_up and isinstance(added, GRPOCallback):
@@ -118,7 +126,13 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
 
     # TRL's seams
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
         if self.rollout is not None:
             self._raw_rewards, rewards = self.rollout.calculate_rewards(prompts, completions)
             return rewards
@@ -127,11 +141,12 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._raw_rewards = gather_rewards(self.accelerator, calculate, nothing)
         return self._raw_rewards
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training or not self.grpo_callbacks:
             if self.rollout is not None:
                 self.rollout.inputs = inputs
-            return super()._generate_and_score_completions(inputs)
+            plain: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            return plain
         if self._planner is not None:
             plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
             inputs = self._rows_of(plan)
@@ -276,7 +291,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         """Those of this process's rows, `(B,)`, or of the tokens of its completions, `(B, width)`."""
         if self.rollout is not None:
             return self.rollout.token_advantages(batch.advantages, width)
-        own = batch.advantages.unflatten(0, (self.accelerator.num_processes, -1))[self.accelerator.process_index]
+        per_rank = batch.advantages.unflatten(0, (self.accelerator.num_processes, -1))
+        own: Tensor = per_rank[self.accelerator.process_index]
         if own.dim() == 1:
             return own
         return torch.nn.functional.pad(own, (0, max(0, width - own.size(1))))[:, :width]

@@ -19,9 +19,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
 
-from mixed_pool import append, read, spread
+from datasets import Dataset
+from metering import append, read, spread
 from skills import MAX_COMPLETION, accuracy, as_dataset, is_right, make_examples, make_model, make_tokenizer, warm_start
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 
@@ -42,12 +43,20 @@ class Options:
     output_dir: str = field(default="runs/adaptive_kl", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed, one target, 4 steps."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.smoke:
             self.seeds, self.targets, self.steps, self.warm_start_steps = 1, self.targets[:1], 4, 10
 
 
-def train(target: float | None, beta: float, seed: int, model: str, tokenizer, dataset, options: Options):
+def train(
+    target: float | None,
+    beta: float,
+    seed: int,
+    model: str,
+    tokenizer: PreTrainedTokenizerFast,
+    dataset: Dataset,
+    options: Options,
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Train from the model in a folder, from which TRL loads the reference as well. Returns model and logs."""
     extra: dict[str, Any] = {} if target is None else {"kl_target": target, "kl_horizon": options.horizon}
     args = AdaptiveGRPOConfig(
@@ -81,7 +90,7 @@ def last_quarter(values: list[float]) -> float:
     return fmean(values[-max(len(values) // 4, 1) :])
 
 
-def make_table(curves: list[dict]) -> str:
+def make_table(curves: list[dict[str, str]]) -> str:
     """Markdown, a row per target and start: median and range over the seeds, and how many of them settled."""
     columns = ["target", "β at the start", "KL, last quarter", "of the target", "settled", "single steps within 25 %"]
     columns += ["β at the end", "accuracy"]
@@ -105,7 +114,7 @@ def make_table(curves: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: list[dict], path: Path) -> None:
+def plot(curves: list[dict[str, str]], path: Path) -> None:
     """KL and β against steps, medians and ranges over the seeds; a column per target, with the fixed runs in each."""
     import matplotlib
 

@@ -47,7 +47,7 @@ class Options:
     output_dir: str = field(default="runs/alarms", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "2 steps per run."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.smoke:
             self.steps, self.warm_start_steps = 2, 5
 

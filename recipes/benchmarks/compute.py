@@ -80,7 +80,7 @@ def make_trainer(method: str, workload: str, shape: dict[str, int], folder: str)
     is_flat = [i < flat * len(prompts) for i in range(len(prompts))]
     data = {"prompt": [" ".join(f"w{t}" for t in row) for row in prompts.tolist()], "is_flat": is_flat}
 
-    def reward(completion_ids, is_flat, **kwargs):
+    def reward(completion_ids: list[list[int]], is_flat: list[bool], **kwargs: Any) -> list[float]:
         return [0.0 if flat else float(ids[0] % 7) for ids, flat in zip(completion_ids, is_flat, strict=True)]
 
     options: Any = METHODS[method]
@@ -145,7 +145,7 @@ def peak(method: str, workload: str, shape: dict[str, int]) -> dict[str, float]:
         return {"peak": peak_memory()}
 
 
-def measure(workload: str, shape: dict[str, int], repeats: int, say: Callable[[str], None]) -> list[dict]:
+def measure(workload: str, shape: dict[str, int], repeats: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         trainers = {method: make_trainer(method, workload, shape, folder) for method in methods_of(workload)}
         rollouts = trainers["stock"]._prepare_inputs(trainers["stock"].rows)
@@ -177,7 +177,7 @@ def measure(workload: str, shape: dict[str, int], repeats: int, say: Callable[[s
     return results
 
 
-def measure_memory(workload: str, smoke: bool, say: Callable[[str], None]) -> list[dict]:
+def measure_memory(workload: str, smoke: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
     results = []
     for method in methods_of(workload):
         command = [sys.executable, __file__, "--peak", method, workload, *(["--smoke"] if smoke else [])]
@@ -200,7 +200,7 @@ def measure_memory(workload: str, smoke: bool, say: Callable[[str], None]) -> li
     ]
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[dict[str, Any]]:
     """What an earlier run measured."""
     if not path.exists():
         return []
@@ -208,7 +208,7 @@ def read(path: Path) -> list[dict]:
         return [{**row, "value": float(row["value"]), "ratio": float(row["ratio"])} for row in csv.DictReader(file)]
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     kinds = list(dict.fromkeys(row["kind"] for row in results))
     lines = ["| workload | options | " + " | ".join(kinds) + " |", "| --- " * (2 + len(kinds)) + "|"]
     for workload in dict.fromkeys(row["workload"] for row in results):
@@ -226,7 +226,7 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -155,7 +155,9 @@ def contents(checkpoint: Path) -> dict[str, str]:
     return found | {"model": hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()}
 
 
-def live(folder: Path, options: Options, limit: int | None, aim: tuple[str, int, float] | None) -> tuple[str, list]:
+def live(
+    folder: Path, options: Options, limit: int | None, aim: tuple[str, int, float] | None
+) -> tuple[str, list[tuple[str, int, float]]]:
     """
     One life of the training, in a process of its own. `aim` is a phase, how often it has begun, and seconds after that.
 
@@ -228,7 +230,9 @@ def durations(heard: list[tuple[str, int, float]]) -> dict[str, float]:
     return found
 
 
-def check(folder: Path, heard: list, right: dict[str, dict[str, str]], found: Counter[str]) -> None:
+def check(
+    folder: Path, heard: list[tuple[str, int, float]], right: dict[str, dict[str, str]], found: Counter[str]
+) -> None:
     """The last checkpoint is as new as what was written, and what the uninterrupted run wrote."""
     saved = max([step for phase, step, _ in heard if phase == "after save"], default=0)
     last, skipped = last_complete(folder)

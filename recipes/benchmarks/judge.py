@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
@@ -25,9 +26,9 @@ import httpx  # comes with huggingface_hub
 import psutil  # comes with accelerate
 from judge_server import score
 from skills import MAX_COMPLETION, as_dataset, make_examples, make_model, make_tokenizer
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import HfArgumentParser, PrinterCallback, TrainerControl, TrainerState
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext.rewards import as_reward
 from trl_grpo_ext.rewards.scoring import TALLIES
 
@@ -46,7 +47,7 @@ class Options:
     output_dir: str = field(default="runs/judge", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "320 rollouts."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.smoke:
             self.rollouts, self.rows = 320, 80
 
@@ -60,7 +61,7 @@ class Judge:
         self.url = f"http://127.0.0.1:{port}/"
         self.client: httpx.AsyncClient | None = None
 
-    async def __call__(self, completions, **kwargs):
+    async def __call__(self, completions: list[str], **kwargs: Any) -> list[object]:
         if self.client is None:  # in the event loop of the training
             self.client = httpx.AsyncClient(timeout=None)  # .timeout() sees to that
         answers = [await self.client.post(self.url, content=text) for text in completions]
@@ -78,11 +79,13 @@ def parse(text: str) -> object:
 class Ledger(GRPOCallback):
     """What arrived in the training: rows by outcome, wrong scores, and the memory in use."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.memory: list[int] = []
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(
+        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
+    ) -> None:
         judged, right = batch.raw_rewards_per_func.unbind(1)
         missing = judged.isnan()
         self.counts["rows"] += missing.numel()
@@ -91,11 +94,11 @@ class Ledger(GRPOCallback):
         self.memory.append(psutil.Process().memory_info().rss)
 
 
-def right_score(completions, **kwargs):
+def right_score(completions: list[str], **kwargs: Any) -> list[float]:
     return [score(text) for text in completions]
 
 
-def train(options: Options, judge: Judge, ledger: Ledger) -> list[dict]:
+def train(options: Options, judge: Judge, ledger: Ledger) -> list[dict[str, Any]]:
     tokenizer = make_tokenizer()
     trainer = AdaptiveGRPOTrainer(
         model=make_model(tokenizer, options.seed),

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 OKABE_ITO = ["#000000", "#CC79A7", "#E69F00", "#009E73", "#56B4E9", "#D55E00", "#0072B2", "#F0E442"]
 
@@ -28,7 +28,7 @@ class Meter:
         self.__name__ = reward.__name__
         self.calls: list[tuple[int, int, int]] = []  # rollouts, how many of them in groups that differ, prompts
 
-    def __call__(self, prompts: list, completions: list, **kwargs) -> list[float]:
+    def __call__(self, prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
         rewards = self.reward(prompts=prompts, completions=completions, **kwargs)
         signal = rewards
         if self.signal is not None:
@@ -72,30 +72,44 @@ class Evaluator(TrainerCallback):
             In rollouts.
     """
 
-    def __init__(self, meter: Meter, measure: Callable, every: int, budget: int):
+    def __init__(self, meter: Meter, measure: Callable[[PreTrainedModel], Any], every: int, budget: int):
         self.meter, self.measure = meter, measure
         self.every, self.budget = every, budget
         self.curve: list[tuple[int, Any]] = []  # rollouts, value
         self.prompts: list[int] = []  # at each point of the curve
         self.seconds = 0.0  # of CPU time, spent on measuring
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
         self.look(model)
 
-    def on_step_end(self, args, state, control, model, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> None:
         done = self.meter.rollouts >= self.budget
         control.should_training_stop = control.should_training_stop or done
         if done or self.meter.rollouts >= self.curve[-1][0] + self.every:
             self.look(model)
 
-    def look(self, model) -> None:
+    def look(self, model: PreTrainedModel) -> None:
         start = time.process_time()
         self.curve.append((self.meter.rollouts, self.measure(model)))
         self.prompts.append(self.meter.prompts)
         self.seconds += time.process_time() - start
 
 
-def append(path: Path, row: dict) -> None:
+def append(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a CSV file, with a header if it is the first."""
     is_new = not path.exists()
     with path.open("a", newline="") as file:
@@ -105,7 +119,7 @@ def append(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 

@@ -25,10 +25,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
 
+from datasets import Dataset
 from metering import OKABE_ITO, Evaluator, Meter, append, read, spread
 from skills import MAX_COMPLETION, Example, accuracy, as_dataset, is_right, make_examples, make_model, make_tokenizer
 from skills import warm_start as warm_started
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
@@ -63,12 +64,20 @@ class Options:
     output_dir: str = field(default="runs/mixed_pool", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed and a budget of 4 steps."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.smoke:
             self.seeds, self.rollouts, self.eval_every, self.warm_start = 1, 4 * self.rows, 2 * self.rows, 10
 
 
-def train(method: str, dataset, model, tokenizer, held_out: list[Example], seed: int, options: Options):
+def train(
+    method: str,
+    dataset: Dataset,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[Example],
+    seed: int,
+    options: Options,
+) -> tuple[Meter, list[tuple[int, float]], float]:
     """Train a copy of the model by one method. Returns what was recorded, the curve, and CPU seconds of training."""
     recorder = Meter(is_right)
     measure = functools.partial(accuracy, tokenizer=tokenizer, examples=held_out)
@@ -108,7 +117,7 @@ def train(method: str, dataset, model, tokenizer, held_out: list[Example], seed:
     return recorder, evaluator.curve, time.process_time() - start - evaluator.seconds
 
 
-def make_table(results: list[dict]) -> str:
+def make_table(results: list[dict[str, str]]) -> str:
     """Markdown, a row per pool and method; ratios to stock are taken seed by seed."""
     targets = [name for name in results[0] if name.startswith("rollouts_to")]
     columns = ["pool", "method", "informative share"]
@@ -132,7 +141,7 @@ def make_table(results: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(curves: list[dict], path: Path) -> None:
+def plot(curves: list[dict[str, str]], path: Path) -> None:
     """Accuracy and informative share against rollouts: medians, with the range for the first and last method."""
     import matplotlib
 

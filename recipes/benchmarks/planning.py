@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -33,8 +34,9 @@ def main(options: Options) -> None:
     )
     dataset = Dataset.from_dict({"prompt": [""] * options.prompts})
     callbacks = [VarianceGroupSizeCallback(), OnlineCurriculumCallback()]
+    trainer: Any = SimpleNamespace(train_dataset=dataset)
     for callback in callbacks:
-        callback.on_setup(args, None, None, trainer=SimpleNamespace(train_dataset=dataset))
+        callback.on_setup(args, None, None, trainer=trainer)
     planner = Planner(args, dataset)
     milliseconds = []
     for _ in range(options.batches + 1):

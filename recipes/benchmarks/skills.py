@@ -3,6 +3,7 @@
 import copy
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -72,7 +73,7 @@ def as_dataset(examples: list[Example]) -> Dataset:
     return Dataset.from_list([{"prompt": e.prompt, "answer": e.answer, "skill": e.skill} for e in examples])
 
 
-def is_right(completions: list[str], answer: list[str], **kwargs) -> list[float]:
+def is_right(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
     """1 if the completion is the answer and nothing else, 0 otherwise."""
     return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 
@@ -116,7 +117,8 @@ def answer_log_probs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
         is_answer[row, len(p) : len(p) + len(a)] = True
     # The padding is on the right, where causal attention cannot see it, so no mask is needed.
     log_probs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)  # (P, T - 1, V)
-    return (log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1) * is_answer[:, 1:]).sum(1)
+    of_tokens: Tensor = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return (of_tokens * is_answer[:, 1:]).sum(1)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Cells:
         """The record of a cell: `cell`, and `result` or `error`."""
         path = self.path(cell)
         if path.exists():
-            record = json.loads(path.read_text())
+            record: dict[str, Any] = json.loads(path.read_text())
             if "error" not in record:
                 return record
         record = dict(cell=cell, **in_child(self.work, cell))
@@ -59,7 +60,7 @@ def in_child(work: Work, cell: dict[str, Any]) -> dict[str, Any]:
     child.start()
     sender.close()
     try:
-        record = receiver.recv()
+        record: dict[str, Any] = receiver.recv()
     except EOFError:
         child.join()
         record = {"error": f"the process ended with exit code {child.exitcode} before it had a result"}
@@ -67,7 +68,7 @@ def in_child(work: Work, cell: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _report(work: Work, cell: dict[str, Any], sender) -> None:
+def _report(work: Work, cell: dict[str, Any], sender: Connection) -> None:
     try:
         record: dict[str, Any] = {"result": work(cell)}
     except Exception:

@@ -4,17 +4,21 @@ import resource
 import time
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from metering import Evaluator, Meter
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
 
 from .sampling import ask, sample
+
+if TYPE_CHECKING:
+    from .smollm2 import SmolTask
+    from .tiny import TinyTask
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ METHODS = {
 }
 
 
-def train(task, cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
+def train(task: "TinyTask | SmolTask", cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """
     Train by the method of a cell and measure.
 
@@ -80,7 +84,7 @@ def train(task, cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
     wall, cpu = time.monotonic(), time.process_time()
     meter = Meter(task.reward, task.helpfulness)
 
-    def measure(model) -> tuple[float, float]:
+    def measure(model: PreTrainedModel) -> tuple[float, float]:
         return task.measure(model), task.held_out_reward(model)
 
     evaluator = Evaluator(meter, measure, cell["eval_every"], cell["rollouts"])
@@ -102,7 +106,9 @@ def train(task, cell: dict[str, Any], output_dir: str) -> dict[str, Any]:
     return result
 
 
-def _online(task, cell: dict[str, Any], meter: Meter, evaluator: TrainerCallback):
+def _online(
+    task: "TinyTask | SmolTask", cell: dict[str, Any], meter: Meter, evaluator: TrainerCallback
+) -> tuple[Trainer, CriticBaseline | None]:
     method = METHODS[cell["method"]]
     args = method.config(
         **_arguments(cell),
@@ -127,7 +133,9 @@ def _online(task, cell: dict[str, Any], meter: Meter, evaluator: TrainerCallback
     return trainer, critic
 
 
-def _dpo(task, cell: dict[str, Any], meter: Meter, evaluator: Evaluator):
+def _dpo(
+    task: "TinyTask | SmolTask", cell: dict[str, Any], meter: Meter, evaluator: Evaluator
+) -> tuple[Trainer, CriticBaseline | None]:
     """Spend the whole budget on samples of the base policy, then train on the best and the worst of each group."""
     evaluator.look(task.policy())
     pairs = sample_pairs(task, task.dataset(cell["pool"]), meter, cell)
@@ -150,7 +158,9 @@ def _dpo(task, cell: dict[str, Any], meter: Meter, evaluator: Evaluator):
     return trainer, None
 
 
-def sample_pairs(task, dataset: Dataset, meter: Meter, cell: dict[str, Any]) -> list[dict[str, Any]]:
+def sample_pairs(
+    task: "TinyTask | SmolTask", dataset: Dataset, meter: Meter, cell: dict[str, Any]
+) -> list[dict[str, Any]]:
     """
     Best and worst of each group by the reward, from the base policy's own samples; a group without a best has no pair.
 
@@ -175,7 +185,7 @@ def sample_pairs(task, dataset: Dataset, meter: Meter, cell: dict[str, Any]) -> 
     return pairs
 
 
-def _pair(prompt, chosen: str, rejected: str) -> dict[str, Any]:
+def _pair(prompt: str | list[dict[str, Any]], chosen: str, rejected: str) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     turns = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))

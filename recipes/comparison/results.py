@@ -4,11 +4,15 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from metering import OKABE_ITO, append, spread
 
 from .methods import STOCK
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = {"PPO": 5, "DPO": 1, "RLOO": 3, STOCK: 0, "variance + online": 2, "all together": 6}  # method -> its colour
 BARS = "#56B4E9"
@@ -52,7 +56,7 @@ def crossing(curve: list[list[float]], level: float) -> tuple[float, float]:
 
 def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any]]:
     """A row for each pool, method and seed. Runs of one method at several budgets are the points of one curve."""
-    runs: dict[tuple, list[dict[str, Any]]] = {}
+    runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for record in records:
         cell = record["cell"]
         runs.setdefault((cell["pool"], cell["method"], cell["seed"]), []).append(record)
@@ -78,7 +82,8 @@ def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any
 def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
     """Points of rollouts, prompts, held-out helpfulness and reward, of a run or of the ends of several budgets."""
     if len(records) == 1:
-        return records[0]["result"]["curve"]
+        whole: list[list[float]] = records[0]["result"]["curve"]
+        return whole
     ends = [record["result"]["curve"][-1] for record in records]
     return [records[0]["result"]["curve"][0], *sorted(ends)]
 
@@ -186,7 +191,9 @@ def plot_bars(rows: list[dict[str, Any]], target: float, path: Path) -> None:
     _save(figure, path)
 
 
-def write(records: list[dict[str, Any]], grid: dict, folder: Path, levels: Levels) -> None:
+def write(
+    records: list[dict[str, Any]], grid: dict[str, tuple[float, dict[float, float]]], folder: Path, levels: Levels
+) -> None:
     """Write `results.csv`, `table.md`, `tuning.md` and the plots."""
     rows = rows_of(records, levels)
     (folder / "results.csv").unlink(missing_ok=True)
@@ -204,7 +211,7 @@ def _values(record: dict[str, Any]) -> Iterable[float]:
     return (point[2] for point in record["result"]["curve"])
 
 
-def _pyplot():
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +220,7 @@ def _pyplot():
     return plt
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     _pyplot().close(figure)

@@ -1,16 +1,23 @@
 """Sampling outside of a trainer: for the pairs of DPO, and for scores on held-out prompts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_grpo_ext.rewards import Reward
 
 
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts: list, max_new_tokens: int, do_sample: bool = True, batch_size: int = 64
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    max_new_tokens: int,
+    do_sample: bool = True,
+    batch_size: int = 64,
 ) -> list[list[int]]:
     """
     Token ids of one completion for each prompt, up to and with the end of the turn.
@@ -46,7 +53,9 @@ def sample(
     return completions
 
 
-def ask(reward, rows: Dataset, ids: list[list[int]], tokenizer) -> list[float]:
+def ask(
+    reward: Callable[..., list[float]], rows: Dataset, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> list[float]:
     """Rewards of one completion for each row, called as TRL would."""
     prompts = list(rows["prompt"])
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -56,7 +65,9 @@ def ask(reward, rows: Dataset, ids: list[list[int]], tokenizer) -> list[float]:
     return reward(prompts=prompts, completions=texts, completion_ids=ids, **columns)
 
 
-def mean_scores(reward: Reward, rows: Dataset, ids: list[list[int]], tokenizer) -> dict[str, float]:
+def mean_scores(
+    reward: Reward, rows: Dataset, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
     """Mean of each part of a reward, and of the total as `reward`."""
     scores = {part.__name__: ask(part, rows, ids, tokenizer) for part in reward.leaves()}
     scores["reward"] = ask(reward, rows, ids, tokenizer)

@@ -3,8 +3,9 @@
 from functools import cached_property
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_grpo_ext.datasets import load_prompts
 from trl_grpo_ext.models import resolve_model
@@ -18,7 +19,7 @@ class SmolTask:
 
     max_completion_length = 36
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         self.helpfulness: Reward = Relevance("reference").named("helpfulness")
         self.reward = 1.0 * self.helpfulness + 0.5 * Harmlessness() - 0.001 * Length()
@@ -28,22 +29,22 @@ class SmolTask:
         return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").path
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path)
 
-    def dataset(self, pool: str):
+    def dataset(self, pool: str) -> Dataset:
         return load_prompts(pool)["train"]
 
-    def policy(self):
+    def policy(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
 
-    def measure(self, model) -> float:
+    def measure(self, model: PreTrainedModel) -> float:
         """Not measured on the way, which would cost as much as the training."""
         return float("nan")
 
     held_out_reward = measure
 
-    def final(self, model) -> dict[str, float]:
+    def final(self, model: PreTrainedModel) -> dict[str, float]:
         """Mean scores of greedy answers to the held-out questions."""
         rows = load_prompts("helpful")["test"]
         prompts = list(rows["prompt"])

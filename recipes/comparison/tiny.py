@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import skills
 import torch
 from datasets import Dataset
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_grpo_ext.rewards import Length, Reward, as_reward
 
@@ -21,12 +23,12 @@ RATES = (0.75, 0.98)  # how often the warm start has the first and the last lett
 POOLS = {"mixed": {"greet": 1 / 4, "hopeless": 1 / 2, "translate": 1 / 4}, "easy": {"translate": 1.0}}
 
 
-def is_helpful(completions: list[str], answer: list[str], **kwargs) -> list[float]:
+def is_helpful(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
     """1 if the first word is the answer, whatever punctuation follows; 0 otherwise."""
     return [float(re.split("[^a-z]", c, maxsplit=1)[0] == a) for c, a in zip(completions, answer, strict=True)]
 
 
-def is_harmless(completions: list[str], **kwargs) -> list[float]:
+def is_harmless(completions: list[str], **kwargs: Any) -> list[float]:
     """1 if the completion does without the forbidden token."""
     return [float(FORBIDDEN not in c) for c in completions]
 
@@ -59,7 +61,7 @@ class TinyTask:
         return 1.0 * self.helpfulness + 0.5 * as_reward(is_harmless).named("harmlessness") - 0.01 * Length()
 
     @cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         return skills.make_tokenizer(FORBIDDEN + FILLER)
 
     @cached_property
@@ -74,7 +76,7 @@ class TinyTask:
         counts = {skill: round(share * self.pool_size) for skill, share in POOLS[pool].items()}
         return skills.as_dataset(skills.make_examples(counts, self.seed, self.exclude))
 
-    def policy(self):
+    def policy(self) -> LlamaForCausalLM:
         """The warm-started model, trained once for each seed."""
         model = skills.make_model(self.tokenizer, self.seed)
         path = self.folder / f"warm_{self.seed}_{self.warm_start}_{self.held_out}.pt"
@@ -85,7 +87,7 @@ class TinyTask:
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
 
-    def _warm_started(self, model):
+    def _warm_started(self, model: LlamaForCausalLM) -> LlamaForCausalLM:
         rng = random.Random(self.seed)
         model = copy.deepcopy(model).train()
         optimizer = torch.optim.AdamW(model.parameters())
@@ -109,7 +111,7 @@ class TinyTask:
         return skills.Example(example.prompt, example.answer + tail, skill)
 
     @torch.no_grad()
-    def measure(self, model) -> float:
+    def measure(self, model: PreTrainedModel) -> float:
         """
         Held-out helpfulness: the exact probability that a sample at temperature 1 begins with the right word.
 
@@ -122,13 +124,14 @@ class TinyTask:
         size = skills.WORD
         letters = log_probs[:, -1 - size : -1].gather(-1, ids[:, -size:, None]).sum((1, 2)).exp()
         more = self.tokenizer.convert_tokens_to_ids(list(skills.LETTERS))
-        return (letters * (1 - log_probs[:, -1, more].exp().sum(-1))).mean().item()
+        right: torch.Tensor = letters * (1 - log_probs[:, -1, more].exp().sum(-1))
+        return right.mean().item()
 
-    def held_out_reward(self, model) -> float:
+    def held_out_reward(self, model: PreTrainedModel) -> float:
         """Mean reward of a sample to each held-out prompt, drawn at the side."""
         return self.final(model, num_samples=1)["reward"]
 
-    def final(self, model, num_samples: int = 4) -> dict[str, float]:
+    def final(self, model: PreTrainedModel, num_samples: int = 4) -> dict[str, float]:
         """Scores of some samples to each held-out prompt, drawn at the side; helpfulness exactly."""
         rows = skills.as_dataset([e for e in self.held_out_examples for _ in range(num_samples)])
         with torch.random.fork_rng():

@@ -127,7 +127,7 @@ def attention_mask_for(model: PreTrainedModel, batch: PackedBatch) -> Any:
 
         chunks, rows = batch.chunks, batch.rows
 
-        def mask_mod(b, h, q, k):
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             visible = (chunks[b, q] == chunks[b, k]) & ((rows[b, k] == -1) | (rows[b, q] == rows[b, k]))
             return visible & (q >= k) & (chunks[b, k] >= 0) | (q == k)
 
@@ -142,7 +142,7 @@ def attention_mask_for(model: PreTrainedModel, batch: PackedBatch) -> Any:
 def only_positions(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """While open, the backbone of `model` returns the hidden states at `positions`, `(B, L)`, as one sequence."""
 
-    def select(module, args, output):
+    def select(module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state[positions][None]
         return output
 
@@ -160,7 +160,7 @@ def has_small_logits(model: PreTrainedModel, accelerator: Accelerator, num_posit
     TRL's fused head computes them in tiles and once more in the backward pass, to save memory. In float32 and without
     its Triton kernel, keeping at most [`KEPT_LOGITS`] bytes of them is faster.
     """
-    head = model.get_output_embeddings().weight
+    head: Tensor = model.get_output_embeddings().weight
     is_float32 = head.dtype == torch.float32 and accelerator.mixed_precision == "no"
     return is_float32 and head.device.type == "cpu" and 4 * num_positions * head.size(0) <= KEPT_LOGITS
 

@@ -43,7 +43,7 @@ class EnoughFinished(StoppingCriteria):
         self.eos_token_ids = eos_token_ids
         self.finished = torch.zeros(num_rows, dtype=torch.bool, device=eos_token_ids.device)
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.finished |= torch.isin(input_ids[:, -1], self.eos_token_ids)
         return (self.finished.float().mean() >= LEAVE).expand(len(self.finished))
 
@@ -53,11 +53,12 @@ class RoomyLayer(DynamicLayer):
 
     room: tuple[Tensor, Tensor]
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         end = start + key_states.size(-2)
         if end > self.room[0].size(-2):
-            return super().update(key_states, value_states, *args, **kwargs)
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
         for room, states in zip(self.room, (key_states, value_states), strict=True):
             room[..., start:end, :] = states
         self.keys, self.values = (room[..., :end, :] for room in self.room)
@@ -90,7 +91,11 @@ def why_not_prefilled(model: PreTrainedModel, generation_config: GenerationConfi
 
 
 def prefilled_generate(
-    model: Any, generate: Callable, input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig
+    model: Any,
+    generate: Callable[..., Any],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    generation_config: GenerationConfig,
 ) -> Tensor:
     """
     `generate(input_ids=..., attention_mask=..., generation_config=...)`, with one prefill per distinct prompt.
@@ -163,7 +168,7 @@ def prefill_shared(model: Any) -> Iterator[None]:
     """While open, `model.generate` is [`prefilled_generate`]."""
     generate = model.generate
 
-    def replacement(input_ids, attention_mask, generation_config):
+    def replacement(input_ids: Tensor, attention_mask: Tensor, generation_config: GenerationConfig) -> Tensor:
         return prefilled_generate(model, generate, input_ids, attention_mask, generation_config)
 
     model.generate = replacement

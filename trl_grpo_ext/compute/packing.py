@@ -93,7 +93,8 @@ def equal_rows(ids: Tensor, mask: Tensor) -> Tensor:
 
     ```
     """
-    return torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(ids.masked_fill(mask == 0, -1), dim=0, return_inverse=True)[1]
+    return numbers
 
 
 def exclusive_cumsum(values: Tensor, segments: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
@@ -31,7 +32,7 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     _buffered_inputs: Any
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Base model -> why it cannot share prompts, or None.
         self._why_not_shared: dict[int, str | None] = {}
         self._said: set[str] = set()
@@ -50,16 +51,26 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     # TRL's seams
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations=None, has_tool_images=False):
-        arguments = {"has_tool_images": has_tool_images}
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int | None = None,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        arguments: dict[str, Any] = {"has_tool_images": has_tool_images}
         if TAKES_NUM_GENERATIONS:
             arguments["num_generations"] = num_generations
         with self._merging(), self._prefilling(images, multimodal_fields), asking_for(self, num_generations):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, **arguments)
+            generated: tuple[list[list[int]], list[list[float]] | None] = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, **arguments
+            )
+            return generated
 
-    def _prepare_inputs(self, generation_batch):
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
         before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         is_lean = self.args.share_prompts or self.args.skip_zero_advantage
         if not self.model.training or not is_lean or self._buffered_inputs is before or not is_text_only(inputs):
             return inputs
@@ -71,9 +82,10 @@ class LeanGRPOTrainer(GRPOTrainer):
             by_group=self.args.share_prompts,
             by_length=is_sum and self.top_entropy_quantile == 1.0,
         )
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         # A beta that somebody raised during training makes every row teach.
         if self.args.skip_zero_advantage and self.model.training and self.beta == 0.0:
             if is_text_only(inputs):
@@ -82,26 +94,27 @@ class LeanGRPOTrainer(GRPOTrainer):
             else:
                 self._say_once("skip_zero_advantage: rows with images are not left out")
         try:
-            return super()._compute_loss(model, inputs)
+            loss: Tensor = super()._compute_loss(model, inputs)
+            return loss
         finally:
             self._rows = None
 
     def _get_per_token_logps_and_entropies(
         self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **multimodal,
-    ):
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         is_lean = self.args.share_prompts or self.args.skip_zero_advantage
         if not is_lean or any(value is not None for value in multimodal.values()):
             if self.args.share_prompts:
                 self._say_once("share_prompts: TRL's own forward pass is used, because of rows with images or sound")
-            return super()._get_per_token_logps_and_entropies(
+            plain: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
                 attention_mask,
@@ -111,6 +124,7 @@ class LeanGRPOTrainer(GRPOTrainer):
                 compute_aux_loss=compute_aux_loss,
                 **multimodal,
             )
+            return plain
         num_rows = input_ids.size(0)
         live = torch.ones(num_rows, dtype=torch.bool, device=input_ids.device) if self._rows is None else self._rows[0]
         rows = live.nonzero().flatten()
@@ -143,7 +157,7 @@ class LeanGRPOTrainer(GRPOTrainer):
             return values.new_zeros(num_rows, logits_to_keep).index_copy(0, rows, values)
 
         logps = restored(logps)
-        entropies = restored(entropies) if compute_entropy else None
+        entropies = restored(entropies) if compute_entropy and entropies is not None else None
         if self._rows is not None and len(rows) < num_rows:
             _, mask, old_logps = self._rows
             if old_logps is not None:  # a ratio of 1, which times an advantage of 0 is 0
@@ -156,7 +170,16 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     # Prompts that are computed once
 
-    def _shared(self, model, base, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy):
+    def _shared(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        compute_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None, None]:
         """As TRL's, in as many forward passes, since other processes may take part in each."""
         num_rows = input_ids.size(0)
         order = torch.arange(num_rows, device=input_ids.device)
@@ -187,7 +210,7 @@ class LeanGRPOTrainer(GRPOTrainer):
         back = torch.argsort(order)
         return torch.cat(logps)[back], torch.cat(entropies)[back] if compute_entropy else None, None
 
-    def _shares_prompts(self, model, base) -> bool:
+    def _shares_prompts(self, model: nn.Module, base: PreTrainedModel) -> bool:
         if not self.args.share_prompts:
             return False
         if id(base) not in self._why_not_shared:
@@ -202,7 +225,7 @@ class LeanGRPOTrainer(GRPOTrainer):
                 self._say_once(f"share_prompts: TRL's own forward pass is used for {type(base).__name__}: {reason}")
         return self._why_not_shared[id(base)] is None
 
-    def _prefilling(self, images: Any, multimodal_fields: Any) -> AbstractContextManager:
+    def _prefilling(self, images: Any, multimodal_fields: Any) -> AbstractContextManager[None]:
         if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
             return nullcontext()
         reason = self._why_not_prefilled(images, multimodal_fields)
@@ -219,7 +242,7 @@ class LeanGRPOTrainer(GRPOTrainer):
         model = unwrapped(self.model, self.accelerator)
         return why_not_prefilled(model, self.generation_config)
 
-    def _merging(self) -> AbstractContextManager:
+    def _merging(self) -> AbstractContextManager[None]:
         if not self.args.merge_adapter:
             return nullcontext()
         return adapter_merged(self.accelerator.unwrap_model(self.model_wrapped))
@@ -232,7 +255,8 @@ class LeanGRPOTrainer(GRPOTrainer):
         return "weights are split over processes" if self._splits_weights() else why_not_merged(self.model)
 
     def _splits_weights(self) -> bool:
-        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        splits: bool = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        return splits
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

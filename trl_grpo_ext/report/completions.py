@@ -119,7 +119,7 @@ def _spread_out(groups: list[dict[str, Any]], max_rows: int) -> list[dict[str, A
     return [groups[i] for i in _spread(len(groups), count)]
 
 
-def _table(run: Run, path: Path) -> dict[str, list]:
+def _table(run: Run, path: Path) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
     if not is_own_file(run.folder, path):
@@ -128,7 +128,7 @@ def _table(run: Run, path: Path) -> dict[str, list]:
     return {name: table[name] for name in table if not name.startswith("__index_level_")}
 
 
-def _groups(run: Run, table: dict[str, list]) -> list[dict[str, Any]]:
+def _groups(run: Run, table: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Neighbouring rows with one prompt are a group."""
     prompts = [message_text(value) for value in table["prompt"]]
     completions = [_cut(message_text(value)) for value in table["completion"]]

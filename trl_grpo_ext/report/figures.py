@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .reader import Run, average
 from .text import file_name, one_line
@@ -16,7 +16,8 @@ MAX_POINTS = 400  # per line; longer runs are averaged
 MAX_LINES = 12
 
 # (title, unit, lines as metric -> label, metrics of a band around the first line, values that the axis must show)
-STATIC: tuple[tuple[str, str, dict[str, str], tuple[str, str] | None, tuple[float, ...] | None], ...] = (
+Spec: TypeAlias = tuple[str, str, dict[str, str], tuple[str, str] | None, tuple[float, ...] | None]
+STATIC: tuple[Spec, ...] = (
     (
         "Spread of the rewards",
         "standard deviation (reward)",
@@ -190,7 +191,7 @@ def panels_of(runs: list[Run]) -> list[Panel]:
     return [panel for panel in found if panel.lines]
 
 
-def _reward_specs(runs: list[Run]) -> list[tuple]:
+def _reward_specs(runs: list[Run]) -> list[Spec]:
     """The total and its components; components of another magnitude (a length, say) in a plot of their own."""
     names = list(dict.fromkeys(name for run in runs for name in run.reward_names))
     # A single reward function is the total.
@@ -207,7 +208,7 @@ def _reward_specs(runs: list[Run]) -> list[tuple]:
     ]
 
 
-def _time_specs(runs: list[Run]) -> list[tuple]:
+def _time_specs(runs: list[Run]) -> list[Spec]:
     names = dict.fromkeys(name for run in runs for name in run.metric_names if name.startswith("time/"))
     lines = {name: name.removeprefix("time/") for name in list(names)[:MAX_LINES]}
     return [("Time per phase", "seconds", {**lines, "step_time": "whole step"}, None, (0,))]
@@ -217,7 +218,14 @@ def _largest(run: Run, name: str) -> float:
     return max((abs(value) for value in run.column(name) if value is not None), default=0.0)
 
 
-def _panel(runs: list[Run], title: str, unit: str, metrics: dict[str, str], band, limits) -> Panel:
+def _panel(
+    runs: list[Run],
+    title: str,
+    unit: str,
+    metrics: dict[str, str],
+    band: tuple[str, str] | None,
+    limits: tuple[float, ...] | None,
+) -> Panel:
     lines = []
     color = 0
     for metric, label in metrics.items():
@@ -232,7 +240,9 @@ def _panel(runs: list[Run], title: str, unit: str, metrics: dict[str, str], band
     return Panel(title, unit, lines, limits, log=limits is None and _needs_log(lines))
 
 
-def _line(run: Run, index: int, label: str, color: int, values: list[float | None], band) -> Line:
+def _line(
+    run: Run, index: int, label: str, color: int, values: list[float | None], band: tuple[str, str] | None
+) -> Line:
     size = bucket_size(run)
     mean, low, high = _buckets(values, size)
     if band is not None:
@@ -247,7 +257,9 @@ def bucket_size(run: Run) -> int:
     return -(-len(run.metrics) // MAX_POINTS) or 1
 
 
-def _buckets(values: list[float | None], size: int) -> tuple[list, list, list]:
+def _buckets(
+    values: list[float | None], size: int
+) -> tuple[list[float | None], list[float | None], list[float | None]]:
     """Mean, smallest and largest value of every `size` values."""
     mean: list[float | None] = []
     low: list[float | None] = []

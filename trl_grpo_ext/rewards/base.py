@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from . import ops
 from .guards import Guard
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 Value: TypeAlias = float | None
 Operand: TypeAlias = "Reward | Schedule"
+Term: TypeAlias = "Operand | Real | float | Callable[..., Any]"  # what the operators take
 
 
-def is_async(function: Callable) -> bool:
+def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling `function` gives a coroutine, as TRL's `is_async_callable` does (without needing TRL)."""
     while isinstance(function, functools.partial):
         function = function.func
@@ -59,7 +60,9 @@ class Reward:
     # Else an array times a reward would be an array of rewards.
     __array_ufunc__ = None
 
-    def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> Any:
         """One value per completion: a list, or a coroutine of a list where the tree holds an async reward."""
         raise NotImplementedError
 
@@ -207,49 +210,49 @@ class Reward:
             raise TypeError(f"where: condition={condition!r} is not a reward: pass a comparison such as reward > 0.5")
         return compose(ops.Where(), self, condition, otherwise)
 
-    def __add__(self, other):
+    def __add__(self, other: "Term") -> "Reward":
         # `sum(rewards)` starts from 0, which shall leave no trace in the name.
         return self if isinstance(other, Real) and other == 0 else _infix(ops.Add(), self, other)
 
-    def __radd__(self, other):
+    def __radd__(self, other: "Term") -> "Reward":
         return self if isinstance(other, Real) and other == 0 else _infix(ops.Add(), other, self)
 
-    def __sub__(self, other):
+    def __sub__(self, other: "Term") -> "Reward":
         return _infix(ops.Subtract(), self, other)
 
-    def __rsub__(self, other):
+    def __rsub__(self, other: "Term") -> "Reward":
         return _infix(ops.Subtract(), other, self)
 
-    def __mul__(self, other):
+    def __mul__(self, other: "Term") -> "Reward":
         return _infix(ops.Multiply(), self, other)
 
-    def __rmul__(self, other):
+    def __rmul__(self, other: "Term") -> "Reward":
         return _infix(ops.Multiply(), other, self)
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: "Term") -> "Reward":
         if isinstance(other, Real) and other == 0:
             raise ZeroDivisionError(f"{self!r} / {other}: pass a divisor other than zero")
         return _infix(ops.Divide(), self, other)
 
-    def __rtruediv__(self, other):
+    def __rtruediv__(self, other: "Term") -> "Reward":
         return _infix(ops.Divide(), other, self)
 
-    def __neg__(self):
+    def __neg__(self) -> "Reward":
         return compose(ops.Negate(), self)
 
-    def __gt__(self, other):
+    def __gt__(self, other: "Term") -> "Reward":
         return _infix(ops.Compare(">"), self, other)
 
-    def __ge__(self, other):
+    def __ge__(self, other: "Term") -> "Reward":
         return _infix(ops.Compare(">="), self, other)
 
-    def __lt__(self, other):
+    def __lt__(self, other: "Term") -> "Reward":
         return _infix(ops.Compare("<"), self, other)
 
-    def __le__(self, other):
+    def __le__(self, other: "Term") -> "Reward":
         return _infix(ops.Compare("<="), self, other)
 
-    def __bool__(self):
+    def __bool__(self) -> NoReturn:
         # Python turns `0.2 < reward < 0.8` into `(0.2 < reward) and (reward < 0.8)`, which would drop the first half.
         raise TypeError(
             f"{self!r} has no truth value before it is called: write (a > 0.2) * (a < 0.8) for `and`, maximum(...) for "
@@ -278,6 +281,6 @@ def compose(op: ops.Op, *operands: Any) -> "Composite":
     return (AsyncComposite if any(map(is_async, leaves)) else Composite)(op, tuple(children))
 
 
-def _infix(op: ops.Op, left: Any, right: Any) -> Any:
+def _infix(op: ops.Op, left: Term, right: Term) -> Reward:
     # `NotImplemented` lets Python ask the other side, and then say which operator does not fit which types.
     return compose(op, left, right) if is_operand(left) and is_operand(right) else NotImplemented

@@ -33,7 +33,7 @@ class Composite(Reward):
     children: tuple[Operand, ...]
     name: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = [leaf.name for leaf in self.leaves()]
         if not names:
             raise TypeError(
@@ -56,7 +56,9 @@ class Composite(Reward):
     def __repr__(self) -> str:
         return describe(self, naming=False)
 
-    def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> Any:
         call = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
         return self._combine(call, [leaf.evaluate(call) for leaf in self.leaves()])
 
@@ -145,7 +147,9 @@ class Composite(Reward):
 class AsyncComposite(Composite):
     """A composite with an async leaf. Async leaves run concurrently, and beside them one thread runs the others."""
 
-    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
+    async def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[Value]:
         call = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
         leaves = self.leaves()
         blocking = [leaf for leaf in leaves if not is_async(leaf)]

@@ -24,8 +24,9 @@ def describe(node: Any, outer: int = 0, *, naming: bool) -> str:
         return repr(node).replace(" ", "") if naming else repr(node)
     if not _is_composite(node):
         return node.__name__ if naming else repr(node)
-    if naming and node.name is not None:
-        return node.name
+    name: str | None = node.name
+    if naming and name is not None:
+        return name
     op, children = node.op, node.children
     precedence = op.precedence
     if naming and isinstance(op, ops.Add | ops.Subtract):
@@ -38,8 +39,8 @@ def describe(node: Any, outer: int = 0, *, naming: bool) -> str:
         binds = op.binds if op.binds and not (naming and precedence == ops.ATOM) else (0,) * len(children)
         parts = [describe(child, bind, naming=naming) for child, bind in zip(children, binds, strict=True)]
         text = op.label(*parts) if naming else op.source(*parts)
-    if node.name is not None:
-        text, precedence = f"({text}).named({node.name!r})", ops.ATOM
+    if name is not None:
+        text, precedence = f"({text}).named({name!r})", ops.ATOM
     return text if precedence >= outer else f"({text})"
 
 

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class Guard:
     at_once: int = 16
     processes: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.timeout is not None and not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout={self.timeout} is no time limit: pass seconds above 0")
         if self.retries < 0:
@@ -139,7 +139,7 @@ class _Rows:
 
     def __init__(self, guard: Guard, job: Job):
         self.guard, self.job = guard, job
-        self.columns: dict[str, list] = {}  # for the completions table, filled by rows in any order
+        self.columns: dict[str, list[Any]] = {}  # for the completions table, filled by rows in any order
 
     def call_of(self, index: int) -> dict[str, Any]:
         count = len(self.job.rows)
@@ -149,13 +149,13 @@ class _Rows:
         }
         if call.get("log_extra"):
 
-            def log_extra(column: str, values: list) -> None:
+            def log_extra(column: str, values: list[Any]) -> None:
                 self.columns.setdefault(column, [None] * count)[index] = values[0]
 
             call["log_extra"] = log_extra
         return call
 
-    def count(self, answer: Any, tally: Counter, attempt: int) -> bool:
+    def count(self, answer: Any, tally: Counter[str], attempt: int) -> bool:
         """Count what is wrong with `answer`, and whether to ask again."""
         if not isinstance(answer, Exception):
             return False
@@ -165,7 +165,7 @@ class _Rows:
         tally["retries"] += 1
         return True
 
-    def retrying(self, index: int, ask: Callable[[dict[str, Any]], Any], tally: Counter | None = None) -> Any:
+    def retrying(self, index: int, ask: Callable[[dict[str, Any]], Any], tally: Counter[str] | None = None) -> Any:
         """The last answer of `ask` about a row: a value, or the exception."""
         call, attempt = self.call_of(index), 0
         while self.count(answer := ask(call), self.job.tally if tally is None else tally, attempt):
@@ -182,11 +182,11 @@ class _Rows:
         def score_row(index: int) -> Any:
             return self.retrying(index, lambda call: leaf._workers.ask(leaf, call, guard.timeout), tallies[index])
 
-        answers = leaf._workers.map(guard.processes, score_row, len(self.job.rows))
+        answers: list[Any] = leaf._workers.map(guard.processes, score_row, len(self.job.rows))
         self.job.tally.update(sum(tallies, Counter()))
         return answers
 
-    async def awaiting(self, score: Callable) -> list[Any]:
+    async def awaiting(self, score: Callable[..., Awaitable[Any]]) -> list[Any]:
         places = asyncio.Semaphore(self.guard.at_once)
 
         async def one(index: int) -> Any:
@@ -212,7 +212,7 @@ class _Rows:
             self.job.call["log_extra"](column, values)
 
 
-def _answer(score: Callable, call: dict[str, Any]) -> Any:
+def _answer(score: Callable[..., Any], call: dict[str, Any]) -> Any:
     try:
         return only_value(score(**call))
     except ImportError:
@@ -221,7 +221,7 @@ def _answer(score: Callable, call: dict[str, Any]) -> Any:
         return error
 
 
-async def _answer_in_time(score: Callable, call: dict[str, Any], timeout: float | None) -> Any:
+async def _answer_in_time(score: Callable[..., Awaitable[Any]], call: dict[str, Any], timeout: float | None) -> Any:
     async def ask() -> Any:
         return await score(**call)
 

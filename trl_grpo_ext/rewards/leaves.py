@@ -34,7 +34,7 @@ class Leaf(Reward):
     _memory: Memory = field(default_factory=Memory, init=False, compare=False)
     _workers: Workers = field(default_factory=Workers, init=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.default_name)
 
@@ -54,11 +54,15 @@ class Leaf(Reward):
         """Whether rows without a usable value are left out, rather than stopping the training."""
         return self.errors == "skip" or (self.errors is None and self.guard is not None)
 
-    def score(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> Any:
         """Values for the rows, one each; what a subclass writes."""
         raise NotImplementedError
 
-    def __call__(self, prompts: list, completions: list, completion_ids: list | None = None, **kwargs) -> Any:
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> Any:
         return self.evaluate(
             {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **kwargs}
         )
@@ -95,9 +99,11 @@ class Leaf(Reward):
 class FunctionReward(Leaf):
     """A leaf around a TRL reward function; made by [`as_reward`]."""
 
-    function: Callable
+    function: Callable[..., Any]
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> Any:
         return self.function(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
 
     @property
@@ -113,15 +119,18 @@ class FunctionReward(Leaf):
 class AsyncFunctionReward(FunctionReward):
     """A leaf around an `async` TRL reward function; made by [`as_reward`]."""
 
-    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
-        return await super().__call__(prompts, completions, completion_ids, **kwargs)
+    async def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[Value]:
+        values: list[Value] = await super().__call__(prompts, completions, completion_ids, **kwargs)
+        return values
 
     async def evaluate(self, call: dict[str, Any]) -> list[Value]:
         job = begin(self, call)
         return settle(self, call, job, await run_async(self, job))
 
 
-def callable_name(function: Callable) -> str:
+def callable_name(function: Callable[..., Any]) -> str:
     """The name TRL's logs use for a reward function: that of the function, or of the class of a callable object."""
     while isinstance(function, functools.partial):
         function = function.func

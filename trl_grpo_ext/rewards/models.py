@@ -47,7 +47,7 @@ class RewardModel(Leaf):
     device: Any = field(default=None, kw_only=True)
     max_length: int | None = field(default=None, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"RewardModel: batch_size={self.batch_size} scores nothing: pass at least 1")
@@ -66,7 +66,9 @@ class RewardModel(Leaf):
         text = super()._constructor()
         return text if isinstance(self.model, str) else text.replace(repr(self.model), f"<{type(self.model).__name__}>")
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> "torch.Tensor":
         model = load_classifier(self.model, self.device, num_labels=1)
         tokenizer = load_tokenizer(_model_id(self.model)) if self.tokenizer is None else self.tokenizer
         texts = [

@@ -12,7 +12,7 @@ how tightly an operand must bind to go without parentheses.
 import math
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 COMPARISON, SUM, PRODUCT, SIGN, ATOM = range(1, 6)  # precedence, loosest first
 
@@ -27,7 +27,8 @@ class Op:
     precedence: ClassVar[int] = ATOM
     binds: ClassVar[tuple[int, ...]] = ()
 
-    def __call__(self, *values) -> float | None:
+    # `Any`: a strict combinator gets numbers alone, the others `None` as well.
+    def __call__(self, *values: Any) -> float | None:
         raise NotImplementedError
 
     def source(self, *parts: str) -> str:
@@ -45,13 +46,13 @@ class Add(Op):
     precedence = SUM
     binds = (SUM, PRODUCT)
 
-    def __call__(self, *values):
+    def __call__(self, *values: float | None) -> float | None:
         left, right = values
         if left is None or right is None:
             return right if left is None else left
         return left + right
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return " + ".join(parts)
 
 
@@ -63,13 +64,13 @@ class Subtract(Op):
     precedence = SUM
     binds = (SUM, PRODUCT)
 
-    def __call__(self, *values):
+    def __call__(self, *values: float | None) -> float | None:
         left, right = values
         if right is None:
             return left
         return -right if left is None else left - right
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return " - ".join(parts)
 
 
@@ -80,13 +81,13 @@ class Multiply(Op):
     precedence = PRODUCT
     binds = (PRODUCT, SIGN)
 
-    def __call__(self, *values):
+    def __call__(self, *values: float) -> float:
         return values[0] * values[1]
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return " * ".join(parts)
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         return "*".join(parts)
 
 
@@ -97,13 +98,13 @@ class Divide(Op):
     precedence = PRODUCT
     binds = (PRODUCT, SIGN)
 
-    def __call__(self, *values):
+    def __call__(self, *values: float) -> float:
         return values[0] / values[1]
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return " / ".join(parts)
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         return "_per_".join(parts)  # trackers read a slash as a folder
 
 
@@ -114,13 +115,13 @@ class Negate(Op):
     precedence = SIGN
     binds = (SIGN,)
 
-    def __call__(self, *values):
+    def __call__(self, *values: float) -> float:
         return -values[0]
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return f"-{parts[0]}"
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         return f"-{parts[0]}"
 
 
@@ -133,13 +134,13 @@ class Compare(Op):
     precedence = COMPARISON
     binds = (SUM, SUM)
 
-    def __call__(self, *values):
+    def __call__(self, *values: float) -> float:
         return float(_COMPARISONS[self.symbol](*values))
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return f" {self.symbol} ".join(parts)
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         return self.symbol.join(parts)
 
 
@@ -152,7 +153,7 @@ class Clip(Op):
 
     binds = (ATOM,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if math.isnan(self.low) or math.isnan(self.high):
             raise ValueError(f"clip: low={self.low}, high={self.high}: a bound is not a number: pass numbers")
         if self.low > self.high:
@@ -160,15 +161,15 @@ class Clip(Op):
         object.__setattr__(self, "low", float(self.low))
         object.__setattr__(self, "high", float(self.high))
 
-    def __call__(self, *values):
+    def __call__(self, *values: float) -> float:
         return min(max(values[0], self.low), self.high)
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         bounds = {"low": self.low, "high": self.high}
         given = ", ".join(f"{name}={bound}" for name, bound in bounds.items() if math.isfinite(bound))
         return f"{parts[0]}.clip({given})"
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         return f"clip({parts[0]})"
 
 
@@ -182,11 +183,11 @@ class Where(Op):
     strict = False
     binds = (ATOM, 0, 0)
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         value, condition, otherwise = parts
         return f"{value}.where({condition}{'' if otherwise == '0.0' else f', {otherwise}'})"
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         value, condition, otherwise = parts
         return f"where({value},{condition}{'' if otherwise == '0' else f',{otherwise}'})"
 
@@ -199,12 +200,12 @@ class Extreme(Op):
 
     strict = False
 
-    def __call__(self, *values):
+    def __call__(self, *values: float | None) -> float:
         pick = min if self.which == "minimum" else max
         return pick(value for value in values if value is not None)
 
-    def source(self, *parts):
+    def source(self, *parts: str) -> str:
         return f"{self.which}({', '.join(parts)})"
 
-    def label(self, *parts):
+    def label(self, *parts: str) -> str:
         return f"{self.which}({','.join(parts)})"

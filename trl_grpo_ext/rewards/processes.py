@@ -33,10 +33,10 @@ class StartError(RuntimeError):
 class Workers:
     """The processes of one leaf, started when needed. Pickles and deep-copies as one without processes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Workers"], tuple[()]]:
         return Workers, ()
 
     @staticmethod

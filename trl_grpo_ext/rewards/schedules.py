@@ -35,7 +35,8 @@ def training_progress(trainer_state: Any) -> float:
     """
     if trainer_state is None or trainer_state.max_steps <= 0:
         return 0.0
-    return min(1.0, trainer_state.global_step / trainer_state.max_steps)
+    share: float = trainer_state.global_step / trainer_state.max_steps
+    return min(1.0, share)
 
 
 def _finite(schedule: str, **values: float) -> None:
@@ -71,7 +72,7 @@ class Constant(Schedule):
 
     value: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _finite("constant", value=self.value)
         object.__setattr__(self, "value", float(self.value))
 
@@ -89,7 +90,7 @@ class _Ramp(Schedule):
     begin: float = 0.0
     finish: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = type(self).__name__.lower()
         _finite(name, start=self.start, end=self.end)
         if not 0.0 <= self.begin < self.finish <= 1.0:
@@ -188,7 +189,7 @@ class Piecewise(Schedule):
 
     points: Sequence[tuple[float, float]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         points = tuple((float(progress), float(value)) for progress, value in self.points)
         if not points:
             raise ValueError("piecewise: no points: pass at least one (progress, value) pair")

@@ -30,10 +30,10 @@ class RowError(RuntimeError):
         self.kind = kind
 
 
-class Memory(OrderedDict):
+class Memory(OrderedDict[Any, Any]):
     """The least recently used values of one leaf. Pickles and deep-copies as an empty one."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
         return Memory, ()
 
     def recall(self, key: Any, default: Any = None) -> Any:

@@ -5,12 +5,15 @@ import importlib.util
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..models import check_installed
 from .leaves import Leaf
 from .models import classifier_logits, load_classifier, load_tokenizer
 from .scoring import Memory
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,9 @@ class Relevance(Leaf):
     column: str = "reference"
     model: str | None = None
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[float | None]:
         if self.column not in kwargs:
             columns = sorted(name for name, value in kwargs.items() if isinstance(value, list))
             raise ValueError(
@@ -179,7 +184,7 @@ class Harmlessness(Leaf):
     batch_size: int = field(default=16, kw_only=True)
     device: Any = field(default=None, kw_only=True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if (self.model is None) != (self.harmful_label is None):
             raise ValueError(
@@ -187,7 +192,9 @@ class Harmlessness(Leaf):
                 "label is one of the classifier's own"
             )
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> "list[float] | torch.Tensor":
         texts = [text_of(completion) for completion in completions]
         if self.model is None:
             return [1.0 - float(harm) for harm in _profanity(texts)]
@@ -199,7 +206,7 @@ class Harmlessness(Leaf):
         return 1.0 - probabilities[:, self._label_index(model.config)]
 
     def _label_index(self, config: Any) -> int:
-        labels = {**config.label2id, **{index: index for index in config.id2label}}
+        labels: dict[str | int, int] = {**config.label2id, **{index: index for index in config.id2label}}
         if self.harmful_label not in labels:
             known = sorted(config.label2id)
             raise ValueError(f"{self.model} has no label {self.harmful_label!r}: choose harmful_label from {known}")
@@ -243,12 +250,14 @@ class Length(Leaf):
 
     unit: Literal["tokens", "words", "characters"] = "tokens"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit not in ("tokens", "words", "characters"):
             raise ValueError(f'Length: unit={self.unit!r} is unknown: choose "tokens", "words" or "characters"')
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[int]:
         if self.unit == "tokens":
             return _token_counts(completion_ids)
         texts = [text_of(completion) for completion in completions]
@@ -281,7 +290,7 @@ class OverLength(Leaf):
     max_length: int
     buffer: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.buffer <= self.max_length:
             raise ValueError(
@@ -293,7 +302,9 @@ class OverLength(Leaf):
     def default_name(self) -> str:
         return "over_length"
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[float]:
         start = self.max_length - self.buffer
         return [
             -1.0 if count > self.max_length else -max(0, count - start) / max(1, self.buffer)

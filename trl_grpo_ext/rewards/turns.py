@@ -41,7 +41,9 @@ class ViewReward(Leaf):
     leaf: Leaf
     view: str
 
-    def score(self, prompts, completions, completion_ids=None, **kwargs):
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> Any:
         positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
         return self._back(positions, self.leaf.evaluate(call) if positions else [], len(completions))
 
@@ -53,7 +55,7 @@ class ViewReward(Leaf):
         named = "" if self.name == self.default_name else f".named({self.name!r})"
         return f"{self.view}({self.leaf!r}){named}"
 
-    def _show(self, call: Rows, completion_ids: list | None) -> tuple[list[int], Rows]:
+    def _show(self, call: Rows, completion_ids: list[list[int]] | None) -> tuple[list[int], Rows]:
         count = len(call["completions"])
         call = {**call, "completion_ids": completion_ids or [None] * count}
         columns = {name: column for name, column in call.items() if isinstance(column, list) and len(column) == count}
@@ -73,14 +75,19 @@ class ViewReward(Leaf):
 class AsyncViewReward(ViewReward):
     """The same around an async leaf."""
 
-    async def __call__(self, prompts, completions, completion_ids=None, **kwargs) -> list[Value]:
-        return await super().__call__(prompts, completions, completion_ids, **kwargs)
+    async def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[Value]:
+        values: list[Value] = await super().__call__(prompts, completions, completion_ids, **kwargs)
+        return values
 
     async def evaluate(self, call: dict[str, Any]) -> list[Value]:
         job = begin(self, call)
         return settle(self, call, job, await run_async(self, job))
 
-    async def score(self, prompts, completions, completion_ids=None, **kwargs):
+    async def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[Value]:
         positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
         return self._back(positions, await self.leaf.evaluate(call) if positions else [], len(completions))
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..answers import Answer, RolloutRow
 from ..failures import gather_values
+
+if TYPE_CHECKING:
+    from ..trainer import AdaptiveGRPOTrainer
 
 Message = dict[str, Any]
 
@@ -116,7 +119,7 @@ class Talk:
             Most tokens of a conversation, prompt and answers included. Defaults to what the model or vLLM can hold.
     """
 
-    def __init__(self, trainer, max_conversation_length: int | None = None):
+    def __init__(self, trainer: "AdaptiveGRPOTrainer", max_conversation_length: int | None = None) -> None:
         self.trainer = trainer
         limits = [max_conversation_length, getattr(trainer.model.config, "max_position_embeddings", None)]
         if trainer.use_vllm and trainer.vllm_mode == "colocate":
@@ -209,7 +212,7 @@ class Talk:
         dummy = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "dummy"}]
 
         def render(conversation: list[Message], add_generation_prompt: bool) -> list[int]:
-            return trainer.processing_class.apply_chat_template(
+            ids: list[int] = trainer.processing_class.apply_chat_template(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=True,
@@ -217,6 +220,7 @@ class Talk:
                 return_dict=False,
                 **trainer.chat_template_kwargs,
             )
+            return ids
 
         before, after = render(dummy, False), render(dummy + messages, True)
         # What the model generates ends with the end of the turn; a template may write more, such as a line break.

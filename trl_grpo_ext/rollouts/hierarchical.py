@@ -1,10 +1,12 @@
 """Plans and their implementations: a tree with two levels, each with credit of its own."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from ..answers import Answer, RolloutRow
 from ..callbacks import GRPOCallback, RolloutBatch
@@ -12,6 +14,10 @@ from ..credit import plan_share, returns, tree_advantages
 from ..rollout import eval_datasets
 from ..sampler import RolloutPlan
 from .dialogue import Dialogue, Talk, read_turns, roll_out_rows
+
+if TYPE_CHECKING:
+    from ..config import AdaptiveGRPOConfig
+    from ..trainer import AdaptiveGRPOTrainer
 
 PLAN_TEMPLATE = "{prompt}\n\nFirst write a short plan of how you will answer. Do not answer yet."
 IMPLEMENTATION_TEMPLATE = "Now answer, following your plan."
@@ -70,7 +76,14 @@ class HierarchicalCallback(GRPOCallback):
 
     # Hooks
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         self.trainer = trainer
         self.talk = Talk(trainer, self.max_conversation_length)
         own_rows = args.generation_batch_size // args.world_size
@@ -101,12 +114,28 @@ class HierarchicalCallback(GRPOCallback):
             if isinstance(dataset, Dataset):
                 _check_prompts(dataset, place)
 
-    def on_plan(self, args, state, control, prompt_index, num_rows, num_processes, **kwargs):
+    def on_plan(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        num_processes: int,
+        **kwargs: Any,
+    ) -> RolloutPlan:
         prompts = prompt_index[: num_rows // self.num_rows]
         sizes = torch.tensor([self.num_plans] + [self.num_implementations] * self.num_plans)
         return RolloutPlan(sizes.repeat(prompts.numel()), prompts.repeat_interleave(sizes.numel()))
 
-    def on_generate(self, args, state, control, rows, **kwargs):
+    def on_generate(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        rows: list[dict[str, Any]],
+        **kwargs: Any,
+    ) -> list[RolloutRow]:
         if not self.trainer.model.training:
             rolled = roll_out_rows(self.talk, self._begin(rows), self._next)
             without = sum(len(row.answers) == 1 for row in rolled) / len(rolled)
@@ -120,15 +149,36 @@ class HierarchicalCallback(GRPOCallback):
         self.trainer._log_metric("hierarchical/overflowed", without)
         return rolled
 
-    def on_total_rewards(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_total_rewards(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor:
         return returns(batch.rewards, batch.parents)
 
-    def on_advantages(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_advantages(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor:
         return tree_advantages(
             batch.rewards, batch.turns, batch.group_ids, batch.num_groups, self.trainer.scale_rewards
         )
 
-    def on_rollouts(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_rollouts(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> None:
         is_plan = torch.eq(batch.turns, 0)
         number = is_plan.long().cumsum(0) - 1
         plan_ids = number[batch.parents[~is_plan]]

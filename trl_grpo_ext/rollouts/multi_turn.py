@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerControl, TrainerState
 
 from ..advantages import total_rewards
 from ..answers import Answer, RolloutRow
@@ -17,6 +18,10 @@ from ..rollout import eval_datasets
 from ..sampler import RolloutPlan
 from ..state import check_state
 from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out_rows
+
+if TYPE_CHECKING:
+    from ..config import AdaptiveGRPOConfig
+    from ..trainer import AdaptiveGRPOTrainer
 
 HISTORIES = ("shared", "independent")
 CARRIES = ("random", "best")
@@ -93,7 +98,14 @@ class MultiTurnCallback(GRPOCallback):
 
     # Hooks
 
-    def on_setup(self, args, state, control, trainer, **kwargs):
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
         self.trainer = trainer
         self.talk = Talk(trainer, self.max_conversation_length)
         self.num_turns = self._read(trainer.train_dataset)
@@ -133,7 +145,16 @@ class MultiTurnCallback(GRPOCallback):
                     "history='shared'"
                 )
 
-    def on_plan(self, args, state, control, prompt_index, num_rows, num_processes, **kwargs):
+    def on_plan(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        prompt_index: Tensor,
+        num_rows: int,
+        num_processes: int,
+        **kwargs: Any,
+    ) -> RolloutPlan | None:
         if self.history == "independent":
             return None
         turns = self.num_turns[prompt_index].tolist()
@@ -143,7 +164,14 @@ class MultiTurnCallback(GRPOCallback):
         indices, sizes = torch.tensor(groups).T
         return RolloutPlan(group_sizes=sizes, prompt_index=indices)
 
-    def on_generate(self, args, state, control, rows, **kwargs):
+    def on_generate(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        rows: list[dict[str, Any]],
+        **kwargs: Any,
+    ) -> list[RolloutRow]:
         self._lengths: list[int] = []
         self._num_overflows = 0
         if self.trainer.model.training and self.history == "shared":
@@ -160,15 +188,23 @@ class MultiTurnCallback(GRPOCallback):
         self.trainer._log_metric("multi_turn/overflowed", self._num_overflows / len(self._lengths))
         return rolled
 
-    def on_advantages(self, args, state, control, batch: RolloutBatch, **kwargs):
+    def on_advantages(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        **kwargs: Any,
+    ) -> Tensor | None:
         if self.history == "independent":
             following = returns(batch.rewards, batch.parents)
             return leave_one_out_advantages(following, batch.group_ids, batch.num_groups, self.trainer.scale_rewards)
+        return None
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"num_batches": self.num_batches}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, num_batches=int)
         self.num_batches = state_dict["num_batches"]
 
@@ -275,6 +311,7 @@ class MultiTurnCallback(GRPOCallback):
         if self.carry != "best":
             return torch.zeros(len(answers))
         trainer = self.trainer
+        assert trainer.rollout is not None  # because this callback generates
         rewards, own = trainer.rollout.score(answers, spare)
         total = total_rewards(rewards, trainer.reward_weights.to(rewards.device)).cpu()
         # What reward functions log is for the answers as a whole, which are scored once more.
