@@ -14,8 +14,8 @@ versions:
 	  $$environment/bin/pip install --quiet torch==2.13.0 && \
 	  $$environment/bin/pip install --quiet -e ".[test]" "trl==$$trl.*" && \
 	  $$environment/bin/pip list 2>/dev/null | grep -iE '^(trl|transformers|accelerate|datasets|peft|torch) ' && \
-	  kernels=$$([ $$trl != 1.15 ] || echo $$PWD/.ci/trl-1.15) && \
-	  PYTHONPATH=$$kernels PATH=$$PWD/$$environment/bin:$$PATH $$environment/bin/python -m pytest -q $(TESTS) > $$environment/report.txt 2>&1; \
+	  { [ $$trl != 1.15 ] || cp .ci/trl-1.15/sitecustomize.py $$environment/lib/python3*/site-packages; } && \
+	  PATH=$$PWD/$$environment/bin:$$PATH $$environment/bin/python -m pytest -q $(TESTS) > $$environment/report.txt 2>&1; \
 	  status=$$?; tail -n 1 $$environment/report.txt; [ $$status -eq 0 ] || failed="$$failed $$trl"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 

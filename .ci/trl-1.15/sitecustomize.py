@@ -1,7 +1,7 @@
 """
 The one kernel with which TRL 1.15 trains on a CPU, in plain torch, so that the test suite runs where Triton does not.
 
-`make versions` puts this folder on PYTHONPATH for TRL 1.15 only: Python imports a module of this name by itself.
+`make versions` copies this file into the environment of TRL 1.15: Python imports a module of this name by itself.
 """
 
 import sys
