@@ -90,7 +90,7 @@ def test_shipped_files_are_well_formed(name):
 
 def test_the_harmless_set_is_half_harmful_in_both_splits():
     prompts = load_prompts("harmless", columns=["reference", "harmful"])
-    assert [len(prompts[split]) for split in ("train", "test")] == [96, 32]
+    assert [len(prompts[split]) for split in ("train", "test")] == [192, 64]
     assert [sum(prompts[split]["harmful"]) for split in ("train", "test")] == [96, 32]
 
 
