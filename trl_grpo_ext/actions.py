@@ -147,10 +147,9 @@ class CoolLearningRate(Action):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
-        assert optimizer is not None  # transformers passes it
         self._rates = [group["lr"] for group in optimizer.param_groups]
         if self.num_left > 0:
             for group in optimizer.param_groups:
@@ -161,10 +160,9 @@ class CoolLearningRate(Action):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer,
         **kwargs: Any,
     ) -> None:
-        assert optimizer is not None
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
 
@@ -206,11 +204,11 @@ class CapGroupSize(Action):
                 f"on_alarm asks for 'cap_group_size', and group_size={args.group_size!r} gives every prompt "
                 "num_generations: set group_size='variance' or 'threshold', or use 'cool_lr'"
             )
-        assert args.max_group_size is not None  # __post_init__ has set it
-        self.cap = max(args.num_generations, args.max_group_size // 2)
-        if self.cap >= args.max_group_size:
+        self.smallest, self.largest = args.group_size_bounds
+        self.cap = max(args.num_generations, self.largest // 2)
+        if self.cap >= self.largest:
             raise ValueError(
-                f"on_alarm asks for 'cap_group_size', and max_group_size={args.max_group_size} cannot be lowered "
+                f"on_alarm asks for 'cap_group_size', and max_group_size={self.largest} cannot be lowered "
                 f"without going below num_generations={args.num_generations}: raise max_group_size, or use 'cool_lr'"
             )
 
@@ -228,25 +226,20 @@ class CapGroupSize(Action):
         control: TrainerControl,
         prompt_index: Tensor,
         num_rows: int,
-        sizes: Tensor | None = None,
+        *,
+        sizes: Tensor,
         **kwargs: Any,
     ) -> Tensor | None:
         if self.is_capped:
-            assert args.min_group_size is not None  # __post_init__ has set it
-            assert sizes is not None  # the planner passes it
             if sizes.numel() * self.cap < num_rows:  # fewer and larger groups were asked for: let in more prompts
                 more = prompt_index.numel() - sizes.numel()
                 sizes = torch.cat([sizes.float(), torch.full((more,), float(args.num_generations))])
-            num_groups = num_groups_that_fit(sizes, num_rows, args.min_group_size, self.cap)
-            return fit_group_sizes(sizes[:num_groups], num_rows, args.min_group_size, self.cap)
+            num_groups = num_groups_that_fit(sizes, num_rows, self.smallest, self.cap)
+            return fit_group_sizes(sizes[:num_groups], num_rows, self.smallest, self.cap)
         return None
 
-    def on_step_end(
-        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        largest = self.cap if self.is_capped else args.max_group_size
-        assert largest is not None  # __post_init__ has set it
-        self._log({"actions/max_group_size": float(largest)})
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._log({"actions/max_group_size": float(self.cap if self.is_capped else self.largest)})
 
     def state_dict(self) -> dict[str, Any]:
         return {"is_capped": self.is_capped}

@@ -319,19 +319,25 @@ class AdaptiveGRPOConfig(GRPOConfig):
                     f"{effect}: set skip_zero_advantage=False or {name}={neutral}"
                 )
 
-    def check_group_sizes(self) -> None:
-        """Raise `ValueError` when groups of different sizes cannot fill a generation batch."""
+    @property
+    def group_size_bounds(self) -> tuple[int, int]:
+        """Completions of the smallest and of the largest group."""
         assert self.min_group_size is not None  # __post_init__ has set both
         assert self.max_group_size is not None
-        if not self.min_group_size <= self.num_generations <= self.max_group_size:
+        return self.min_group_size, self.max_group_size
+
+    def check_group_sizes(self) -> None:
+        """Raise `ValueError` when groups of different sizes cannot fill a generation batch."""
+        smallest, largest = self.group_size_bounds
+        if not smallest <= self.num_generations <= largest:
             raise ValueError(
-                f"num_generations={self.num_generations} is outside min_group_size={self.min_group_size} to "
-                f"max_group_size={self.max_group_size}: it is the mean group size, so set it between them"
+                f"num_generations={self.num_generations} is outside min_group_size={smallest} to "
+                f"max_group_size={largest}: it is the mean group size, so set it between them"
             )
-        if self.generation_batch_size < 2 * self.min_group_size:
+        if self.generation_batch_size < 2 * smallest:
             raise ValueError(
                 f"generation_batch_size={self.generation_batch_size} rows cannot hold two groups of "
-                f"min_group_size={self.min_group_size}, and one group has nothing to trade with: raise "
+                f"min_group_size={smallest}, and one group has nothing to trade with: raise "
                 "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps, or lower "
                 "min_group_size"
             )

@@ -191,7 +191,7 @@ class ThresholdGroupSizeCallback(GRPOCallback):
         trainer: "AdaptiveGRPOTrainer",
         **kwargs: Any,
     ) -> None:
-        self.bounds = (args.min_group_size, args.max_group_size)
+        self.bounds = args.group_size_bounds
         self.sizes = torch.full((len(trainer.train_dataset),), args.num_generations, dtype=torch.int16)
 
     def on_group_sizes(
@@ -269,10 +269,8 @@ class VarianceGroupSizeCallback(GRPOCallback):
         num_rows: int,
         **kwargs: Any,
     ) -> Tensor:
-        assert args.min_group_size is not None  # __post_init__ has set both
-        assert args.max_group_size is not None
         variance = self.posterior.variance(prompt_index[: num_rows // args.num_generations])
-        return fit_group_sizes(variance, num_rows, args.min_group_size, args.max_group_size)
+        return fit_group_sizes(variance, num_rows, *args.group_size_bounds)
 
     def on_rollouts(
         self,

@@ -302,12 +302,6 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     config = loaded.config
     for leftover in ("quantization_config", "_model_name_or_path"):
         config.__dict__.pop(leftover, None)
-    # The loaded model is marked as quantised in several attributes, and the marks block saving and training. A fresh
-    # model carries none of them.
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if (tokenizer.eos_token_id, len(tokenizer)) != (config.eos_token_id, config.vocab_size):
         raise ImportError(
@@ -315,6 +309,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
             f"{len(tokenizer)} tokens and the end token {tokenizer.eos_token!r}: use a newer transformers (pip install "
             "--upgrade transformers), or pass the path of a local model"
         )
+    # The loaded model is marked as quantised in several attributes, and the marks block saving and training. A fresh
+    # model carries none of them.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+
     # What the GGUF path loses. Without `Digits`, "=  7" is split as "=", " ", " ", "7" instead of "=", "  ", "7".
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)

@@ -28,9 +28,7 @@ class Planner:
 
     def __init__(self, args: AdaptiveGRPOConfig, dataset: Dataset):
         self.args = args
-        assert args.min_group_size is not None  # __post_init__ has set both
-        assert args.max_group_size is not None
-        self.bounds = (args.min_group_size, args.max_group_size)
+        self.bounds = args.group_size_bounds
         self.sampler = PromptSampler(len(dataset), args.seed, args.shuffle_dataset)
 
     def plan(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> RolloutPlan:

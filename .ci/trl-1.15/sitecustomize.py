@@ -15,10 +15,7 @@ class ChunkedLogProbFunction:
     def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=None):
         import torch
 
-        device = hidden.device.type
         logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float() * scale
-        if torch.is_autocast_enabled(device):
-            logits = logits.to(torch.get_autocast_dtype(device)).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits / temperature

@@ -157,7 +157,7 @@ class LeanGRPOTrainer(GRPOTrainer):
             return values.new_zeros(num_rows, logits_to_keep).index_copy(0, rows, values)
 
         logps = restored(logps)
-        entropies = restored(entropies) if compute_entropy and entropies is not None else None
+        entropies = restored(entropies) if entropies is not None else None
         if self._rows is not None and len(rows) < num_rows:
             _, mask, old_logps = self._rows
             if old_logps is not None:  # a ratio of 1, which times an advantage of 0 is 0
