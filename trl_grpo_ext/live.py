@@ -384,7 +384,7 @@ def _training_frame() -> int | None:
     return None if frame is None else id(frame)
 
 
-def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+def _stream_handlers() -> "list[logging.StreamHandler[Any]]":  # Python 3.10 cannot subscript it
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     handlers = {handler for log in loggers for handler in getattr(log, "handlers", [])}
     # That of last resort looks its stream up each time.
