@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
 
-import httpx  # comes with huggingface_hub
+import httpx  # comes with the extra `test`
 import psutil  # comes with accelerate
 from judge_server import score
 from skills import MAX_COMPLETION, as_dataset, make_examples, make_model, make_tokenizer
