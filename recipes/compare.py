@@ -54,6 +54,7 @@ class Options:
     target: float = field(default=0.8, metadata={"help": "Held-out helpfulness to count up to."})
     further: float = field(default=0.9, metadata={"help": "One more to count up to."})
     eval_every: int = field(default=128, metadata={"help": "Rollouts between two evaluations of the tiny task."})
+    workers: int = field(default=1, metadata={"help": "Trainings at a time, each on one thread."})
     output_dir: str = field(default="runs/compare", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed, one pool and a budget of 2 steps."})
 
@@ -63,6 +64,8 @@ class Options:
             raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
         if self.task not in ("tiny", "smollm2"):
             raise ValueError(f"task={self.task!r} is unknown: use 'tiny' or 'smollm2'")
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} runs nothing: use at least 1")
         if self.smoke:
             self.seeds, self.pools, self.rollouts, self.warm_start = 1, self.pools[:1], 2 * self.rows, 10
             self.learning_rates, self.dpo_budgets, self.eval_every = self.learning_rates[:1], [self.rows], self.rows
@@ -97,7 +100,7 @@ def tune(options: Options, cells: Cells, method: str) -> tuple[float, dict[float
     while rates:
         for rate in rates:
             grid = [make_cell(options, tuned, options.pools[0], seed, rate) for seed in options.tuning_seeds]
-            scores[rate] = mean(results.score(cells.run(cell)) for cell in grid)
+            scores[rate] = mean(results.score(record) for record in cells.run(grid))
         best = max(scores, key=scores.__getitem__)
         # The best of a grid says little while it is the last one at an end of it.
         rates = [best / 3] if best == min(scores) else [best * 3] if best == max(scores) else []
@@ -108,17 +111,16 @@ def main(options: Options) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SystemExit("compare.py trains each cell on one process: launch it with --num_processes 1")
     folder = Path(options.output_dir)
-    cells = Cells(folder / "cells", functools.partial(work, options=options))
+    cells = Cells(folder / "cells", functools.partial(work, options=options), options.workers)
     grid = {method: tune(options, cells, method) for method in options.methods}
-    records = []
-    for seed in range(options.seeds):
-        for pool in options.pools:
-            for method in options.methods:
-                budgets = options.dpo_budgets if method == "DPO" else []
-                for rollouts in [*budgets, options.rollouts]:
-                    record = cells.run(make_cell(options, method, pool, seed, grid[method][0], rollouts))
-                    records.append(record)
-                    print(results.describe(record), flush=True)
+    trainings = [
+        make_cell(options, method, pool, seed, grid[method][0], rollouts)
+        for seed in range(options.seeds)
+        for pool in options.pools
+        for method in options.methods
+        for rollouts in [*(options.dpo_budgets if method == "DPO" else []), options.rollouts]
+    ]
+    records = cells.run(trainings, lambda record: print(results.describe(record), flush=True))
     results.write(records, grid, folder, (options.start, options.target, options.further))
     print((folder / "table.md").read_text())
 

@@ -3,9 +3,11 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -46,20 +48,63 @@ def test_a_cell_runs_once_and_a_failed_one_again(tmp_path):
 
     cells = Cells(tmp_path / "cells", work)
     a, b = ({"method": name, "pool": "p", "seed": 3} for name in "ab")
-    assert cells.run(a) == {"cell": a, "result": {"value": 3}}
-    failed = cells.run(b)
+    assert cells.run([a]) == [{"cell": a, "result": {"value": 3}}]
+    (failed,) = cells.run([b])
     assert failed["error"].splitlines()[-1] == "RuntimeError: no luck"
     assert json.loads(cells.path(b).read_text()) == failed
     again = Cells(tmp_path / "cells", work)  # after a restart
-    assert again.run(a)["result"] == {"value": 3}
-    assert again.run(b)["result"] == {"value": 3}
+    assert [record["result"] for record in again.run([b, a])] == [{"value": 3}] * 2
+    assert again.run([b, a]) == again.run([a, b])[::-1]
     assert log.read_text() == "abb"
     assert {path.suffix for path in (tmp_path / "cells").iterdir()} == {".json"}
 
 
 def test_a_cell_that_kills_its_process_is_recorded(tmp_path):
-    record = Cells(tmp_path, lambda cell: os._exit(9)).run({"method": "a"})
+    (record,) = Cells(tmp_path, lambda cell: os._exit(9)).run([{"method": "a"}])
     assert "exit code 9" in record["error"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_run_side_by_side_and_give_what_one_gives(tmp_path, workers):
+    log = tmp_path / "log"
+    together = multiprocessing.get_context("fork").Barrier(workers, timeout=60)
+
+    def work(cell):
+        with log.open("a") as file:
+            file.write("<")
+        together.wait()  # passed by as many as there are workers, or by none
+        with log.open("a") as file:
+            file.write(">")
+        if cell["seed"] == 1:
+            os._exit(9)  # takes none of its neighbours along
+        return {"value": cell["seed"]}
+
+    grid = [{"method": "a", "seed": seed} for seed in range(4)]
+    done = []
+    records = Cells(tmp_path / "cells", work, workers).run(grid, done.append)
+    assert [record["cell"] for record in records] == grid
+    assert [record.get("result", {}).get("value") for record in records] == [0, None, 2, 3]
+    assert "exit code 9" in records[1]["error"]
+    assert sorted(done, key=lambda record: record["cell"]["seed"]) == records
+    depths = accumulate(1 if sign == "<" else -1 for sign in log.read_text())
+    assert max(depths) == workers
+
+
+def test_a_record_is_reported_when_it_is_there_and_given_in_order(tmp_path):
+    later = multiprocessing.get_context("fork").Event()
+
+    def work(cell):
+        if cell["seed"] == 0:
+            assert later.wait(60)
+        if cell["seed"] == 2:
+            later.set()
+        return {}
+
+    done = []
+    records = Cells(tmp_path, work, 2).run([{"seed": seed} for seed in range(3)], done.append)
+    assert [record["cell"]["seed"] for record in done] == [1, 2, 0]
+    assert [record["cell"]["seed"] for record in records] == [0, 1, 2]
+    assert all("result" in record for record in records)
 
 
 def test_a_result_is_not_taken_for_that_of_other_settings(tmp_path):
@@ -67,7 +112,7 @@ def test_a_result_is_not_taken_for_that_of_other_settings(tmp_path):
     cells = Cells(tmp_path, lambda cell: {"warm_start": cell["warm_start"]})
     for given in (options, other):
         cell = compare.make_cell(given, "PPO", "mixed", 0, 1e-3)
-        assert cells.run(cell)["result"] == {"warm_start": given.warm_start}
+        assert cells.run([cell])[0]["result"] == {"warm_start": given.warm_start}
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -88,7 +133,7 @@ def test_crossing_by_hand():
     assert results.crossing(curve, 0.75) == pytest.approx((250, 25))
     assert results.crossing(curve, 0.4) == (0, 0)
     assert results.crossing(curve, 0.95) == (math.inf, math.inf)
-    assert results.crossing([[0, 0, math.nan], [10, 1, math.nan]], 0.5) == (math.inf, math.inf)
+    assert all(map(math.isnan, results.crossing([[0, 0, math.nan], [10, 1, math.nan]], 0.5)))
 
 
 def test_table_by_hand():
@@ -113,6 +158,24 @@ def test_table_by_hand():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_table_of_a_task_without_a_curve_by_hand():
+    costs = {(methods.STOCK, 0): 10.0, (methods.STOCK, 1): 20.0, ("PPO", 0): 40.0, ("helpful.yaml", 0): 5.0}
+    costs |= {("helpful.yaml", 1): 15.0}
+    records = [record(method, seed, [[0, 0, math.nan], [100, 10, math.nan]]) for method, seed in costs]
+    for entry, cost in zip(records, costs.values(), strict=True):
+        entry["result"]["cpu_seconds"] = cost
+    levels = (0.6, 0.8, 0.9)
+    lines = results.table(results.rows_of(records, levels), levels).splitlines()
+    head, _, _, of_ppo, ours = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert not any("rollouts" in name for name in head)
+    assert ours[head.index("reward")] == "1.300 (1.300 to 1.300)"
+    # 5 / 10 and 15 / 20 of stock's; of PPO's only 5 / 40, as it has one seed.
+    place = head.index("CPU s")
+    assert ours[place : place + 3] == ["10 (5 to 15)", "0.62 (0.50 to 0.75)", "0.12 (0.12 to 0.12)"]
+    assert of_ppo[place : place + 3] == ["40 (40 to 40)", "4.00 (4.00 to 4.00)", "1.00 (1.00 to 1.00)"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
 def test_runs_at_several_budgets_are_one_curve():
     small = record("DPO", 0, [[0, 0, 0.5], [50, 5, 0.6]], rollouts=50)
     large = record("DPO", 0, [[0, 0, 0.5], [100, 10, 0.9]], rollouts=100)
@@ -126,12 +189,12 @@ def test_the_learning_rate_is_that_of_the_best_mean_over_the_tuning_seeds():
     asked = []
 
     class Fixed:
-        def run(self, cell):
-            asked.append((cell["method"], cell["pool"], cell["seed"], cell["learning_rate"]))
-            value = values[cell["learning_rate"]] if cell["seed"] == 100 else 0.4
-            return record("", 0, [[0, 0, 0.0], [10, 1, value]])
+        def run(self, cells):
+            asked.extend((cell["method"], cell["pool"], cell["seed"], cell["learning_rate"]) for cell in cells)
+            values = [rates[cell["learning_rate"]] if cell["seed"] == 100 else 0.4 for cell in cells]
+            return [record("", 0, [[0, 0, 0.0], [10, 1, value]]) for value in values]
 
-    values = {3e-4: 0.6, 1e-3: 0.8, 3e-3: 0.5}
+    rates = {3e-4: 0.6, 1e-3: 0.8, 3e-3: 0.5}
     rate, scores = compare.tune(parse(), Fixed(), "shared compute")
     assert rate == 1e-3
     assert scores == pytest.approx({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.45})
@@ -140,12 +203,13 @@ def test_the_learning_rate_is_that_of_the_best_mean_over_the_tuning_seeds():
 
 
 def test_a_grid_goes_on_where_its_end_is_best():
-    values = {3e-4: 0.8, 1e-3: 0.7, 3e-3: 0.6, 1e-4: 0.9, 1e-4 / 3: 0.85}
+    rates = {3e-4: 0.8, 1e-3: 0.7, 3e-3: 0.6, 1e-4: 0.9, 1e-4 / 3: 0.85}
 
     class Fixed:
-        def run(self, cell):
-            value = next(v for rate, v in values.items() if rate == pytest.approx(cell["learning_rate"]))
-            return record("", 0, [[0, 0, 0.0], [10, 1, value]])
+        def run(self, cells):
+            (asked,) = {cell["learning_rate"] for cell in cells}
+            value = next(value for rate, value in rates.items() if rate == pytest.approx(asked))
+            return [record("", 0, [[0, 0, 0.0], [10, 1, value]]) for _ in cells]
 
     rate, scores = compare.tune(parse(), Fixed(), "DPO")
     assert rate == pytest.approx(1e-4)
@@ -243,11 +307,13 @@ def test_unknown_names_are_refused():
         compare.Options(methods=["PP0"])
     with pytest.raises(ValueError, match="task='big'"):
         compare.Options(task="big")
+    with pytest.raises(ValueError, match="workers=0 runs nothing: use at least 1"):
+        compare.Options(workers=0)
 
 
 def test_smoke(tmp_path):
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch"]
-    command = [*launch, "recipes/compare.py", "--smoke", "--output_dir", str(tmp_path)]
+    command = [*launch, "recipes/compare.py", "--smoke", "--workers", "2", "--output_dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     with (tmp_path / "results.csv").open() as file:

@@ -3,15 +3,19 @@
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 Work = Callable[[dict[str, Any]], dict[str, Any]]
+Done = Callable[[dict[str, Any]], None]
 
 
 class Cells:
@@ -27,10 +31,12 @@ class Cells:
             Where the files are.
         work (`Callable[[dict], dict]`):
             Runs a cell and returns its result, which JSON can hold.
+        workers (`int`, *optional*, defaults to `1`):
+            How many run at a time.
     """
 
-    def __init__(self, folder: Path, work: Work):
-        self.folder, self.work = folder, work
+    def __init__(self, folder: Path, work: Work, workers: int = 1):
+        self.folder, self.work, self.workers = folder, work, workers
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, cell: dict[str, Any]) -> Path:
@@ -38,34 +44,75 @@ class Cells:
         words = [str(cell[key]) for key in ("pool", "method", "seed", "learning_rate", "rollouts") if key in cell]
         return self.folder / f"{re.sub(r'[^a-z0-9.]+', '-', '_'.join(words).lower())}_{digest}.json"
 
-    def run(self, cell: dict[str, Any]) -> dict[str, Any]:
-        """The record of a cell: `cell`, and `result` or `error`."""
+    def run(self, cells: list[dict[str, Any]], done: Done | None = None) -> list[dict[str, Any]]:
+        """
+        Run cells, `workers` of them at a time.
+
+        Args:
+            cells (`list[dict]`):
+                Their settings.
+            done (`Callable[[dict], None]`, *optional*):
+                Called with the record of each, as soon as it is there.
+
+        Returns:
+            `list[dict]`:
+                The record of each cell, in the order of `cells`: `cell`, and `result` or `error`.
+        """
+        records: dict[int, dict[str, Any]] = {}
+        running: dict[Connection, tuple[int, BaseProcess]] = {}
+        waiting = deque(range(len(cells)))
+        while waiting or running:
+            while waiting and len(running) < self.workers:
+                index = waiting.popleft()
+                record = self._kept(cells[index])
+                if record is None:
+                    receiver, child = _start(self.work, cells[index])
+                    running[receiver] = index, child
+                    continue
+                records[index] = record
+                if done:
+                    done(record)
+            ready = multiprocessing.connection.wait(list(running), None if running else 0)
+            for receiver in [receiver for receiver in running if receiver in ready]:
+                index, child = running.pop(receiver)
+                records[index] = self._keep(cells[index], _finish(receiver, child))
+                if done:
+                    done(records[index])
+        return [records[index] for index in range(len(cells))]
+
+    def _kept(self, cell: dict[str, Any]) -> dict[str, Any] | None:
         path = self.path(cell)
-        if path.exists():
-            record: dict[str, Any] = json.loads(path.read_text())
-            if "error" not in record:
-                return record
-        record = dict(cell=cell, **in_child(self.work, cell))
+        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"error": ""}
+        return None if "error" in record else record
+
+    def _keep(self, cell: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
+        record = {"cell": cell, **outcome}
+        path = self.path(cell)
         part = path.with_suffix(f".{os.getpid()}.part")  # another process may run the same cell
         part.write_text(json.dumps(record, indent=1))
         os.replace(part, path)
         return record
 
 
-def in_child(work: Work, cell: dict[str, Any]) -> dict[str, Any]:
-    """Run a cell in a forked process, which shares no state with the next and may crash without taking others along."""
+def _start(work: Work, cell: dict[str, Any]) -> tuple[Connection, BaseProcess]:
+    """A cell in a forked process, which shares no state with the others and may crash without taking them along."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_report, args=(work, cell, sender))
     child.start()
     sender.close()
+    return receiver, child
+
+
+def _finish(receiver: Connection, child: BaseProcess) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = receiver.recv()
+        outcome: dict[str, Any] = receiver.recv()
     except EOFError:
         child.join()
-        record = {"error": f"the process ended with exit code {child.exitcode} before it had a result"}
+        outcome = {"error": f"the process ended with exit code {child.exitcode} before it had a result"}
     child.join()
-    return record
+    receiver.close()
+    return outcome
 
 
 def _report(work: Work, cell: dict[str, Any], sender: Connection) -> None:

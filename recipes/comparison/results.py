@@ -18,6 +18,7 @@ SHOWN = {"PPO": 5, "DPO": 1, "RLOO": 3, STOCK: 0, "variance + online": 2, "all t
 BARS = "#56B4E9"
 
 Levels = tuple[float, float, float]  # of held-out helpfulness: to count from, up to, and further up to
+Line = list[tuple[str, str]]  # name of each column, and what it says
 
 
 def score(record: dict[str, Any]) -> float:
@@ -37,7 +38,9 @@ def describe(record: dict[str, Any]) -> str:
 
 def crossing(curve: list[list[float]], level: float) -> tuple[float, float]:
     """
-    Rollouts and prompts at which a curve first reaches a level, linear between its points; infinite if it does not.
+    Rollouts and prompts at which a curve first reaches a level, linear between its points.
+
+    Infinite if it does not, NaN if nothing was measured on the way.
 
     ```python
     >>> crossing([[0, 0, 0.5], [100, 10, 0.7]], 0.6)
@@ -51,7 +54,8 @@ def crossing(curve: list[list[float]], level: float) -> tuple[float, float]:
             part = 1.0 if point[2] == before[2] else (level - before[2]) / (point[2] - before[2])
             return tuple(a + max(0.0, part) * (b - a) for a, b in zip(before[:2], point[:2], strict=True))  # type: ignore[return-value]
         before = point
-    return math.inf, math.inf
+    never = math.inf if before[2] == before[2] else math.nan
+    return never, never
 
 
 def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any]]:
@@ -71,7 +75,7 @@ def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any
             (begin, _), (reached, prompts), (further, _) = (crossing(curve, level) for level in levels)
             result = whole["result"]
             names = ("informative_share", "rollouts", "prompts", "models", "trained_parameters", "peak_memory_mb")
-            row |= {"between": reached - begin if reached < math.inf else math.inf}
+            row |= {"between": reached - begin if reached != math.inf else math.inf}
             row |= {"to_target": reached, "to_further": further}
             row |= {"prompts_to_target": prompts, **result["final"]}
             row |= {name: result[name] for name in (*names, "cpu_seconds", "wall_seconds")}
@@ -89,40 +93,60 @@ def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def table(rows: list[dict[str, Any]], levels: Levels) -> str:
-    """Markdown, a line for each pool and method; ratios are taken seed by seed."""
-    start, target, further = levels
-    columns = ["pool", "method", "learning rate", f"rollouts {start:g} to {target:g}", f"prompts to {target:g}"]
-    for level in (target, further):
-        columns += [f"rollouts to {level:g}", "of stock GRPO's", "of PPO's"]
-    columns += ["helpfulness", "harmlessness", "length", "informative share", "CPU s", "models", "trained", "peak MB"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    """
+    Markdown, a line for each pool and method; ratios are taken seed by seed.
+
+    A task that has no curve has no rollouts to a level either: it is told by the reward at the end and by its cost.
+    """
+    with_curve = any(row["to_target"] == row["to_target"] for row in rows if not row["error"])
+    lines = []
     for pool, method in dict.fromkeys((row["pool"], row["method"]) for row in rows):
         own = [row for row in rows if (row["pool"], row["method"]) == (pool, method)]
         good = [row for row in own if not row["error"]]
         errors = [row["error"] for row in own if row["error"]]
         failed = f" ({len(errors)} of {len(own)} runs failed: {errors[0]})" if errors else ""
-        cells = [pool, method + failed, f"{own[0]['learning_rate']:g}"]
-        if good:
-            cells += [spread([row[name] for row in good], 0) for name in ("between", "prompts_to_target")]
-            for name in ("to_target", "to_further"):
-                cells.append(spread([row[name] for row in good], 0))
-                cells += [_ratio(name, good, rows, other) for other in (STOCK, "PPO")]
-            cells += [spread([row[name] for row in good], 3) for name in ("helpfulness", "harmlessness")]
-            cells.append(spread([row["length"] for row in good], 2))
-            # Groups of one cannot differ.
-            cells.append("-" if method == "PPO" else spread([row["informative_share"] for row in good], 2))
-            cells.append(spread([row["cpu_seconds"] for row in good], 0))
-            cells += [f"{good[0][name]:,}" for name in ("models", "trained_parameters")]
-            cells.append(f"{median(row['peak_memory_mb'] for row in good):.0f}")
-        lines.append("| " + " | ".join(cells + ["-"] * (len(columns) - len(cells))) + " |")
-    return "\n".join(lines) + "\n"
+        line = [("pool", pool), ("method", method + failed), ("learning rate", f"{own[0]['learning_rate']:g}")]
+        if good and with_curve:
+            line += _rollouts(good, rows, levels)
+        lines.append(line + (_ends(good, rows, with_curve) if good else []))
+    columns = [name for name, _ in max(lines, key=len)]
+    text = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for line in lines:
+        text.append("| " + " | ".join([cell for _, cell in line] + ["-"] * (len(columns) - len(line))) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _rollouts(good: list[dict[str, Any]], rows: list[dict[str, Any]], levels: Levels) -> Line:
+    start, target, further = levels
+    line = [(f"rollouts {start:g} to {target:g}", spread([row["between"] for row in good], 0))]
+    line.append((f"prompts to {target:g}", spread([row["prompts_to_target"] for row in good], 0)))
+    for name, level in (("to_target", target), ("to_further", further)):
+        line.append((f"rollouts to {level:g}", spread([row[name] for row in good], 0)))
+        line += _ratios(name, good, rows)
+    return line
+
+
+def _ends(good: list[dict[str, Any]], rows: list[dict[str, Any]], with_curve: bool) -> Line:
+    digits = {"helpfulness": 3, "harmlessness": 3, "length": 2} | ({} if with_curve else {"reward": 3})
+    line = [(name, spread([row[name] for row in good], places)) for name, places in digits.items()]
+    share = spread([row["informative_share"] for row in good], 2)
+    line.append(("informative share", "-" if good[0]["method"] == "PPO" else share))  # groups of one cannot differ
+    line.append(("CPU s", spread([row["cpu_seconds"] for row in good], 0)))
+    if not with_curve:
+        line += _ratios("cpu_seconds", good, rows)
+    line += [("models", f"{good[0]['models']:,}"), ("trained", f"{good[0]['trained_parameters']:,}")]
+    return [*line, ("peak MB", f"{median(row['peak_memory_mb'] for row in good):.0f}")]
+
+
+def _ratios(name: str, own: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Line:
+    return [("of stock GRPO's", _ratio(name, own, rows, STOCK)), ("of PPO's", _ratio(name, own, rows, "PPO"))]
 
 
 def _ratio(name: str, own: list[dict[str, Any]], rows: list[dict[str, Any]], other: str) -> str:
     base = {(row["pool"], row["seed"]): row for row in rows if row["method"] == other and not row["error"]}
     pairs = [(row, base[row["pool"], row["seed"]]) for row in own if (row["pool"], row["seed"]) in base]
     # Where the other did not get there, its whole run is counted: that makes its number too small, not too large.
-    ratios = [row[name] / min(its[name], its["rollouts"]) for row, its in pairs]
+    ratios = [row[name] / (its[name] if its[name] < math.inf else its["rollouts"]) for row, its in pairs]
     return spread(ratios, 2) if ratios else "-"
 
 
