@@ -45,6 +45,10 @@ REFUSED = {
         {"group_size": "threshold", "per_device_train_batch_size": 4, "min_group_size": 3},
         "generation_batch_size=4 rows cannot hold two groups of min_group_size=3.* lower min_group_size",
     ),
+    "no_room_for_two_prompts": (
+        {"group_size": "variance", "per_device_train_batch_size": 4},
+        "generation_batch_size=4 rows hold one prompt with num_generations=4 .* or lower num_generations",
+    ),
     "threshold": ({"group_std_threshold": -0.5}, "group_std_threshold=-0.5 must not be negative: try 0.1"),
     "rounds": ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds=-1 must not be negative: use 0 to switch it"),
     "range_order": ({"reward_clip_range": [10, -10]}, r"reward_clip_range=\[10, -10\] must be .*low < high.*-10, 10"),
@@ -117,6 +121,7 @@ def test_every_option_has_help_for_the_command_line():
 
 
 YAML = """
+per_device_train_batch_size: 32
 group_size: variance
 min_group_size: 2
 reward_clip_range: [-10, 10]
@@ -278,6 +283,18 @@ def test_planning_callback_of_the_user_is_checked_like_an_option(model_path, con
 def test_bounds_that_a_users_size_callback_cannot_meet_are_refused(model_path, config, dataset):
     options = {"per_device_train_batch_size": 10, "num_generations": 5, "min_group_size": 6, "max_group_size": 8}
     with pytest.raises(ValueError, match="num_generations=5 is outside min_group_size=6 to max_group_size=8"):
+        construct(model_path, config, dataset, callbacks=[VarianceGroupSizeCallback()], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"min_group_size": 4}, "equals a bound of the group size"),
+        ({"per_device_train_batch_size": 4}, "hold one prompt"),
+    ],
+)
+def test_a_users_variance_callback_is_checked_like_the_option(options, problem, model_path, config, dataset):
+    with pytest.raises(ValueError, match=problem):
         construct(model_path, config, dataset, callbacks=[VarianceGroupSizeCallback()], **options)
 
 

@@ -76,6 +76,19 @@ def test_yaml_reaches_the_configuration(text, tmp_path):
             assert getattr(args if hasattr(args, key) else model_args, key) == value
 
 
+def test_every_option_is_on_its_page_with_its_default():
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", DOCS["docs/options.md"], flags=re.MULTILINE))
+    own = {f.name: f for f in dataclasses.fields(AdaptiveGRPOConfig) if f.name not in GRPOConfig.__dataclass_fields__}
+    assert list(table) == list(own)
+    for name, stated in table.items():
+        field = own[name]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        if default is None:
+            assert not stated.startswith("`"), name  # nothing, or how it is derived
+        else:
+            assert yaml.safe_load(stated.strip("`")) == default, name
+
+
 def defined_in_docs() -> dict[str, type]:
     """The callbacks that the pages define."""
     namespace: dict = {}

@@ -275,12 +275,8 @@ class AdaptiveGRPOConfig(GRPOConfig):
             )
         if self.group_size != "fixed":
             self.check_group_sizes()
-        if self.group_size == "variance" and self.num_generations in (self.min_group_size, self.max_group_size):
-            raise ValueError(
-                f"num_generations={self.num_generations} equals a bound of the group size ({self.min_group_size} to "
-                f"{self.max_group_size}), so no group could give a row to another: set min_group_size below and "
-                "max_group_size above it, or raise num_generations"
-            )
+        if self.group_size == "variance":
+            self.check_variance_sizes()
         if not self.group_std_threshold >= 0:
             raise ValueError(f"group_std_threshold={self.group_std_threshold} must not be negative: try 0.1")
         if self.dynamic_sampling_rounds < 0:
@@ -340,6 +336,23 @@ class AdaptiveGRPOConfig(GRPOConfig):
                 f"min_group_size={smallest}, and one group has nothing to trade with: raise "
                 "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps, or lower "
                 "min_group_size"
+            )
+
+    def check_variance_sizes(self) -> None:
+        """Raise `ValueError` when no group could give a row to another, the number of prompts being that of TRL."""
+        smallest, largest = self.group_size_bounds
+        if self.num_generations in (smallest, largest):
+            raise ValueError(
+                f"num_generations={self.num_generations} equals a bound of the group size ({smallest} to {largest}), "
+                "so no group could give a row to another: set min_group_size below and max_group_size above it, or "
+                "raise num_generations"
+            )
+        if self.generation_batch_size < 2 * self.num_generations:
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} rows hold one prompt with num_generations="
+                f"{self.num_generations} completions, and one group has nothing to trade with: raise "
+                "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps, or lower "
+                "num_generations"
             )
 
 

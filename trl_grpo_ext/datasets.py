@@ -39,7 +39,7 @@ def load_prompts(
 
     Args:
         name (`str`, *optional*, defaults to `"helpful"`):
-            `"helpful"` (240 questions with a reference answer and a difficulty), `"harmless"` (128 harmful and harmless
+            `"helpful"` (240 questions with a reference answer and a difficulty), `"harmless"` (256 harmful and harmless
             requests with a reference answer and a column `harmful`) or `"multi_turn"` (63 conversations with `turns`
             and a `reference` for each turn), all shipped with the package; a local `.jsonl`, `.json`, `.csv` or
             `.parquet` file; or a folder, or the id of a dataset on the hub, as [`~datasets.load_dataset`] takes them.

@@ -258,6 +258,7 @@ class VarianceGroupSizeCallback(GRPOCallback):
         trainer: "AdaptiveGRPOTrainer",
         **kwargs: Any,
     ) -> None:
+        args.check_variance_sizes()
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
     def on_group_sizes(
