@@ -7,7 +7,17 @@ import torch
 from conftest import config_kwargs, count_vowels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
+from peft import PromptTuningConfig
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.compute.generation import (
@@ -56,6 +66,45 @@ def test_greedy_output_is_identical(model, seed, sizes, ends):
     ids, mask = prompts(seed, sizes)
     config = settings_for(eos=list(range(8, 8 + ends)) or None)
     assert torch.equal(ours(model, ids, mask, config), stock(model, ids, mask, config))
+
+
+@pytest.mark.parametrize("in_model", [False, True])
+def test_a_cache_that_is_switched_off_is_used_all_the_same(in_model, model, model_path):
+    ids, mask = prompts(0, [3, 2])
+    config = settings_for(eos=list(range(8, 28)), **({} if in_model else {"use_cache": False}))
+    if in_model:  # as in a checkpoint without a generation configuration
+        model = LlamaForCausalLM.from_pretrained(model_path).eval()
+        model.generation_config.use_cache = False
+    assert torch.equal(ours(model, ids, mask, config), stock(model, ids, mask, config))
+
+
+def test_models_without_keys_and_values_of_each_token():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 120}
+    recurrent = [MambaForCausalLM(MambaConfig(state_size=4, **sizes))]
+    hybrid = {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2}
+    recurrent.append(Lfm2ForCausalLM(Lfm2Config(intermediate_size=64, **hybrid, **sizes)))
+    for model in recurrent:
+        assert "linear attention or recurrence" in why_not_prefilled(model, settings_for())
+
+
+def test_tokens_of_peft_before_the_prompt(model):
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert "tokens that peft puts" in why_not_prefilled(model, settings_for(), peft_config)
+
+
+def test_the_trainer_falls_back_with_the_reason(model_path, dataset, tmp_path, caplog):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 120, "bos_token_id": 1, "eos_token_id": 2}
+    hybrid = {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2}
+    trainer = AdaptiveGRPOTrainer(
+        model=Lfm2ForCausalLM(Lfm2Config(intermediate_size=64, **hybrid, **sizes)),
+        reward_funcs=count_vowels,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, share_prompts=True, max_steps=1)),
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(model_path),
+    )
+    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
+        trainer.train()
+    assert "generation reads every copy of a prompt, because of linear attention or recurrence" in caplog.text
 
 
 def test_a_prompt_of_one_token(model):

@@ -159,6 +159,13 @@ def test_length_orders_within_an_optimizer_step_only(by_group):
         assert found == [[2, 0], [1, 3], [5, 7], [4, 6]]
 
 
+@pytest.mark.parametrize(("num_accumulated", "ordered"), [(1, True), (2, True), (3, False), (4, True), (8, True)])
+def test_length_does_not_order_where_a_step_goes_on_in_the_next_batch(num_accumulated, ordered):
+    parts = micro_batches([0] * 8, [3, 1, 4, 1, 5, 9, 2, 6], 2)
+    found = rows_of(compose(parts, num_accumulated, by_group=False, by_length=True))
+    assert (found != rows_of(parts)) == ordered
+
+
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans(), st.data())
 def test_no_row_is_lost(size, num_accumulated, by_group, by_length, data):

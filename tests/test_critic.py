@@ -1,11 +1,14 @@
 """The critic: generalised advantages against their definition, and PPO as a callback on real tiny runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import config_kwargs, has_answer
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
+from transformers import LlamaForCausalLM
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline, GRPOCallback
 from trl_grpo_ext.advantages import gae
@@ -192,6 +195,28 @@ def test_a_value_sees_only_what_was_written_before(model_path, dataset, tmp_path
 def test_features_that_lay_out_groups_are_refused(options, model_path, dataset, tmp_path):
     with pytest.raises(ValueError, match="lays out groups"):
         make_trainer(model_path, dataset, tmp_path, **options)
+
+
+def test_the_value_model_goes_where_the_training_is(model_path):
+    """Under DeepSpeed, and with `bf16_full_eval`, the policy gets there later."""
+    nowhere = torch.device("meta")
+    trainer = SimpleNamespace(
+        model=LlamaForCausalLM.from_pretrained(model_path),
+        accelerator=SimpleNamespace(device=nowhere, unwrap_model=lambda model: model),
+        grpo_callbacks=[],
+        rollout_func=None,
+        tools=None,
+        is_deepspeed_enabled=False,
+        _is_vlm=False,
+    )
+    critic = CriticBaseline()
+    critic.on_setup(SimpleNamespace(per_device_train_batch_size=2, learning_rate=1e-3), None, None, trainer=trainer)
+    held = critic.optimizer.param_groups[0]["params"]
+    assert {p.device for p in (*critic.value_model.parameters(), *held)} == {nowhere}
+    assert {p.device.type for p in trainer.model.parameters()} == {"cpu"}
+    trainer.rollout_func = print
+    with pytest.raises(ValueError, match="without tools and rollout_func"):
+        CriticBaseline().on_setup(None, None, None, trainer=trainer)
 
 
 def test_a_dataset_smaller_than_the_batch_comes_again(model_path, dataset, tmp_path):

@@ -310,6 +310,14 @@ def test_target_rises_while_the_reward_is_above_the_goal():
     assert 0.5 < position < 1.0
 
 
+def test_target_counts_what_was_sampled_and_thrown_away():
+    callback = made(TargetCurriculumCallback("d", goal=0.9, step_size=0.3, sensitivity=2.0), d=[0.0, 10.0, 30.0])
+    batch = rollouts({0: [1.0, 0.0, 1.0, 1.0]})
+    batch.discarded = rollouts({1: [1.0] * 8, 2: [1.0] * 8})
+    callback.on_rollouts(None, None, None, batch=batch)
+    assert callback.target == pytest.approx(0.3 * math.tanh(2 * (19 / 20 - 0.9)))
+
+
 def test_target_draws_prompts_near_it():
     callback = made(TargetCurriculumCallback("d", width=0.1, exploration=0.0), d=["easy", "hard", "medium"])
     for target, nearest in {0.0: 0, 0.5: 2, 1.0: 1}.items():

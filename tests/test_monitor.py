@@ -152,6 +152,13 @@ def test_advantages_per_token_count_where_there_is_a_token():
     assert look(MonitorCallback(), batch)["advantage/abs_mean"] == 0
 
 
+def test_a_completion_without_others_is_flat_unless_it_has_an_advantage():
+    batch = rollouts([0.0, 0.0, 1.0, 1.0], [0, 1, 2, 3], [[0.5, 0.0], [0.0, 0.0], [0.0, -0.5], [0.0, 0.0]])
+    batch.completion_lengths = torch.tensor([2, 2, 2, 2])
+    metrics = look(MonitorCallback(), batch)
+    assert (metrics["rollouts/flat_low"], metrics["rollouts/flat_high"]) == (0.25, 0.25)
+
+
 def test_high_and_low_go_by_the_rewards_of_the_run():
     monitor = MonitorCallback()
     # As long as one reward is all there is, its sign tells.

@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
 from trl_grpo_ext.credit import leave_one_out_advantages, returns
-from trl_grpo_ext.rewards import Length, as_reward, at_end
+from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
 from trl_grpo_ext.rollouts.dialogue import RolloutError, read_turns
 from trl_grpo_ext.rollouts.multi_turn import fill_with_conversations
 
@@ -266,6 +266,11 @@ def test_a_reward_may_see_the_whole_conversation_at_its_end(history, model_path,
         assert [m["role"] for m in completion] == (["assistant", "user"] * 3)[: len(completion)]
         assert completion[-1]["role"] == "assistant"
     assert at_end(Length("characters") > 3).__name__ == "length_at_end>3"
+    said = [{"role": "assistant", "content": "one two"}]
+    ends = {"prompts": [[]], "completions": [said], "completion_ids": [[1, 2]], "last_turn": [True]}
+    assert at_end(Length("words"))(**ends) == [2.0]
+    with pytest.raises(RewardError, match="words"):  # the ids are those of the last answer alone
+        at_end(Length())(**ends)
 
 
 # Simulated users

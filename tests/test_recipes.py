@@ -1,5 +1,6 @@
 """The recipes as a user starts them, on the real SmolLM2, only shorter; and the pieces that they print with."""
 
+import asyncio
 import dataclasses
 import importlib
 import json
@@ -16,11 +17,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.datasets import load_prompts
-from trl_grpo_ext.evaluation import evaluate_held_out, print_comparison
+from trl_grpo_ext.evaluation import HeldOutCallback, evaluate_held_out, print_comparison
 from trl_grpo_ext.recipe import parse_arguments
-from trl_grpo_ext.rewards import Length, as_reward
+from trl_grpo_ext.rewards import Length, as_reward, linear
 
 ROOT = Path(__file__).parents[1]
 
@@ -341,6 +342,80 @@ def test_held_out_answers_are_greedy_and_leave_training_alone(model_path, conver
     printed = capsys.readouterr().out
     assert "+0.000" in printed
     assert "say a" in printed
+
+
+def test_held_out_answers_are_those_of_the_policy_in_training(model_path, conversational, tmp_path):
+    def anything(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def evaluated(template=None, **options):
+        trainer = GRPOTrainer(
+            model=model_path,
+            reward_funcs=anything,
+            args=GRPOConfig(**config_kwargs(tmp_path, **options)),
+            train_dataset=conversational,
+        )
+        tokenizer = trainer.processing_class
+        tokenizer.chat_template = template or tokenizer.chat_template
+        seen, generate = [], trainer.model.generate
+        trainer.model.generate = lambda **kwargs: seen.append(kwargs) or generate(**kwargs)
+        held_out = evaluate_held_out(trainer, conversational.select(range(3)), as_reward(anything))
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in seen[0]["input_ids"]], seen[0], held_out
+
+    shout = "{% for message in messages %}{{ message.content }}{% if loud %}!{% endif %}{% endfor %}"
+    quiet, kwargs, held_out = evaluated(shout)
+    assert quiet == ["say a", "say b", "say c"]
+    assert kwargs["repetition_penalty"] == 1.0
+    loud, kwargs, other = evaluated(shout, chat_template_kwargs={"loud": True}, repetition_penalty=1.5)
+    assert loud == ["say a!", "say b!", "say c!"]
+    assert kwargs["repetition_penalty"] == 1.5
+    assert held_out.answers != other.answers
+
+
+def test_held_out_answers_do_not_depend_on_the_side_of_the_padding(model_path, conversational, tmp_path):
+    def words(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    longer = conversational.select(range(2)).map(
+        lambda row, i: {"prompt": [{"role": "user", "content": "a" if i else "say a long a b c d"}]}, with_indices=True
+    )
+    answers = []
+    for side in ("left", "right"):
+        trainer = GRPOTrainer(
+            model=model_path,
+            reward_funcs=words,
+            args=GRPOConfig(**config_kwargs(tmp_path)),
+            train_dataset=conversational,
+        )
+        trainer.processing_class.padding_side = side
+        answers.append(evaluate_held_out(trainer, longer, as_reward(words)).answers)
+    assert answers[0] == answers[1]
+
+
+def test_held_out_totals_before_and_after_are_of_one_reward_asked_once(model_path, conversational, tmp_path):
+    calls, loops = [], []
+
+    async def judge(completions, **kwargs):
+        calls.append(len(completions))
+        loops.append(asyncio.get_running_loop())
+        return [float(len(calls))] * len(completions)  # another answer each time
+
+    reward = as_reward(judge) - linear(0, 0.5) * Length()
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=reward,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=2)),
+        train_dataset=conversational,
+    )
+    callback = HeldOutCallback(trainer, conversational.select(range(4)), reward)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert calls[0] == calls[-1] == 4
+    assert len(calls) == 2 + 2  # before, two steps, after
+    assert len(set(map(id, loops))) == 1
+    for result in (callback.before, callback.after):
+        parts = zip(*(result.scores[name] for name in ("judge", "length", "total")), strict=True)
+        assert all(total == pytest.approx(judged - 0.5 * length) for judged, length, total in parts)
 
 
 def test_markup_in_an_answer_is_printed_as_text(capsys):

@@ -320,6 +320,34 @@ def test_rewards_that_were_clipped_to_one_value_are_flat(tmp_path):
     assert read_groups(run, 10)[1][0]["flat"]
 
 
+def test_a_completion_without_others_is_flat_unless_it_has_an_advantage(tmp_path):
+    run = run_with(tmp_path, entries(1, reward=float), reward_names=[TOTAL])
+    alone = [group(name, [7.0], advantage=value)[0] for name, value in (("one", 0.5), ("two", 0.0))]
+    write_table(tmp_path, 1, alone)
+    assert [(entry["prompt"], entry["flat"]) for entry in read_groups(run, 10)[1]] == [("one", False), ("two", True)]
+
+
+def test_the_configuration_is_read_without_a_process_group_and_beside_a_training(tmp_path):
+    run_with(tmp_path, "", config={"beta": 0.04})
+    code = (
+        "import sys; from accelerate import Accelerator; from accelerate.state import AcceleratorState;"
+        "from trl_grpo_ext.report import read_run; from trl_grpo_ext.report.summary import configuration;"
+        "accelerator = Accelerator(cpu=True) if sys.argv[2] else None;"
+        "print(configuration(read_run(sys.argv[1]))[0]);"
+        "print(accelerator and (accelerator.num_processes, accelerator.device.type))"
+    )
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for beside, variables, told in (("", launched, "None"), ("training", {}, "(1, 'cpu')")):
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), beside],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.stdout.splitlines() == ["[['beta', '0.04', '0']]", told], result.stderr[-2000:]
+
+
 def test_configuration_shows_what_was_set_and_hides_secrets(tmp_path):
     defaults = AdaptiveGRPOConfig(output_dir="x", bf16=False, use_cpu=True).to_dict()
     config = json.loads(json.dumps({**defaults, "beta": 0.04, "hub_token": "hf_x", "mine": [1]}, default=str))

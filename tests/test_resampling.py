@@ -86,7 +86,7 @@ def rollout_batch(rows: int, prompt: int, completion: int, base: float) -> dict[
         "old_per_token_logps": floats(completion),
         "ref_per_token_logps": floats(completion),
         "sampling_per_token_logps": floats(completion),
-        "importance_sampling_ratio": floats(1),
+        "importance_sampling_ratio": floats(completion),
         "tool_mask": torch.ones(rows, completion, dtype=torch.long),
     }
 
@@ -94,7 +94,8 @@ def rollout_batch(rows: int, prompt: int, completion: int, base: float) -> dict[
 # Side and value with which TRL itself pads these.
 TRL_PADS = dict.fromkeys(rollout_batch(1, 1, 1, 0), ("right", 0))
 TRL_PADS |= {"prompt_ids": ("left", PAD), "prompt_mask": ("left", 0), "completion_ids": ("right", PAD)}
-TRL_PADS |= {"tool_mask": ("right", 1)}
+# A ratio of 1 where there is no token: losses add up its logarithm without a mask.
+TRL_PADS |= {"tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1)}
 
 
 @given(

@@ -18,7 +18,7 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.rewards import Harmlessness, RewardError, RewardModel, as_reward
-from trl_grpo_ext.rewards.models import _load
+from trl_grpo_ext.rewards.models import _load, classifier_logits, load_classifier
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <eos> ' }}{% endfor %}"
 PROMPTS = ["the cat", "a", "dog ran the"]
@@ -163,3 +163,12 @@ def test_harmlessness_of_a_classifier(tokenizer, tmp_path, label, problem):
     assert reward(prompts=[""] * 3, completions=texts) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(RewardError, match=r"no label 'rude': choose harmful_label from \['fine', 'odd', 'toxic'\]"):
         Harmlessness(path, "rude")(prompts=[""], completions=["a"])
+
+
+def test_a_row_without_tokens_is_scored_wherever_it_stands(tokenizer, folder):
+    model = load_classifier(folder, num_labels=1)
+    nothing, something = classifier_logits(model, tokenizer, [[], [3, 4]], 16)
+    something_first, nothing_last = classifier_logits(model, tokenizer, [[3, 4], []], 16)
+    assert torch.allclose(nothing, nothing_last, atol=1e-5)
+    assert torch.allclose(something, something_first, atol=1e-5)
+    assert torch.allclose(classifier_logits(model, tokenizer, [[]], 16)[0], nothing, atol=1e-5)

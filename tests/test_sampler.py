@@ -214,6 +214,23 @@ def test_excluded_prompts_are_drawn_only_when_others_run_out(num_prompts, data):
     assert len(set(drawn) & excluded) == max(0, count - (num_prompts - len(excluded)))
 
 
+@given(st.integers(2, 10), st.integers(0, 99), st.data())
+@settings(deadline=None, max_examples=200)
+def test_as_many_prompts_as_asked_for_after_any_history(num_prompts, seed, data):
+    """Batches of nearly the whole dataset, replaced groups, prompts that come back: what is pending piles up."""
+    sampler = PromptSampler(num_prompts, seed)
+    for _ in range(data.draw(st.integers(1, 12))):
+        count = data.draw(st.integers(max(1, num_prompts - 2), num_prompts))
+        drawn = sampler.draw(count)
+        assert len(set(drawn.tolist())) == len(drawn) == count
+        if data.draw(st.booleans()):
+            sampler.keep(data.draw(st.integers(1, count)))
+        asked = data.draw(st.integers(1, count))
+        fresh = sampler.draw(asked, exclude=drawn)
+        assert fresh.numel() == fresh.unique().numel() == asked
+        sampler.put_back(fresh[data.draw(st.integers(0, fresh.numel())) :])
+
+
 def test_excluded_prompts_that_had_to_be_drawn_are_not_owed_another_visit():
     sampler = PromptSampler(4, seed=0, shuffle=False)
     assert sampler.draw(2).tolist() == [0, 1]

@@ -205,16 +205,34 @@ def test_tools(model_path, tmp_path, monkeypatch):
     def is_three(completions, **kwargs):
         return [float(c[-1]["content"].strip() == "3") for c in completions]
 
+    class Counting(GRPOCallback):
+        def on_advantages(self, args, state, control, batch, **kwargs):
+            return torch.arange(1.0, batch.completion_lengths.max() + 1).expand(len(batch.rewards), -1)
+
+    outputs, generate = [], AdaptiveGRPOTrainer._generate_and_score_completions
+    monkeypatch.setattr(
+        AdaptiveGRPOTrainer,
+        "_generate_and_score_completions",
+        lambda self, inputs: outputs.append(generate(self, inputs)) or outputs[-1],
+    )
     _, batches, logs = train(
         model_path,
         data,
         tmp_path,
+        callbacks=[Counting()],
         reward_funcs=is_three,
         max_completion_length=400,
         trainer_kwargs={"tools": [add], "processing_class": tokenizer},
     )
     assert set(calls) == {(1, 2)}
     assert 0 < batches[0].raw_rewards_per_func.mean() < 1
+    # Advantages per token are those of the tokens that the model wrote, with what tools said in between.
+    for output, batch in zip(outputs, batches, strict=True):
+        assert not output["tool_mask"].all()
+        written = output["completion_mask"] * output["tool_mask"] > 0
+        for row, mask, length in zip(output["advantages"], written, batch.completion_lengths.tolist(), strict=True):
+            assert row[mask].tolist() == list(range(1, length + 1))
+            assert not row[~mask].any()
     assert logs[0]["tools/call_frequency"] > 0
 
 

@@ -119,13 +119,17 @@ class CriticBaseline(GRPOCallback):
                 f"CriticBaseline samples one completion per prompt, and {type(clash).__name__} lays out groups: pass "
                 "one of them"
             )
-        if trainer._is_vlm or trainer.tools:
-            raise ValueError("CriticBaseline reads text alone: use a text model without tools")
+        if trainer._is_vlm or trainer.tools or trainer.rollout_func is not None:
+            raise ValueError(
+                "CriticBaseline reads what the model wrote: use a text model without tools and rollout_func"
+            )
         if trainer.is_deepspeed_enabled and args.hf_deepspeed_config.is_zero3():
             raise ValueError("CriticBaseline copies the policy, of which DeepSpeed's stage 3 holds parts: use stage 2")
         self.accelerator = trainer.accelerator
         self.rows_per_step = args.per_device_train_batch_size
-        self.value_model = ValueModel(self.accelerator.unwrap_model(trainer.model)).eval()
+        # Under DeepSpeed, and with bf16_full_eval, the policy is not on its device yet.
+        value_model = ValueModel(self.accelerator.unwrap_model(trainer.model)).eval()
+        self.value_model = value_model.to(self.accelerator.device)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.value_model.parameters() if p.requires_grad],
             lr=args.learning_rate if self.learning_rate is None else self.learning_rate,

@@ -365,7 +365,9 @@ class TargetCurriculumCallback(_Curriculum):
         **kwargs: Any,
     ) -> None:
         super().on_rollouts(args, state, control, batch, **kwargs)
-        reward = batch.rewards.nanmean().item()
+        # Of all that was sampled: groups that are replaced are the ones that pull the mean to an end.
+        rewards = [part.rewards for part in (batch, batch.discarded) if part is not None]
+        reward = torch.cat(rewards).nanmean().item()
         if not math.isnan(reward):
             self.target = move_target(
                 self.target, reward, self.goal, self.step_size, self.sensitivity, low=0.0, high=1.0

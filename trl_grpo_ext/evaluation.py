@@ -1,6 +1,7 @@
 """Held-out evaluation for the recipes: greedy answers, scored by each part of a reward, before and after training."""
 
 import asyncio
+import copy
 import inspect
 import math
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +16,10 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
 
 from ._host import eos_token_ids_of
+from .failures import fail, gather_values
 from .rewards import Reward
 from .rollouts.dialogue import read_turns
 
@@ -49,8 +51,10 @@ def evaluate_held_out(trainer: GRPOTrainer, dataset: Dataset, reward: Reward, ba
     """
     Answer held-out prompts greedily with the trainer's policy and score the answers.
 
-    Greedy, so that nothing depends on luck and no random number of the training is used up. Processes share the work
-    and all return the whole result.
+    Greedy, so that nothing depends on luck and no random number of the training is used up; otherwise generated as in
+    training with transformers, with its chat template and repetition penalty. Schedules in the reward stand where they
+    end, so that results before and after the training are of one reward. Processes share the work and all return the
+    whole result. Tools are not called.
 
     Args:
         trainer ([`AdaptiveGRPOTrainer`] or [`~trl.GRPOTrainer`]):
@@ -69,25 +73,21 @@ def evaluate_held_out(trainer: GRPOTrainer, dataset: Dataset, reward: Reward, ba
     accelerator = trainer.accelerator
     # Every rank answers the same number of prompts, because sharded models generate together.
     share = -(-len(dataset) // accelerator.num_processes)
-    mine = [(accelerator.process_index * share + i) % len(dataset) for i in range(share)]
+    mine = dataset.select([(accelerator.process_index * share + i) % len(dataset) for i in range(share)])
     token_ids: list[list[int]] = []
     for start in range(0, share, batch_size):
-        rows = dataset.select(mine[start : start + batch_size])
-        token_ids += _answer(trainer, list(rows["prompt"]))
-    token_ids = gather_object(token_ids)[: len(dataset)]
-
-    prompts = list(dataset["prompt"])
+        token_ids += _answer(trainer, list(mine["prompt"][start : start + batch_size]))
     texts = trainer.processing_class.batch_decode(token_ids, skip_special_tokens=True)
-    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
-    call = {
-        "prompts": prompts,
-        "completions": [[{"role": "assistant", "content": text}] for text in texts],
-        "completion_ids": token_ids,
-        "trainer_state": trainer.state,
-        **columns,
-    }
-    scores = {part.__name__: _call(part, call) for part in reward.leaves()}
-    return HeldOut([prompt[-1]["content"] for prompt in prompts], texts, {**scores, "total": _call(reward, call)})
+    try:
+        scores = _scores(trainer, reward, mine, texts, token_ids)
+    except Exception as error:
+        fail(error)
+    parts = gather_values((texts, scores))
+    return HeldOut(
+        questions=[prompt[-1]["content"] for prompt in dataset["prompt"]],
+        answers=[text for texts, _ in parts for text in texts][: len(dataset)],
+        scores={name: [value for _, own in parts for value in own[name]][: len(dataset)] for name in scores},
+    )
 
 
 class HeldOutCallback(TrainerCallback):
@@ -168,9 +168,17 @@ def evaluate_conversations(
 
 def _answer(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:
     tokenizer, eos_token_ids = trainer.processing_class, eos_token_ids_of(trainer)
-    inputs = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True, return_tensors="pt"
-    ).to(trainer.accelerator.device)
+    rendered = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        tokenize=True,
+        chat_template=trainer.chat_template,
+        return_dict=False,
+        **trainer.chat_template_kwargs,
+    )
+    rows = [torch.tensor(ids) for ids in rendered]
+    input_ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left")
+    mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
     was_training = trainer.model.training
     trainer.model.eval()
     with (
@@ -180,26 +188,48 @@ def _answer(trainer: GRPOTrainer, prompts: list[Any]) -> list[list[int]]:
         ) as model,
     ):
         output = model.generate(
-            **inputs,
+            input_ids=input_ids.to(trainer.accelerator.device),
+            attention_mask=mask.to(trainer.accelerator.device),
             max_new_tokens=trainer.max_completion_length,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
+            repetition_penalty=trainer.repetition_penalty,
             eos_token_id=eos_token_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
     trainer.model.train(was_training)
     answers = []
-    for ids in output[:, inputs["input_ids"].size(1) :].tolist():
+    for ids in output[:, input_ids.size(1) :].tolist():
         ends = [i for i, token in enumerate(ids) if token in eos_token_ids]
         answers.append(ids[: ends[0] + 1] if ends else ids)
     return answers
 
 
-def _call(reward: Reward, call: dict[str, Any]) -> list[float | None]:
-    result = reward(**call)
-    return asyncio.run(result) if inspect.iscoroutine(result) else result
+def _scores(
+    trainer: GRPOTrainer, reward: Reward, rows: Dataset, texts: list[str], token_ids: list[list[int]]
+) -> dict[str, list[float | None]]:
+    """Values of each leaf and the total, from one call."""
+    state = copy.copy(trainer.state)
+    state.global_step = state.max_steps = max(1, state.max_steps)
+    columns: dict[str, list[float | None]] = {}
+    total = reward(
+        prompts=list(rows["prompt"]),
+        completions=[[{"role": "assistant", "content": text}] for text in texts],
+        completion_ids=token_ids,
+        trainer_state=state,
+        log_extra=columns.__setitem__,
+        log_metric=lambda name, value: None,
+        **{name: list(rows[name]) for name in rows.column_names if name != "prompt"},
+    )
+    if inspect.iscoroutine(total):
+        # On the loop on which the trainer calls it, since what a reward keeps open is bound to one.
+        loop = getattr(trainer, "async_loop", None)
+        total = asyncio.run_coroutine_threadsafe(total, loop).result() if loop else asyncio.run(total)
+    return {leaf.name: columns[leaf.name] if leaf is not reward else total for leaf in reward.leaves()} | {
+        "total": total
+    }
 
 
 def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3, title: str = "Held-out prompts") -> None:

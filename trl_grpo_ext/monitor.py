@@ -192,6 +192,9 @@ class MonitorCallback(GRPOCallback):
     def _count_flat(self, batch: RolloutBatch) -> tuple[int, int]:
         """Rows in flat groups in the upper half of the rewards of this run so far, and in the lower half."""
         flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
+        is_alone = (batch.group_sizes == 1)[batch.group_ids]
+        if is_alone.any():  # which teaches all the same where a critic stands in for the others
+            flat = flat & ~(is_alone & (batch.advantages.reshape(len(flat), -1) != 0).any(1))
         low, high = self.reward_range
         # As long as all rewards are the same, their sign is all there is to go by.
         is_high = batch.rewards > ((low + high) / 2 if low < high else 0.0)
@@ -340,7 +343,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
+    try:
+        return value if value is None or math.isfinite(value) else None
+    except OverflowError:  # an integer beyond all floats
+        return None
 
 
 def _write_lines(lines: Iterable[bytes], file: IO[bytes]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # How each entry of TRL's rollout batch is padded when rows of different length meet: side, value.
 PADDING = {"prompt_ids": ("left", None), "prompt_mask": ("left", 0), "completion_ids": ("right", None)}
-PADDING |= {"completion_mask": ("right", 0), "tool_mask": ("right", 1)}
+PADDING |= {"completion_mask": ("right", 0), "tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1)}
 
 
 class DynamicSamplingCallback(GRPOCallback):

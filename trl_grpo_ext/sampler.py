@@ -212,8 +212,8 @@ class PromptSampler:
         blocked = set(excluded.tolist())
         taken: dict[int, None] = {}
         put_off: list[int] = []
-        looked_at = 0
-        while len(taken) < count and looked_at < 2 * self.num_prompts:
+        looked_at, limit = 0, len(self.pending) + 2 * self.num_prompts  # what is left of an epoch, and a whole one
+        while len(taken) < count and looked_at < limit:
             looked_at += 1
             prompt = self.pending.pop(0) if self.pending else self._next()
             if prompt in blocked or prompt in taken:

@@ -1,6 +1,6 @@
 """[`AdaptiveGRPOTrainer`]: TRL's trainer with hooks. The seams and the hook calls, nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
 
     args: AdaptiveGRPOConfig
     num_generations: int
+    rollout_func: Callable[..., Any] | None
     _tag_names = ["trl", "grpo", "trl-grpo-ext"]  # noqa: RUF012 (TRL's idiom)
 
     def __init__(
@@ -171,7 +172,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             batch.advantages = torch.tensor(list(self._logs["advantages"]))  # TRL's own, of all ranks
         self._apply("on_advantages", batch, "advantages")
         self._apply("on_rollouts", batch)
-        output["advantages"] = self._own_advantages(batch, mask.size(1)).to(output["advantages"])
+        output["advantages"] = self._own_advantages(batch, mask).to(output["advantages"])
         self._log_batch(batch, num_rounds, is_ours)
         return output
 
@@ -287,15 +288,19 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             batch.discarded = discarded
         return output, batch, num_rounds
 
-    def _own_advantages(self, batch: RolloutBatch, width: int) -> Tensor:
-        """Those of this process's rows, `(B,)`, or of the tokens of its completions, `(B, width)`."""
+    def _own_advantages(self, batch: RolloutBatch, mask: Tensor) -> Tensor:
+        """Those of this process's rows, `(B,)`, or of the tokens of its completions, in the shape of the loss mask."""
         if self.rollout is not None:
-            return self.rollout.token_advantages(batch.advantages, width)
+            return self.rollout.token_advantages(batch.advantages, mask.size(1))
         per_rank = batch.advantages.unflatten(0, (self.accelerator.num_processes, -1))
         own: Tensor = per_rank[self.accelerator.process_index]
         if own.dim() == 1:
             return own
-        return torch.nn.functional.pad(own, (0, max(0, width - own.size(1))))[:, :width]
+        if own.size(1) == 0:
+            return own.new_zeros(mask.shape)
+        # Between the tokens that the model wrote may lie those of tools.
+        written = (mask.cumsum(1) - 1).clamp(0, own.size(1) - 1).to(own.device)
+        return own.gather(1, written).where(mask.to(own.device) > 0, torch.zeros((), dtype=own.dtype))
 
     def _advantages(self, batch: RolloutBatch) -> Tensor:
         if self.multi_objective_aggregation == "normalize_then_sum":

@@ -44,7 +44,7 @@ def why_not_shared(model: PreTrainedModel, peft_config: Any = None) -> str | Non
         return "it takes images or sound besides text"
     if peft_config is not None and peft_config.is_prompt_learning:
         return f"peft's {peft_config.peft_type} puts tokens of its own before the prompt"
-    if getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
+    if reads_in_order(model):
         return "its linear attention or recurrence reads tokens in order, whatever the mask"
     if kinds != {"full_attention"} or (
         getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
@@ -55,6 +55,12 @@ def why_not_shared(model: PreTrainedModel, peft_config: Any = None) -> str | Non
     if not has_relative_positions(model):
         return "its positions are not rotary, or depend on the length of the sequence"
     return None
+
+
+def reads_in_order(model: PreTrainedModel) -> bool:
+    """Whether a model keeps a state of what it has read, rather than keys and values of each token."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    return getattr(model, "_is_stateful", False) or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"})
 
 
 def has_relative_positions(model: PreTrainedModel) -> bool:

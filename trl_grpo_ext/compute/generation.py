@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCrite
 from transformers.cache_utils import DynamicLayer
 
 from .._host import CACHE
+from .forward import reads_in_order
 from .packing import equal_rows
 
 # Settings under which a generation may be interrupted and taken up again: none depends on how long the prompt was.
@@ -82,8 +83,14 @@ def select_rows(cache: Cache, rows: Tensor, num_new: int) -> None:
         cache.layers[number] = roomy
 
 
-def why_not_prefilled(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
-    """Why `generate` cannot start from a shared prefill with this configuration; `None` if it can."""
+def why_not_prefilled(
+    model: PreTrainedModel, generation_config: GenerationConfig, peft_config: Any = None
+) -> str | None:
+    """Why `generate` cannot start from a shared prefill with this model and configuration; `None` if it can."""
+    if reads_in_order(model):
+        return "linear attention or recurrence, whose state is not kept token by token"
+    if peft_config is not None and peft_config.is_prompt_learning:
+        return "the tokens that peft puts before the prompt"
     # A configuration without a value takes the model's.
     settings = {**model.generation_config.to_diff_dict(), **generation_config.to_diff_dict()}
     others = sorted(key for key, value in settings.items() if key not in STATELESS and value not in (None, False))
@@ -139,6 +146,7 @@ def prefilled_generate(
 
     config = copy.deepcopy(generation_config)
     config.return_dict_in_generate = True
+    config.use_cache = True  # without, `generate` would read a filled cache and all tokens again
     eos = model.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
     eos_token_ids = torch.tensor([] if eos is None else eos, device=input_ids.device).flatten()
     sequences = input_ids.new_full((num_rows, width + config.max_new_tokens), config.pad_token_id)

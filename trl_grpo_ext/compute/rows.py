@@ -104,6 +104,8 @@ def compose(
             border of two micro-batches is split.
         by_length (`bool`):
             Whether to order what falls into one optimizer step by length, so that micro-batches hold little padding.
+            Left undone where optimizer steps end within a generation batch and also run over its end, since the next
+            batch would complete a step of long rows with others.
 
     Returns:
         `list[dict[str, torch.Tensor]]`
@@ -127,7 +129,8 @@ def compose(
         # TRL's shuffle decides: a group comes where its first row came.
         place = place.new_full((num_rows,), num_rows).scatter_reduce_(0, group, place, "amin")[group]
     order = torch.argsort(place, stable=True)
-    if by_length:
+    steps_fit = len(micro_batches) % num_accumulated == 0 or num_accumulated % len(micro_batches) == 0
+    if by_length and steps_fit:
         lengths = (mask.sum(1) + completion_mask.sum(1))[order]
         if by_group:
             longest = torch.zeros_like(lengths).scatter_reduce_(0, place[order], lengths, "amax")

@@ -239,8 +239,8 @@ class LeanGRPOTrainer(GRPOTrainer):
             return "images or sound"
         if self.accelerator.num_processes > 1 and self._splits_weights():
             return "weights that are split over processes, which must all run as many forward passes"
-        model = unwrapped(self.model, self.accelerator)
-        return why_not_prefilled(model, self.generation_config)
+        peft_config = getattr(self.accelerator.unwrap_model(self.model), "active_peft_config", None)
+        return why_not_prefilled(unwrapped(self.model, self.accelerator), self.generation_config, peft_config)
 
     def _merging(self) -> AbstractContextManager[None]:
         if not self.args.merge_adapter:

@@ -142,13 +142,15 @@ def _groups(run: Run, table: dict[str, list[Any]]) -> list[dict[str, Any]]:
     groups = []
     for start, stop in itertools.pairwise(borders):
         present = [value for value in totals[start:stop] if value is not None]
-        # Rewards may differ and be equal once they are clipped.
-        taught = "advantage" not in table or any(advantages[start:stop])
+        equal = not present or min(present) == max(present)
+        if "advantage" in table:
+            # Rewards may differ and be equal once they are clipped; and one alone teaches where there is a critic.
+            equal = (equal and stop - start > 1) or not any(advantages[start:stop])
         groups.append(
             {
                 "step": int(table["step"][start]),
                 "prompt": _cut(prompts[start]),
-                "flat": not present or min(present) == max(present) or not taught,
+                "flat": equal,
                 "spread": max(present) - min(present) if present else None,
                 "mean": average(present) if present else None,
                 "rows": [[completions[i], advantages[i], totals[i]] for i in range(start, stop)],

@@ -223,12 +223,25 @@ def configuration(run: Run) -> tuple[list[list[str]], list[list[str]]]:
     given = _config(run)
     if not given:
         return [], []
+    import torch
+
     from ..config import AdaptiveGRPOConfig
+
+    class OnPaper(AdaptiveGRPOConfig):
+        """
+        A configuration that asks for no device: that would start a process group where the variables of a launcher are
+        set, and take the one of a training that is going on in this process from it.
+        """
+
+        distributed_state = None
+        _n_gpu = 0
+        _setup_devices = torch.device("cpu")
 
     # What an option is when nobody sets it: its default, or what the configuration makes of that.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defaults that TRL itself sets
-        made = AdaptiveGRPOConfig(output_dir=str(given.get("output_dir", "")), bf16=False, use_cpu=True).to_dict()
+        made = OnPaper(output_dir=str(given.get("output_dir", "")), bf16=False, use_cpu=True).to_dict()
+    made["accelerator_config"].pop("use_configured_state", None)  # which is gone once a device was asked for
     changed: list[list[str]] = []
     others: list[list[str]] = []
     for option in dataclasses.fields(AdaptiveGRPOConfig):

@@ -16,7 +16,8 @@ class RewardModel(Leaf):
     The score of a reward model for prompt and completion: the first logit of a sequence classification model.
 
     Scores as TRL does when a model is passed to `reward_funcs`: prompt + completion as one text, through the chat
-    template for conversations, no extra special tokens, padded on the right. A hub id or folder is loaded at the first
+    template for conversations (without `chat_template_kwargs`, which TRL passes on), no extra special tokens, padded on
+    the right. A hub id or folder is loaded at the first
     call, once per process and device, and is what gets pickled (not the weights).
 
     Args:
@@ -129,7 +130,8 @@ def classifier_logits(model: Any, tokenizer: Any, ids: list[list[int]], batch_si
     logits = []
     with torch.inference_mode():
         for start in range(0, len(ids), batch_size):
-            rows = [torch.tensor(row) for row in ids[start : start + batch_size]]
+            # Nothing at all is read as padding.
+            rows = [torch.tensor(row or [tokenizer.pad_token_id]) for row in ids[start : start + batch_size]]
             input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
             lengths = torch.tensor([len(row) for row in rows])
             mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()

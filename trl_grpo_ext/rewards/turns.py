@@ -18,7 +18,9 @@ def whole_conversation(row: Rows) -> Rows | None:
     history, num_answers = row["prompts"], row.get("turn", 1) - 1
     answered = [i for i, message in enumerate(history) if isinstance(message, dict) and message["role"] == "assistant"]
     start = answered[-num_answers] if num_answers else len(history)
-    return {**row, "prompts": history[:start], "completions": history[start:] + row["completions"]}
+    # The row's token ids are those of the last answer alone.
+    whole = {"prompts": history[:start], "completions": history[start:] + row["completions"], "completion_ids": None}
+    return row | whole
 
 
 def plan_alone(row: Rows) -> Rows:
@@ -97,7 +99,7 @@ def at_end(reward: Any) -> Reward:
     A reward that is asked once, at the end of a conversation, and sees all of it.
 
     For `rollout="multi_turn"`. The prompt is what came before the first answer, and the completion holds all messages
-    from the first answer on. Other turns get `None`.
+    from the first answer on, without `completion_ids`: count the length in words or characters. Other turns get `None`.
 
     Args:
         reward ([`Reward`], or what [`as_reward`] takes):
