@@ -88,7 +88,7 @@ def cold_start(train: Dataset, num_steps: int, training_args: AdaptiveGRPOConfig
             model_init_kwargs=init_kwargs(training_args, model_args),
             max_steps=num_steps,
             per_device_train_batch_size=8,
-            learning_rate=1e-3,
+            learning_rate=1e-3 if model_args.use_peft else SFTConfig.learning_rate,
             lr_scheduler_type="linear",
             gradient_checkpointing=False,
             seed=training_args.seed,

@@ -362,6 +362,8 @@ def test_configuration_shows_what_was_set_and_hides_secrets(tmp_path):
     assert len(others) > 100
     other = run_with(tmp_path / "b", "", config={**config, "beta": 0.1, "seed": 1})
     assert compare_configurations(run, other) == [["seed", "42", "1"], ["beta", "0.04", "0.1"]]
+    beyond = run_with(tmp_path / "c", "", config={**config, "beta": 10**400})
+    assert ["beta", "None", "0"] in configuration(beyond)[0]
     assert "hf_x" not in json.dumps(page_data([run], axes_of([run]), [], 10))
 
 
