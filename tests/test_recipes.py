@@ -243,19 +243,19 @@ def test_declining(monkeypatch):
 def test_the_cold_start_has_the_learning_rate_of_what_it_trains(peft, rate, model_path, tmp_path, monkeypatch):
     harmless, seen = recipe("harmless", monkeypatch), []
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def config(**options):
         seen.append(options["learning_rate"])
-        raise Stop
+        raise StopError
 
     config.learning_rate = harmless.SFTConfig.learning_rate
     monkeypatch.setattr(harmless, "SFTConfig", config)
     flags = [*TINY, "--model_name_or_path", model_path, "--output_dir", str(tmp_path), "--use_peft", peft]
     monkeypatch.setattr(sys, "argv", ["harmless.py", *flags])
     _, args, model_args = parse_arguments(harmless.HarmlessArguments, harmless.__file__)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         harmless.cold_start(None, 2, args, model_args)
     assert seen == [rate]
 
