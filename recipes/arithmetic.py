@@ -72,11 +72,11 @@ def time_limit() -> int | None:
     return 5 if threading.current_thread() is threading.main_thread() else None
 
 
-def correct(completions: list[Any], reference: list[str], **kwargs: Any) -> list[float | None]:
+def correct(completions: list[Any], reference: list[Any], **kwargs: Any) -> list[float | None]:
     """1 for an answer equal to the reference, else 0; `None` where the reference cannot be read."""
     values: list[float | None] = []
     for completion, gold in zip(completions, reference, strict=True):
-        expected, found = list(read_answer(gold)), list(read_answer(text_of(completion)))
+        expected, found = list(read_answer(str(gold))), list(read_answer(text_of(completion)))
         # To `math-verify`, "7 + 5" equals 12, so repeating the question would be right.
         unsolved = expected and found and isinstance(expected[0], Number) and not isinstance(found[0], Number)
         right = not unsolved and verify(expected, found, timeout_seconds=time_limit())
@@ -87,6 +87,12 @@ def correct(completions: list[Any], reference: list[str], **kwargs: Any) -> list
 def main(script_args: ArithmeticArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     generated = script_args.dataset_name == "generated"
     prompts = make_sums() if generated else script_args.load(columns=("reference",))
+    readable = [read_answer(str(gold)) for gold in prompts["test"]["reference"]]
+    if not any(readable):
+        raise ValueError(
+            f"math-verify reads none of the references of {script_args.dataset_name!r}, such as "
+            f"{prompts['test'][0]['reference']!r:.80}: write numbers or LaTeX, such as '12' or '$\\frac{{1}}{{2}}$'"
+        )
     reward = 1.0 * as_reward(correct) - script_args.brevity_weight * Length()
     train_and_compare(prompts, reward, training_args, model_args)
 

@@ -11,8 +11,10 @@ Takes every option of `AdaptiveGRPOConfig` and of TRL's `ModelConfig`. Without a
 is made, so nothing is downloaded. Exits with 1 if a check failed. `docs/gpu.md` says what to expect.
 """
 
+import atexit
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -147,6 +149,8 @@ class Check:
         self.is_main = PartialState().is_main_process
         # The main process's; several nodes need a shared file system.
         self.folder = broadcast_object_list([tempfile.mkdtemp() if self.is_main else ""])[0]
+        if self.is_main:
+            atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.source = model_args.model_name_or_path or os.path.join(self.folder, "model")
         if self.is_main and not model_args.model_name_or_path:
             tiny_model(self.source)

@@ -16,6 +16,7 @@ Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measure
 
 import functools
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,7 @@ def tune(options: Options, cells: Cells, method: str) -> tuple[float, dict[float
 def main(options: Options) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SystemExit("compare.py trains each cell on one process: launch it with --num_processes 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that trainings under way end with this process
     folder = Path(options.output_dir)
     cells = Cells(folder / "cells", functools.partial(work, options=options), options.workers)
     grid = {method: tune(options, cells, method) for method in options.methods}

@@ -119,6 +119,9 @@ def as_demonstration(row: dict[str, Any]) -> dict[str, Any]:
 
 def main(script_args: HarmlessArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     prompts = script_args.load(columns=("reference", "harmful"))
+    odd = [value for value in prompts["test"]["harmful"] if value not in (0, 1)]
+    if odd:
+        raise ValueError(f"the column 'harmful' of {script_args.dataset_name!r} holds {odd[0]!r}: write true and false")
     if script_args.cold_start_steps:
         steps = script_args.cold_start_steps
         model_args.model_name_or_path = cold_start(prompts["train"], steps, training_args, model_args)

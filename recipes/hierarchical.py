@@ -70,6 +70,11 @@ class Options:
     warm_start: int = field(default=1000, metadata={"help": "Steps of supervised training."})
     smoke: bool = field(default=False, metadata={"help": "One seed and two steps."})
 
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
+
 
 class Budget(GRPOCallback):
     """Ends the run when so many tokens have been generated, and measures the policy on the way."""
@@ -134,6 +139,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    if not budget.curve or budget.curve[-1][0] < budget.spent:  # max_steps ended it
+        budget.curve.append((budget.spent, *measure(trainer.model)))
     return budget
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from itertools import accumulate
 from pathlib import Path
 
@@ -107,6 +108,27 @@ def test_a_record_is_reported_when_it_is_there_and_given_in_order(tmp_path):
     assert all("result" in record for record in records)
 
 
+def test_trainings_end_with_a_comparison_that_is_stopped(tmp_path):
+    def work(cell):
+        if cell["seed"] == 0:
+            return {}
+        (tmp_path / f"{cell['seed']}").write_text(str(os.getpid()))
+        time.sleep(600)
+
+    def broken(record):
+        while not all((tmp_path / name).exists() and (tmp_path / name).read_text() for name in "12"):
+            time.sleep(0.01)
+        raise OSError("no space left")
+
+    cells = Cells(tmp_path / "cells", work, 3)
+    with pytest.raises(OSError, match="no space left"):
+        cells.run([{"seed": seed} for seed in range(3)], broken)
+    for name in "12":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / name).read_text()), 0)
+    assert [json.loads(path.read_text())["cell"] for path in (tmp_path / "cells").iterdir()] == [{"seed": 0}]
+
+
 def test_a_result_is_not_taken_for_that_of_other_settings(tmp_path):
     options, other = parse(), parse("--warm_start", "10")
     cells = Cells(tmp_path, lambda cell: {"warm_start": cell["warm_start"]})
@@ -134,6 +156,23 @@ def test_crossing_by_hand():
     assert results.crossing(curve, 0.4) == (0, 0)
     assert results.crossing(curve, 0.95) == (math.inf, math.inf)
     assert all(map(math.isnan, results.crossing([[0, 0, math.nan], [10, 1, math.nan]], 0.5)))
+
+
+def test_what_a_learning_rate_is_chosen_by():
+    curve = [[0, 0, 0.0], [10, 1, 0.4], [20, 2, 0.8]]
+    assert results.score(record("", 0, curve)) == pytest.approx(0.6)
+    assert results.score(record("", 0, [*curve, [30, 3, math.nan]])) == -math.inf
+    assert results.score(record("", 0, [[0, 0, math.nan], [10, 1, math.nan]])) == 1.3  # the reward at the end
+    assert results.score({"cell": {}, "error": "it burnt"}) == -math.inf
+
+
+def test_a_level_that_is_there_from_the_start_has_no_ratio():
+    records = [record(methods.STOCK, 0, [[0, 0, 0.7], [80, 8, 0.9]]), record("PPO", 0, [[0, 0, 0.5], [50, 5, 0.9]])]
+    lines = results.table(results.rows_of(records, (0.5, 0.6, 0.9)), (0.5, 0.6, 0.9)).splitlines()
+    head, _, stock, ppo = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    place = head.index("rollouts to 0.6")
+    assert stock[place : place + 3] == ["0 (0 to 0)", "-", "0.00 (0.00 to 0.00)"]
+    assert ppo[place : place + 3] == ["12 (12 to 12)", "-", "1.00 (1.00 to 1.00)"]
 
 
 def test_table_by_hand():

@@ -203,6 +203,19 @@ def test_a_row_that_does_not_fit_its_layout_is_named(tmp_path):
         load_prompts(str(tmp_path), layout="hh-rlhf")
 
 
+def test_messages_that_were_written_as_text_are_refused(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "Hi"}]}] * 2
+    for text in (json.dumps(rows[0]["prompt"]), repr(rows[0]["prompt"])):
+        path = write(tmp_path / "a.jsonl", [{"prompt": "fine"}, {"prompt": text}])
+        with pytest.raises(Exception, match=r"Row 0 of .* has a list of messages written as text, .*JSONL and"):
+            load_prompts(path)
+    path = write(tmp_path / "b.jsonl", [{"prompt": ["a", "b"]}] * 2)
+    with pytest.raises(Exception, match=r"has the prompt \['a', 'b'\]: write text or a list of messages"):
+        load_prompts(path)
+    path = write(tmp_path / "c.jsonl", [{"prompt": f"[{i}] is a list"} for i in range(2)])
+    assert len(load_prompts(path)["train"]) == 1
+
+
 # Streaming
 
 
@@ -222,6 +235,8 @@ def test_a_stream_without_a_test_split_holds_the_first_prompts_out(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": f"q{i}"} for i in range(6)])
     with pytest.raises(ValueError, match="has no test split, so set max_test"):
         load_prompts(path, streaming=True)
+    with pytest.raises(ValueError, match="no row to train on besides the 6 that are held out: lower max_test"):
+        load_prompts(path, streaming=True, max_test=6)
     prompts = load_prompts(path, streaming=True, max_test=2)
     assert [row["prompt"][0]["content"] for row in prompts["train"]] == ["q2", "q3", "q4", "q5"]
     assert [p[0]["content"] for p in prompts["test"]["prompt"]] == ["q0", "q1"]

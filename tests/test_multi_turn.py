@@ -273,6 +273,26 @@ def test_a_reward_may_see_the_whole_conversation_at_its_end(history, model_path,
         at_end(Length())(**ends)
 
 
+def test_what_a_reward_of_the_whole_conversation_logs_keeps_its_rows():
+    def judge(completions, log_extra, **kwargs):
+        log_extra("verdict", [completion[-1]["content"] for completion in completions])
+        return [1.0] * len(completions)
+
+    history = [{"role": "user", "content": "Hi"}]
+    said = [[{"role": "assistant", "content": text}] for text in ("a1", "a2", "b1", "b2")]
+    later = [*history, *said[0], *history]
+    columns = {}
+    values = at_end(judge)(
+        prompts=[history, later, history, later],
+        completions=said,
+        turn=[1, 2, 1, 2],
+        last_turn=[False, True, False, True],
+        log_extra=columns.__setitem__,
+    )
+    assert values == [None, 1.0, None, 1.0]
+    assert columns["verdict"] == [None, "a2", None, "b2"]
+
+
 # Simulated users
 
 

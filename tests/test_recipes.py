@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.datasets import load_prompts
-from trl_grpo_ext.evaluation import HeldOutCallback, evaluate_held_out, print_comparison
+from trl_grpo_ext.evaluation import HeldOut, HeldOutCallback, evaluate_held_out, print_comparison
 from trl_grpo_ext.recipe import parse_arguments
 from trl_grpo_ext.rewards import Length, as_reward, linear
 
@@ -439,9 +439,44 @@ def test_held_out_totals_before_and_after_are_of_one_reward_asked_once(model_pat
         assert all(total == pytest.approx(judged - 0.5 * length) for judged, length, total in parts)
 
 
-def test_markup_in_an_answer_is_printed_as_text(capsys):
-    from trl_grpo_ext.evaluation import HeldOut
+def test_the_first_column_says_where_a_resumed_run_began(capsys):
+    held_out = HeldOut(["q"], ["a"], {"total": [1.0]})
+    print_comparison(held_out, held_out, first="at step 50")
+    printed = capsys.readouterr().out
+    assert printed.count("at step 50") == 2
+    assert "before" not in printed
 
+
+def test_references_are_numbers_too_and_what_cannot_be_read_is_refused(monkeypatch, tmp_path):
+    arithmetic = recipe("arithmetic", monkeypatch)
+    assert arithmetic.correct(answers("12", "It is 12.", "13"), [12, 12, 12.0]) == [1.0, 1.0, 0.0]
+    assert arithmetic.correct(answers("12"), [None]) == [None]
+    rows = [{"prompt": f"q{i}", "reference": "words alone"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = arithmetic.ArithmeticArguments(dataset_name=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=r"reads none of the references of .*'words alone': write numbers or LaTeX"):
+        arithmetic.main(arguments, None, None)
+
+
+def test_what_is_harmful_is_true_or_false(monkeypatch, tmp_path):
+    harmless = recipe("harmless", monkeypatch)
+    for value in ("yes", "false", None):
+        rows = [{"prompt": f"q{i}", "reference": "r", "harmful": value} for i in range(4)]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        arguments = harmless.HarmlessArguments(dataset_name=str(tmp_path / "a.jsonl"))
+        with pytest.raises(ValueError, match=f"'harmful' of .* holds {value!r}: write true and false"):
+            harmless.main(arguments, None, None)
+
+
+def test_a_configuration_without_a_model_is_refused(monkeypatch, tmp_path):
+    helpful = recipe("helpful", monkeypatch)
+    (tmp_path / "mine.yaml").write_text("max_steps: 3\n")
+    monkeypatch.setattr(sys, "argv", ["helpful.py", *CPU, "--config", str(tmp_path / "mine.yaml")])
+    with pytest.raises(ValueError, match="model_name_or_path is not set: name a model in the YAML file or with"):
+        parse_arguments(helpful.HelpfulArguments, helpful.__file__)
+
+
+def test_markup_in_an_answer_is_printed_as_text(capsys):
     held_out = HeldOut(["[bold]q[/bold]"], ["[red]x[/nothing]"], {"total": [1.0]})
     print_comparison(held_out, held_out)
     assert "[red]x[/nothing]" in capsys.readouterr().out
@@ -456,6 +491,8 @@ def test_held_out_results_are_logged_without_the_table_of_completions(monkeypatc
     trainer = SimpleNamespace(log_completions=True, log=lambda logs: seen.append((trainer.log_completions, logs)))
     result = evaluation.HeldOut(["q"], ["a"], {"total": [1.0], "length": [3.0]})
     monkeypatch.setattr(evaluation, "evaluate_held_out", lambda *args: result)
-    evaluation.HeldOutCallback(trainer, None, None).on_train_begin(None, None, None)
+    callback = evaluation.HeldOutCallback(trainer, None, None)
+    callback.on_train_begin(None, SimpleNamespace(global_step=50), None)
+    assert callback.first_step == 50
     assert seen == [(False, {"eval_reward": 1.0, "eval_rewards/length/mean": 3.0})]
     assert trainer.log_completions

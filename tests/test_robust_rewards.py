@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -316,6 +317,67 @@ def misbehave(completions, **kwargs):
     if what == "pid":
         return [os.getpid()]
     return ["nonsense"] if what == "garbage" else [float(len(what))]
+
+
+def run_it(completions, **kwargs):
+    """As a reward for code does."""
+    for completion in completions:
+        exec(completion, {})
+    return [1.0] * len(completions)
+
+
+async def run_it_later(completions, **kwargs):
+    return run_it(completions)
+
+
+ANSWERS = ["import not_there", "from math import nothing", "import json", "1 / 0"]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        as_reward(run_it).in_processes(1),
+        as_reward(run_it).in_processes(2).retry(1, wait=0.0).on_error("skip"),
+        as_reward(run_it).retry(0),
+        as_reward(run_it_later).timeout(60),
+    ],
+)
+def test_what_an_answer_imports_is_its_own_affair(reward):
+    assert ask(reward, *ANSWERS) == [None, None, 1.0, None]
+
+
+def test_an_answer_that_imports_what_is_not_there_is_no_missing_package():
+    assert ask(as_reward(run_it).on_error("skip"), ANSWERS[0]) == [None]
+    assert ask(as_reward(run_it_later).on_error("skip"), ANSWERS[0]) == [None]
+    with pytest.raises(RewardError, match="raised ModuleNotFoundError: No module named 'not_there'"):
+        ask(as_reward(run_it), ANSWERS[0])
+
+
+def lacks_a_package(completions, **kwargs):
+    import not_there_either  # noqa: F401
+
+
+@pytest.mark.parametrize("change", [lambda r: r.on_error("skip"), lambda r: r.retry(2), lambda r: r.in_processes(1)])
+def test_a_reward_that_lacks_a_package_stops_the_run(change):
+    with pytest.raises(ImportError, match="not_there_either"):
+        ask(change(as_reward(lacks_a_package)), "a")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_fork_has_processes_of_its_own():
+    reward = as_reward(misbehave).in_processes(1)
+    (before,) = ask(reward, "pid")
+    context = multiprocessing.get_context("fork")
+    theirs, ours = context.Pipe()
+    child = context.Process(target=lambda: theirs.send([ask(reward, "pid") for _ in range(3)]))
+    child.start()
+    assert ask(reward, "pid", "pid") == [before] * 2
+    assert ours.poll(120)
+    ((first,), (second,), (third,)) = ours.recv()
+    assert first == second == third != before
+    child.kill()
+    child.join()
+    assert ask(reward, "pid") == [before]
 
 
 def is_running(pid):

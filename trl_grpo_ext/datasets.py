@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 SHIPPED = {name: files("trl_grpo_ext") / "data" / f"{name}.jsonl" for name in ("harmless", "helpful", "multi_turn")}
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # a list of messages, as text
 HOLD_OUT_EVERY = 10
 
 
@@ -125,9 +127,18 @@ class _Rows:
         prompt = row["prompt"]
         if not prompt:
             raise ValueError(f"Row {number} of {self.name!r} has no prompt: remove it or fill it in")
-        if not isinstance(prompt, str | list):
+        if isinstance(prompt, list):
+            is_prompt = all(isinstance(message, dict) and "role" in message for message in prompt)
+        else:
+            is_prompt = isinstance(prompt, str)
+        if not is_prompt:
             raise ValueError(
                 f"Row {number} of {self.name!r} has the prompt {prompt!r:.80}: write text or a list of messages"
+            )
+        if isinstance(prompt, str) and MESSAGES.match(prompt):
+            raise ValueError(
+                f"Row {number} of {self.name!r} has a list of messages written as text, {prompt:.80}: write it as a "
+                "list, which JSONL and Parquet can hold and CSV cannot"
             )
         return {**row, "prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
 
@@ -179,6 +190,11 @@ def _stream(
         test, train = train.take(max_test), train.skip(max_test)
     elif max_test is not None:
         test = test.take(max_test)
+    if next(iter(train), None) is None:
+        raise ValueError(
+            f"{rows.name!r} has no row to train on besides the {max_test} that are held out: lower max_test, or leave "
+            "streaming off"
+        )
     held_out = list(rows.stream(test))
     keys = [_key(row) for row in held_out]
     return {

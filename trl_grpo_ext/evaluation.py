@@ -100,7 +100,7 @@ class HeldOutCallback(TrainerCallback):
         dataset ([`~datasets.Dataset`]), reward ([`~trl_grpo_ext.rewards.Reward`]):
             As in [`evaluate_held_out`].
 
-    Afterwards, `before` and `after` hold the results.
+    Afterwards, `before` and `after` hold the results; `first_step` is the step of `before`, 0 but in a resumed run.
     """
 
     def __init__(self, trainer: GRPOTrainer, dataset: Dataset, reward: Reward) -> None:
@@ -109,7 +109,7 @@ class HeldOutCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.before = self._evaluate()
+        self.before, self.first_step = self._evaluate(), state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,12 +232,14 @@ def _scores(
     }
 
 
-def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3, title: str = "Held-out prompts") -> None:
-    """Print the mean of each score before and after, and some answers side by side."""
+def print_comparison(
+    before: HeldOut, after: HeldOut, num_samples: int = 3, title: str = "Held-out prompts", first: str = "before"
+) -> None:
+    """Print the mean of each score before (a column called `first`) and after, and some answers side by side."""
     console = Console(width=None if Console().is_terminal else 110)
     table = Table(title=f"{title} ({len(before.answers)}, greedy answers)", title_justify="left")
     table.add_column("")
-    for title in ("before", "after", "change"):
+    for title in (first, "after", "change"):
         table.add_column(title, justify="right")
     for name in before.scores:
         old, new = before.mean(name), after.mean(name)
@@ -247,7 +249,7 @@ def print_comparison(before: HeldOut, after: HeldOut, num_samples: int = 3, titl
         table.add_row(name, f"{old:.{digits}f}", f"{new:.{digits}f}", f"{new - old:+.{digits}f}")
     console.print(table)
     samples = Table(title="Sample answers", title_justify="left", show_lines=True)
-    for title in ("prompt", "before", "after"):
+    for title in ("prompt", first, "after"):
         samples.add_column(title, ratio=1, overflow="fold")
     step = max(1, len(before.answers) // num_samples)
     for i in range(0, len(before.answers), step)[:num_samples]:

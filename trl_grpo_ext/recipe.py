@@ -93,6 +93,8 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse_args_and_config(flags)
+    if parsed[2].model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: name a model in the YAML file or with --model_name_or_path")
     return parsed
 
 
@@ -159,7 +161,8 @@ def train_and_compare(
     held_out = HeldOutCallback(trainer, prompts["test"], reward)
     trainer.add_callback(held_out)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    finish(trainer, lambda: print_comparison(held_out.before, held_out.after))
+    first = f"at step {held_out.first_step}" if held_out.first_step else "before"
+    finish(trainer, lambda: print_comparison(held_out.before, held_out.after, first=first))
     return held_out
 
 

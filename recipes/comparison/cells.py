@@ -61,23 +61,28 @@ class Cells:
         records: dict[int, dict[str, Any]] = {}
         running: dict[Connection, tuple[int, BaseProcess]] = {}
         waiting = deque(range(len(cells)))
-        while waiting or running:
-            while waiting and len(running) < self.workers:
-                index = waiting.popleft()
-                record = self._kept(cells[index])
-                if record is None:
-                    receiver, child = _start(self.work, cells[index])
-                    running[receiver] = index, child
-                    continue
-                records[index] = record
-                if done:
-                    done(record)
-            ready = multiprocessing.connection.wait(list(running), None if running else 0)
-            for receiver in [receiver for receiver in running if receiver in ready]:
-                index, child = running.pop(receiver)
-                records[index] = self._keep(cells[index], _finish(receiver, child))
-                if done:
-                    done(records[index])
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    index = waiting.popleft()
+                    record = self._kept(cells[index])
+                    if record is None:
+                        receiver, child = _start(self.work, cells[index])
+                        running[receiver] = index, child
+                        continue
+                    records[index] = record
+                    if done:
+                        done(record)
+                ready = multiprocessing.connection.wait(list(running), None if running else 0)
+                for receiver in [receiver for receiver in running if receiver in ready]:
+                    index, child = running.pop(receiver)
+                    records[index] = self._keep(cells[index], _finish(receiver, child))
+                    if done:
+                        done(records[index])
+        finally:  # where this process is stopped, nobody is left to keep what the others find
+            for _, child in running.values():
+                child.kill()
+                child.join()
         return [records[index] for index in range(len(cells))]
 
     def _kept(self, cell: dict[str, Any]) -> dict[str, Any] | None:

@@ -22,8 +22,16 @@ Line = list[tuple[str, str]]  # name of each column, and what it says
 
 
 def score(record: dict[str, Any]) -> float:
-    """What the learning rate is chosen by: held-out helpfulness, averaged over the run; a failed run is the worst."""
-    return mean(point[2] for point in record["result"]["curve"][1:]) if "result" in record else -math.inf
+    """
+    What the learning rate is chosen by: held-out helpfulness, averaged over the run, or the reward at the end where
+    there is no curve. A failed or diverged run is the worst.
+    """
+    if "result" not in record:
+        return -math.inf
+    values = [point[2] for point in record["result"]["curve"][1:]]
+    if all(math.isnan(value) for value in values):
+        values = [record["result"]["final"]["reward"]]
+    return -math.inf if any(math.isnan(value) for value in values) else mean(values)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -146,7 +154,10 @@ def _ratio(name: str, own: list[dict[str, Any]], rows: list[dict[str, Any]], oth
     base = {(row["pool"], row["seed"]): row for row in rows if row["method"] == other and not row["error"]}
     pairs = [(row, base[row["pool"], row["seed"]]) for row in own if (row["pool"], row["seed"]) in base]
     # Where the other did not get there, its whole run is counted: that makes its number too small, not too large.
-    ratios = [row[name] / (its[name] if its[name] < math.inf else its["rollouts"]) for row, its in pairs]
+    # Where it was there from the start, there is no ratio.
+    ratios = [
+        row[name] / (its[name] if its[name] < math.inf else its["rollouts"]) for row, its in pairs if its[name] > 0
+    ]
     return spread(ratios, 2) if ratios else "-"
 
 

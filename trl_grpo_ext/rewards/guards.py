@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .processes import Workers
-from .scoring import Job, RowError, only_value
+from .scoring import Job, RowError, is_missing_package, only_value
 
 # Not the generator of the training, whose numbers must not depend on how often a server fails.
 _JITTER = random.Random()
@@ -107,10 +107,8 @@ def run(leaf: Any, job: Job) -> Any:
     if guard is None:
         try:
             return leaf.score(**job.call)
-        except ImportError:  # a missing package is for the user to install, never for `on_error` to skip
-            raise
         except Exception as error:
-            return error
+            return _given_back(error)
     ask = _Rows(guard, job)
     if guard.processes is not None:
         return ask.in_processes(leaf)
@@ -127,10 +125,8 @@ async def run_async(leaf: Any, job: Job) -> Any:
     if guard is None:
         try:
             return await leaf.score(**job.call)
-        except ImportError:
-            raise
         except Exception as error:
-            return error
+            return _given_back(error)
     return await _Rows(guard, job).awaiting(leaf.score)
 
 
@@ -215,10 +211,14 @@ class _Rows:
 def _answer(score: Callable[..., Any], call: dict[str, Any]) -> Any:
     try:
         return only_value(score(**call))
-    except ImportError:
-        raise
     except Exception as error:
-        return error
+        return _given_back(error)
+
+
+def _given_back(error: Exception) -> Exception:
+    if is_missing_package(error):
+        raise error
+    return error
 
 
 async def _answer_in_time(score: Callable[..., Awaitable[Any]], call: dict[str, Any], timeout: float | None) -> Any:
@@ -238,10 +238,10 @@ async def _answer_in_time(score: Callable[..., Awaitable[Any]], call: dict[str, 
     if task.cancelled():
         return RowError("it was cancelled")
     error = task.exception()
-    if isinstance(error, ImportError) or (error is not None and not isinstance(error, Exception)):
-        raise error
     if error is not None:
-        return error
+        if not isinstance(error, Exception):
+            raise error
+        return _given_back(error)
     try:
         return only_value(task.result())
     except RowError as garbage:

@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from .scoring import NOT_OF_THE_ROW, RowError, only_value, said
+from .scoring import NOT_OF_THE_ROW, RowError, is_missing_package, only_value, said
 
 _TAKEN = {"taken": True}  # what a process says before it scores: from here on, its death is the row's doing
+_PROCESS = os.getpid()  # that imported this
 _START_TIMEOUT = 600.0  # seconds for the imports of a new process, on a machine that may be busy
 # A reward that uses torch or accelerate must not take itself for a rank of the training.
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -35,6 +36,7 @@ class Workers:
 
     def __init__(self) -> None:
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
+        self._owner = os.getpid()
 
     def __reduce__(self) -> tuple[type["Workers"], tuple[()]]:
         return Workers, ()
@@ -52,6 +54,8 @@ class Workers:
 
     def map(self, count: int, score_row: Callable[[int], Any], num_rows: int) -> list[Any]:
         """`score_row` of each row, in at most `count` threads at once, each of which uses one process."""
+        if self._owner != os.getpid():  # in a fork, whose parent goes on with its own
+            self._idle, self._owner = queue.LifoQueue(), os.getpid()
         executor = ThreadPoolExecutor(min(count, num_rows), thread_name_prefix="reward")
         try:
             return list(executor.map(score_row, range(num_rows)))
@@ -82,10 +86,11 @@ class Worker:
     """One process, which scores a row at a time."""
 
     def __init__(self, name: str, payload: bytes):
-        # Not fork: the training has threads, and a lock that one of them holds would stay locked in the child.
-        methods = multiprocessing.get_all_start_methods()
-        context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:  # what a process imports, it then shares with those after it
+        # Not fork: the training has threads, and a lock that one of them holds would stay locked in the child. In a
+        # fork of the training not forkserver either, whose server is a child of the training.
+        has_server = "forkserver" in multiprocessing.get_all_start_methods() and os.getpid() == _PROCESS
+        context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
+        if has_server:  # what a process imports, it then shares with those after it
             context.set_forkserver_preload(["__main__", __name__])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, payload), daemon=True)
@@ -183,11 +188,11 @@ def serve(connection: multiprocessing.connection.Connection, payload: bytes) -> 
 def _answer(leaf: Any, call: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"value": only_value(leaf.score(**call))}
-    except ImportError as error:
-        return {"missing": str(error)}
     except RowError as error:
         return {"error": str(error), "kind": error.kind}
     except BaseException as error:  # SystemExit too: it is the row's
+        if is_missing_package(error):
+            return {"missing": str(error)}
         return {"error": said(error), "kind": "failures"}
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import pickle
+import traceback
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from numbers import Real
@@ -28,6 +29,30 @@ class RowError(RuntimeError):
     def __init__(self, message: str, kind: str = "failures"):
         super().__init__(message)
         self.kind = kind
+
+
+def is_missing_package(error: BaseException | None) -> bool:
+    """
+    Whether the reward itself lacks a package, which is for the user to install and never for `on_error` to skip.
+
+    What a completion imports when a reward runs it is its own affair. It is told by where it stands: in code that was
+    made of a string, as by `exec`, whose file names begin with `<`.
+
+    ```python
+    >>> def error_of(run):
+    ...     try:
+    ...         run()
+    ...     except ImportError as error:
+    ...         return error
+    >>> is_missing_package(ImportError("of a file")), is_missing_package(error_of(lambda: exec("import not_there")))
+    (True, False)
+
+    ```
+    """
+    if not isinstance(error, ImportError):
+        return False
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not any(file.startswith("<") and not file.startswith("<frozen ") for file in files)
 
 
 class Memory(OrderedDict[Any, Any]):

@@ -66,7 +66,11 @@ class ViewReward(Leaf):
         shown = {**call, **{name: [row[name] for row in rows] for name in columns}}
         if None in shown["completion_ids"]:
             shown["completion_ids"] = None
-        return [position for position, view in enumerate(views) if view is not None], shown
+        positions = [position for position, view in enumerate(views) if view is not None]
+        log_extra = call.get("log_extra")
+        if log_extra:  # a column of the table has all rows
+            shown["log_extra"] = lambda name, values: log_extra(name, self._back(positions, values, count))
+        return positions, shown
 
     def _back(self, positions: list[int], values: list[Value], count: int) -> list[Value]:
         of_row = dict(zip(positions, values, strict=True))
