@@ -51,10 +51,13 @@ class Recorder(AdaptiveGRPOTrainer):
         return output
 
 
-def make_trainer(model_path, out, reward_funcs=length_of_text, dataset=None, callbacks=(), **options) -> Recorder:
+def make_trainer(
+    model, out, reward_funcs=length_of_text, dataset=None, callbacks=(), processing_class=None, **options
+) -> Recorder:
     dataset = make_conversations() if dataset is None else dataset
     return Recorder(
-        model=model_path,
+        model=model,
+        processing_class=processing_class,
         reward_funcs=reward_funcs,
         args=AdaptiveGRPOConfig(**config_kwargs(out, **{"per_device_train_batch_size": 16, **options})),
         train_dataset=dataset,

@@ -17,6 +17,7 @@ from trl_grpo_ext import (
     TargetCurriculumCallback,
     ThresholdGroupSizeCallback,
     VarianceGroupSizeCallback,
+    _host,
 )
 
 REFUSED = {
@@ -296,6 +297,23 @@ def test_bounds_that_a_users_size_callback_cannot_meet_are_refused(model_path, c
 def test_a_users_variance_callback_is_checked_like_the_option(options, problem, model_path, config, dataset):
     with pytest.raises(ValueError, match=problem):
         construct(model_path, config, dataset, callbacks=[VarianceGroupSizeCallback()], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"share_prompts": True}, "share_prompts"),
+        ({"kl_target": 0.1, "beta": 0.1}, "kl_target"),
+        ({"monitor": True, "beta": 0.1, "on_alarm": {"kl_spike": "adapt_beta"}}, "on_alarm='adapt_beta'"),
+    ],
+)
+def test_what_would_not_reach_the_loss_of_liger_is_refused(options, name, model_path, config, dataset, monkeypatch):
+    monkeypatch.setattr(_host, "LIGER_GOES_AROUND", True)
+    with pytest.raises(ValueError, match=f"{name} has no effect with use_liger_kernel=True in TRL"):
+        construct(model_path, config, dataset, use_liger_kernel=True, **options)
+    construct(model_path, config, dataset, **options)
+    monkeypatch.setattr(_host, "LIGER_GOES_AROUND", False)
+    _host.check_liger(config(use_liger_kernel=True, **options))
 
 
 def test_stream_is_fine_when_nothing_is_planned(model_path, config, dataset):

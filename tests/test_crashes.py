@@ -104,6 +104,15 @@ def test_a_checkpoint_is_complete_from_the_last_moment_of_a_save_until_a_file_ch
     assert last_complete(folder.parent) == (None, [f"checkpoint-3: {why_incomplete(folder)}"])
 
 
+def test_a_checkpoint_on_a_signal_is_complete_without_the_mark_that_transformers_takes_away(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    begin(folder)
+    write_files(folder, {"checkpoint-is-incomplete.txt": b"", "model.safetensors": b"weights"})
+    complete(folder)
+    (folder / "checkpoint-is-incomplete.txt").unlink()
+    assert why_incomplete(folder) is None
+
+
 def test_saving_into_a_complete_checkpoint_takes_that_back_first(tmp_path):
     folder = tmp_path / "checkpoint-3"
     begin(folder)

@@ -225,6 +225,10 @@ def test_every_combination_trains(name, model_path, tmp_path):
         ({"multi_objective_aggregation": "normalize_then_sum"}, "use 'sum_then_normalize'"),
         ({"group_size": "variance", "min_group_size": 2, "num_generations": 3}, "set group_size='fixed'"),
         ({"dynamic_sampling_rounds": 1}, "set dynamic_sampling_rounds=0"),
+        (
+            {"dataset": prompts(12).map(lambda row: {"plan": "mine", "turn": 0})},
+            r"columns \['plan', 'turn'\] of the training dataset would be replaced .*: rename them",
+        ),
         ({"dataset": prompts(8)}, "has 8 rows and one generation batch holds 9 prompts .* or raise num_generations"),
     ],
 )

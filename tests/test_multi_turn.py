@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import config_kwargs
+from conftest import config_kwargs, make_model, make_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, user
 from test_resume import Interrupt
 from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import qwen3_chat_template
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
+from trl_grpo_ext.answers import Answer
 from trl_grpo_ext.credit import leave_one_out_advantages, returns
 from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
 from trl_grpo_ext.rollouts.dialogue import RolloutError, read_turns
@@ -644,8 +646,12 @@ def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
     build(one=conversations.select([0, 3]), two=conversations.select([0]).to_iterable_dataset())
 
 
+def test_rows_without_what_is_said_later_are_refused(model_path, tmp_path):
+    with pytest.raises(ValueError, match="remove_unused_columns=True takes what the user says later out"):
+        make_trainer(model_path, tmp_path, remove_unused_columns=True, **OPTIONS)
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path):
-    from conftest import make_tokenizer
     from rollout_helpers import Recorder
 
     tokenizer = make_tokenizer()
@@ -658,6 +664,53 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path)
             train_dataset=make_conversations(),
             processing_class=tokenizer,
         )
+
+
+@pytest.mark.parametrize("closing", ["<|im_end|>", "<|im_end|>\n", "\n", ""])
+def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_an_answer(closing, tmp_path):
+    """As in base models, whose end of text is another token than the end of a turn of their template."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "~"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", closing)
+    trainer = make_trainer(
+        make_model(tokenizer),
+        tmp_path,
+        history="independent",
+        processing_class=tokenizer,
+        **{**OPTIONS, "max_steps": 2},
+    )
+    trainer.train()
+    compared = 0
+    for row in (row for rows, _ in trainer.seen for row in rows):
+        ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
+        rendered = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=False)
+        own = [[t for t in a.ids if t != tokenizer.eos_token_id] for a in row.answers]
+        if len(row.answers) > 1 and own == [tokenizer(a.text)["input_ids"] for a in row.answers]:
+            compared += 1
+            assert rendered.startswith(tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id]))
+    assert compared > 5
+
+
+def test_an_answer_that_ends_with_another_token_is_closed_too(model_path, tmp_path):
+    trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
+    talk = trainer.grpo_callbacks[0].talk
+    end, other = talk.end_of_turn[0], trainer.processing_class.pad_token_id
+    trainer.eos_token_ids = [end, other]
+    (dialogue,) = talk.begin([{"prompt": [user("a")], "turns": ["b"]}], ["here"])
+    for ids, closed in (([9, end], False), ([9, other], True), ([9], True)):
+        answer = Answer(prompt=dialogue.messages, ids=ids, text="x", logprobs=None, glue_ids=[], turn=0)
+        after = talk.carry_on(dialogue, answer, [user("b")], [])
+        assert (after.glue_ids[0] == end) == closed
+
+
+def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(model_path, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = qwen3_chat_template
+    trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
+    talk = trainer.grpo_callbacks[0].talk
+    end_of_turn, glue = talk._glue([user("hi")])
+    assert tokenizer.decode(end_of_turn) == "<|im_end|>"
+    assert tokenizer.decode(glue) == "\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 # Resume

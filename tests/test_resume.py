@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import config_kwargs, has_answer
 from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 
@@ -26,6 +27,17 @@ class Interrupt(TrainerCallback):
         if state.global_step == self.step:
             control.should_save = True
             control.should_training_stop = True
+
+
+class Raise(TrainerCallback):
+    """Ctrl-C."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def run(model_path, dataset, out, *, stop_at=None, resume=None, **options):
@@ -73,6 +85,64 @@ def test_resume_equals_no_interruption(name, model_path, dataset, tmp_path):
         assert torch.equal(value, other), key
     for one, two in zip(whole.grpo_callbacks, resumed.grpo_callbacks, strict=True):
         assert flatten(one.state_dict()) == flatten(two.state_dict())
+
+
+def prompts_of(model_path, dataset, out, *, stop_at=None, resume=None, stock=False, **options):
+    """The prompts of each step, and the weights after the last."""
+    seen = []
+
+    def reward(prompts, completions, answer, **kwargs):
+        seen.append(sorted(set(prompts)))
+        return has_answer(completions, answer)
+
+    options = config_kwargs(out, max_steps=9, per_device_train_batch_size=16, **options)
+    trainer = (GRPOTrainer if stock else AdaptiveGRPOTrainer)(
+        model=model_path,
+        reward_funcs=reward,
+        args=(GRPOConfig if stock else AdaptiveGRPOConfig)(**options),
+        train_dataset=dataset,
+        callbacks=[Interrupt(stop_at)] if stop_at else [],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return seen, [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("options", [{"monitor": True}, {"reward_clip_range": [-1, 1]}, {"share_prompts": True}, {}])
+def test_resume_in_a_later_epoch_goes_on_with_the_prompts_of_that_epoch(options, model_path, dataset, tmp_path):
+    """Where TRL's sampler chooses: 26 prompts, 6 steps of 4. With nothing set, all is as in TRL, which begins anew."""
+    stock, _ = prompts_of(model_path, dataset, tmp_path / "stock", stock=True)
+    whole, weights = prompts_of(model_path, dataset, tmp_path / "whole", **options)
+    assert whole == stock
+    prompts_of(model_path, dataset, tmp_path / "cut", stop_at=7, **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-7")
+    after, resumed = prompts_of(model_path, dataset, tmp_path / "cut", resume=checkpoint, **options)
+    is_equal = after == whole[7:] and all(map(torch.equal, weights, resumed))
+    assert is_equal == bool(options)
+
+
+def test_resume_on_the_same_trainer_drops_what_was_sampled_since(model_path, dataset, tmp_path):
+    options = {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": 2, "monitor": True}
+    whole, weights = prompts_of(model_path, dataset, tmp_path / "whole", **options)
+    seen = []
+
+    def reward(prompts, completions, answer, **kwargs):
+        seen.append(sorted(set(prompts)))
+        return has_answer(completions, answer)
+
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=reward,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=9, per_device_train_batch_size=16, **options)),
+        train_dataset=dataset,
+    )
+    trainer.add_callback(Raise(5))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.pop_callback(Raise)
+    seen.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen == whole[2:]
+    assert all(map(torch.equal, weights, trainer.model.parameters()))
 
 
 @pytest.mark.parametrize("options", [{"num_iterations": 2}, {"steps_per_generation": 4}])

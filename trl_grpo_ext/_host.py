@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl
+from packaging.version import Version
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer import utils
 
@@ -23,6 +24,7 @@ SEAMS = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "save_model": ["self", "output_dir", "_internal_call"],
+    "_get_train_sampler": ["self", "dataset"],
     "_remove_unused_columns": ["self", "dataset", "description"],
     "_get_output_dir": ["self", "trial"],
     "add_callback": ["self", "callback"],
@@ -48,6 +50,7 @@ OPEN_SEAMS = {
 }
 # Module -> what is imported from it.
 HELPERS = {
+    "trl.chat_template_utils": ["get_training_chat_template", "is_chat_template_prefix_preserving"],
     "trl.data_utils": ["is_conversational"],
     "trl.models": ["unwrap_model_for_generation"],
     "trl.trainer.utils": ["get_config_model_id", "nanstd", "pad"],
@@ -60,6 +63,9 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 # Up to TRL 1.14.1, `_generate_single_turn` reads the number of completions per prompt from the trainer.
 TAKES_NUM_GENERATIONS = "num_generations" in inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters
+
+# Up to TRL 1.13, the loss of Liger is computed past the methods that this package wraps, with the first beta.
+LIGER_GOES_AROUND = Version(trl.__version__) < Version("1.14")
 
 
 def check_seams(trainer_class: type) -> None:
@@ -105,6 +111,20 @@ def _missing(what: str) -> ImportError:
     return ImportError(
         f'trl-grpo-ext wraps {what}, which TRL {trl.__version__} lacks: pip install "trl{SUPPORTED_TRL}"'
     )
+
+
+def check_liger(args: Any) -> None:
+    """Raise `ValueError` for options that would have no effect on the loss of Liger, in a TRL where that is so."""
+    if not (LIGER_GOES_AROUND and args.use_liger_kernel):
+        return
+    on_alarm = args.on_alarm if isinstance(args.on_alarm, dict) else {}
+    idle = [name for name in ("share_prompts", "skip_zero_advantage", "kl_target") if getattr(args, name)]
+    idle += ["on_alarm='adapt_beta'"] * ("adapt_beta" in on_alarm.values())
+    if idle:
+        raise ValueError(
+            f"{idle[0]} has no effect with use_liger_kernel=True in TRL {trl.__version__}, which computes that loss past "
+            "it: use TRL 1.14 or later, or leave one of them out"
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 
 MANIFEST = "grpo_checkpoint.json"
+PASSING = "checkpoint-is-incomplete.txt"  # of transformers, which takes it away after a save on a signal
 OURS = "grpo_*"  # what this package adds to a checkpoint
 TRAINER_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -91,7 +92,7 @@ def begin(folder: str | os.PathLike[str]) -> None:
 def complete(folder: str | os.PathLike[str]) -> None:
     """Say that a checkpoint is written, once all processes have written their parts and the disk holds them."""
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, PASSING))
     for path in files:
         # Some file systems tell only now that they are full.
         with path.open("rb") as file:

@@ -2,12 +2,15 @@
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import nn
+from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoints
@@ -20,6 +23,33 @@ logger = get_logger(__name__)
 
 STATE_FILE, STATE_VERSION = "grpo_callbacks.pt", 1
 ROLLOUTS_FILE = "grpo_rollouts_{rank}.pt"
+
+
+class EpochSampler(Sampler[int]):
+    """
+    TRL's sampler, which draws one order after the other, with the order of any epoch.
+
+    A run that resumes in a later epoch has to go on with the order of that epoch, and TRL's begins with the first.
+
+    Args:
+        sampler ([`~trl.trainer.utils.RepeatSampler`]):
+            TRL's, with `shuffle` and a seed.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """What accelerate calls before each epoch."""
+        self.sampler.generator.manual_seed(self.sampler.seed)
+        for _ in range(epoch):
+            torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
 
 
 class SavingGRPOTrainer(LeanGRPOTrainer):
@@ -55,6 +85,12 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         super().save_model(*args, **kwargs)
         if self._is_saving:  # training_args.bin holds the limit now, and old checkpoints are for us to delete
             self.args.save_total_limit = None
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
+        sampler: Sampler[int] = super()._get_train_sampler(dataset)
+        args = self.args
+        is_stock = not (self.grpo_callbacks or args.share_prompts or args.skip_zero_advantage or args.merge_adapter)
+        return sampler if is_stock or not getattr(sampler, "shuffle", False) else EpochSampler(sampler)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -156,6 +192,7 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
             elif callback.state_dict():
                 logger.warning(f"{checkpoint} has no state of {name}: it starts from scratch")
         # With another number of processes, every rank generates anew.
+        self._step, self._buffered_inputs = 0, None
         if state["ranks_with_rollouts"] == self.accelerator.num_processes:
             path = os.path.join(checkpoint, ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
             rollouts = checkpoints.load_tensors(path, self.accelerator.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
-from ._host import as_awaited
+from ._host import as_awaited, check_liger
 from .advantages import group_advantages, normalize_then_sum, total_rewards
 from .callbacks import GRPOCallback, RolloutBatch, check_finite, check_shape
 from .config import AdaptiveGRPOConfig
@@ -83,6 +83,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             args = AdaptiveGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         if not isinstance(args, AdaptiveGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}: use AdaptiveGRPOConfig, which takes the same arguments")
+        check_liger(args)
         # A callback may be passed as a class, as in transformers.
         given = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
         callbacks = callbacks_of(args) + given

@@ -1,8 +1,12 @@
 """Conversations that go on by token ids: nothing that was generated is tokenised again."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
+
+from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
 
 from ..answers import Answer, RolloutRow
 from ..failures import gather_values
@@ -131,6 +135,11 @@ class Talk:
                 f"of {self.max_length} tokens (max_conversation_length, or what the model can hold): lower it, or "
                 "raise max_conversation_length"
             )
+        # TRL's own version of a template that writes the last answer differently from earlier ones, as with tools.
+        self.template: str | None = trainer.chat_template
+        if self.template is None and not is_chat_template_prefix_preserving(trainer.processing_class):
+            with suppress(ValueError):  # it has none
+                self.template = get_training_chat_template(trainer.processing_class)
         # Once, so that a template that cannot be carried on is refused before anything is trained.
         self.end_of_turn, _ = self._glue([{"role": "user", "content": "dummy"}])
 
@@ -191,7 +200,7 @@ class Talk:
     ) -> Dialogue:
         """The conversation after an answer and what the user said to it."""
         end_of_turn, glue_ids = self._glue(said)
-        if not answer.ids or answer.ids[-1] not in self.trainer.eos_token_ids:  # cut off
+        if answer.ids[-1:] != end_of_turn:  # cut off, or ended with another token
             glue_ids = end_of_turn + glue_ids
         return replace(
             dialogue,
@@ -207,16 +216,23 @@ class Talk:
         return self.max_length is None or len(dialogue.ids) + self.trainer.max_completion_length <= self.max_length
 
     def _glue(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        # The tokens between an answer and the next, from a dummy conversation, as TRL does for tool results.
+        """
+        The token that ends an answer (none where the model has no such token), and those between it and the next.
+
+        From a dummy conversation, as TRL does for tool results.
+        """
         trainer = self.trainer
-        dummy = [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": "dummy"}]
+        dummy, other = (
+            [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": content}]
+            for content in ("dummy", "another")
+        )
 
         def render(conversation: list[Message], add_generation_prompt: bool) -> list[int]:
             ids: list[int] = trainer.processing_class.apply_chat_template(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=True,
-                chat_template=trainer.chat_template,
+                chat_template=self.template,
                 return_dict=False,
                 **trainer.chat_template_kwargs,
             )
@@ -227,14 +243,18 @@ class Talk:
         ends = [i for i, token in enumerate(before) if token in trainer.eos_token_ids]
         if ends and trainer._tokenizer.decode(before[ends[-1] + 1 :]).strip():
             ends = []  # that of an earlier turn: this template does not end the assistant's
-        end_of_turn = [before[ends[-1]]] if ends else []
-        before = before[: ends[-1] + 1] if ends else before
+        if ends:
+            end_of_turn, before, closing = before[ends[-1] : ends[-1] + 1], before[: ends[-1] + 1], before[:0]
+        else:  # what stands behind an answer whatever it says, and the model does not write
+            pairs = zip(reversed(before), reversed(render(other, False)), strict=False)
+            num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            end_of_turn, closing = [], before[len(before) - num_shared :]
         if after[: len(before)] != before:
             raise ValueError(
                 "The chat template writes earlier turns differently once others follow, so a conversation cannot be "
                 "carried on by tokens: pass a processing_class whose chat_template only appends"
             )
-        return end_of_turn, after[len(before) :]
+        return end_of_turn, closing + after[len(before) :]
 
 
 def roll_out_rows(

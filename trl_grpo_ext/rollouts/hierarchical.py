@@ -235,6 +235,9 @@ class HierarchicalCallback(GRPOCallback):
 
 
 def _check_prompts(dataset: Dataset, place: str) -> None:
+    taken = sorted({"plan", "plan_ids", "turn", "last_turn"} & set(dataset.column_names))
+    if taken:
+        raise ValueError(f"The columns {taken} of {place} would be replaced by those of the rollout: rename them")
     columns = [name for name in ("prompt", "turns") if name in dataset.column_names]
     for number, row in enumerate(dataset.select_columns(columns)):
         try:

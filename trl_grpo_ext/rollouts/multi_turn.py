@@ -114,6 +114,10 @@ class MultiTurnCallback(GRPOCallback):
                 "Every conversation has one turn: put what the user says later into a column `turns`, pass user, or "
                 "leave out the multi-turn rollout"
             )
+        if args.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True takes what the user says later out of the rows: leave it out, as TRL does"
+            )
         for place, dataset in eval_datasets(trainer).items():
             if isinstance(dataset, Dataset):
                 self._read(dataset, place)
