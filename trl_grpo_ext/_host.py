@@ -122,8 +122,8 @@ def check_liger(args: Any) -> None:
     idle += ["on_alarm='adapt_beta'"] * ("adapt_beta" in on_alarm.values())
     if idle:
         raise ValueError(
-            f"{idle[0]} has no effect with use_liger_kernel=True in TRL {trl.__version__}, which computes that loss past "
-            "it: use TRL 1.14 or later, or leave one of them out"
+            f"{idle[0]} has no effect with use_liger_kernel=True in TRL {trl.__version__}, which computes that loss "
+            "past it: use TRL 1.14 or later, or leave one of them out"
         )
 
 
