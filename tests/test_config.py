@@ -302,7 +302,7 @@ def test_a_users_variance_callback_is_checked_like_the_option(options, problem, 
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"share_prompts": True}, "share_prompts"),
+        ({"skip_zero_advantage": True}, "skip_zero_advantage"),
         ({"kl_target": 0.1, "beta": 0.1}, "kl_target"),
         ({"monitor": True, "beta": 0.1, "on_alarm": {"kl_spike": "adapt_beta"}}, "on_alarm='adapt_beta'"),
     ],

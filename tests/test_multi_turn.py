@@ -1,6 +1,7 @@
 """Conversations: rows, tokens and credit of both histories, simulated users, and everything they combine with."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, user
 from test_resume import Interrupt
-from trl import GRPOConfig, GRPOTrainer
-from trl.chat_template_utils import qwen3_chat_template
+from trl import GRPOConfig, GRPOTrainer, chat_template_utils
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
 from trl_grpo_ext.answers import Answer
@@ -277,7 +277,7 @@ def test_a_reward_may_see_the_whole_conversation_at_its_end(history, model_path,
 
 def test_what_a_reward_of_the_whole_conversation_logs_keeps_its_rows():
     def judge(completions, log_extra, **kwargs):
-        log_extra("verdict", [completion[-1]["content"] for completion in completions])
+        log_extra(column="verdict", values=[completion[-1]["content"] for completion in completions])
         return [1.0] * len(completions)
 
     history = [{"role": "user", "content": "Hi"}]
@@ -647,8 +647,11 @@ def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
 
 
 def test_rows_without_what_is_said_later_are_refused(model_path, tmp_path):
-    with pytest.raises(ValueError, match="remove_unused_columns=True takes what the user says later out"):
+    with pytest.raises(ValueError, match=r"remove_unused_columns=True takes \['letter', 'turns'\] out of the rows"):
         make_trainer(model_path, tmp_path, remove_unused_columns=True, **OPTIONS)
+    rows = [{"prompt": [user("a"), {"role": "assistant", "content": ""}, user("b")]}] * 12  # nothing is lost
+    options = {**OPTIONS, "turn_columns": [], "dataset": Dataset.from_list(rows)}
+    make_trainer(model_path, tmp_path, remove_unused_columns=True, **options)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path):
@@ -703,14 +706,34 @@ def test_an_answer_that_ends_with_another_token_is_closed_too(model_path, tmp_pa
         assert (after.glue_ids[0] == end) == closed
 
 
-def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(model_path, tmp_path):
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def test_a_template_that_knows_no_tools_is_fine(model_path, tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = qwen3_chat_template
+    tokenizer.chat_template = ALTERNATING
+    trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
+    end_of_turn, glue = trainer.grpo_callbacks[0].talk._glue([user("hi")])
+    assert tokenizer.decode(end_of_turn + glue) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6"])
+def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(name, model_path, tmp_path):
+    tokenizer = make_tokenizer()
+    path = Path(chat_template_utils.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip(f"this TRL has no {name}")
+    tokenizer.chat_template = path.read_text()
     trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
     talk = trainer.grpo_callbacks[0].talk
     end_of_turn, glue = talk._glue([user("hi")])
     assert tokenizer.decode(end_of_turn) == "<|im_end|>"
-    assert tokenizer.decode(glue) == "\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(glue).startswith("\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 
 # Resume

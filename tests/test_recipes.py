@@ -416,7 +416,8 @@ def test_held_out_answers_do_not_depend_on_the_side_of_the_padding(model_path, c
 def test_held_out_totals_before_and_after_are_of_one_reward_asked_once(model_path, conversational, tmp_path):
     calls, loops = [], []
 
-    async def judge(completions, **kwargs):
+    async def judge(completions, log_extra, **kwargs):
+        log_extra(column="verdict", values=["fine"] * len(completions))
         calls.append(len(completions))
         loops.append(asyncio.get_running_loop())
         return [float(len(calls))] * len(completions)  # another answer each time

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from conftest import config_kwargs, has_answer
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext.saving import draw_past
 
 
 class Plans(GRPOCallback):
@@ -118,6 +122,25 @@ def test_resume_in_a_later_epoch_goes_on_with_the_prompts_of_that_epoch(options,
     after, resumed = prompts_of(model_path, dataset, tmp_path / "cut", resume=checkpoint, **options)
     is_equal = after == whole[7:] and all(map(torch.equal, weights, resumed))
     assert is_equal == bool(options)
+
+
+@pytest.mark.parametrize(("num_processes", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_what_was_drawn_in_earlier_epochs_is_past_on_every_process(num_processes, rank):
+    """As transformers and accelerate resume: a loader for each process, an epoch that is begun, batches to skip."""
+
+    def loader():
+        sampler = RepeatSampler(range(24), 2, batch_size=4, shuffle=True, seed=7)
+        batches = DataLoader(range(24), batch_size=4, sampler=sampler)
+        shard = prepare_data_loader(batches, num_processes=num_processes, process_index=rank, put_on_device=False)
+        return sampler, shard
+
+    _, whole = loader()
+    _, third, later = ([batch.tolist() for batch in whole] for _ in range(3))
+    sampler, resumed = loader()
+    draw_past(sampler, 1)
+    resumed.set_epoch(1)
+    assert [batch.tolist() for batch in skip_first_batches(resumed, 2)] == third[2:]
+    assert [batch.tolist() for batch in resumed] == later
 
 
 def test_resume_on_the_same_trainer_drops_what_was_sampled_since(model_path, dataset, tmp_path):

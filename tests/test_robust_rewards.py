@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import dataclasses
 import gc
 import json
 import math
@@ -355,6 +356,45 @@ def test_an_answer_that_imports_what_is_not_there_is_no_missing_package():
 
 def lacks_a_package(completions, **kwargs):
     import not_there_either  # noqa: F401
+
+
+@dataclasses.dataclass
+class Judge:
+    """Its `__init__` is made of a string, by dataclasses."""
+
+    def __post_init__(self):
+        import not_there_either  # noqa: F401
+
+
+def makes_a_judge(completions, **kwargs):
+    Judge()
+
+
+def in_a_notebook():
+    """A reward of a cell, whose code has no file either, but a module."""
+    cell = types.ModuleType("cell")
+    sys.modules["cell"] = cell
+    code = "def of_a_cell(completions, **kwargs):\n    import not_there_either\n"
+    exec(compile(code, "<ipython-input-3-abc>", "exec"), cell.__dict__)
+    return cell.of_a_cell
+
+
+@pytest.mark.parametrize("function", [makes_a_judge, in_a_notebook()])
+def test_code_without_a_file_is_not_always_that_of_an_answer(function):
+    for reward in (as_reward(function).on_error("skip"), as_reward(function).retry(0)):
+        with pytest.raises(ImportError, match="not_there_either"):
+            ask(reward, "a")
+
+
+@pytest.mark.parametrize("how", ["exec(code)", "exec(code, {})", "exec(code, {'__name__': '__main__'})"])
+def test_an_answer_is_told_however_it_is_run(how):
+    def run(completions, **kwargs):
+        for code in completions:  # noqa: B007
+            eval(how)
+        return [1.0]
+
+    assert ask(as_reward(run).on_error("skip"), "import not_there") == [None]
+    assert ask(as_reward(run).on_error("skip"), "def f():\n    import not_there\nf()") == [None]
 
 
 @pytest.mark.parametrize("change", [lambda r: r.on_error("skip"), lambda r: r.retry(2), lambda r: r.in_processes(1)])

@@ -50,7 +50,7 @@ OPEN_SEAMS = {
 }
 # Module -> what is imported from it.
 HELPERS = {
-    "trl.chat_template_utils": ["get_training_chat_template", "is_chat_template_prefix_preserving"],
+    "trl.chat_template_utils": ["get_training_chat_template"],
     "trl.data_utils": ["is_conversational"],
     "trl.models": ["unwrap_model_for_generation"],
     "trl.trainer.utils": ["get_config_model_id", "nanstd", "pad"],
@@ -118,7 +118,7 @@ def check_liger(args: Any) -> None:
     if not (LIGER_GOES_AROUND and args.use_liger_kernel):
         return
     on_alarm = args.on_alarm if isinstance(args.on_alarm, dict) else {}
-    idle = [name for name in ("share_prompts", "skip_zero_advantage", "kl_target") if getattr(args, name)]
+    idle = [name for name in ("skip_zero_advantage", "kl_target") if getattr(args, name)]
     idle += ["on_alarm='adapt_beta'"] * ("adapt_beta" in on_alarm.values())
     if idle:
         raise ValueError(

@@ -219,7 +219,7 @@ def _scores(
         completions=[[{"role": "assistant", "content": text}] for text in texts],
         completion_ids=token_ids,
         trainer_state=state,
-        log_extra=columns.__setitem__,
+        log_extra=lambda column, values: columns.update({column: values}),
         log_metric=lambda name, value: None,
         **{name: list(rows[name]) for name in rows.column_names if name != "prompt"},
     )

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,31 +24,19 @@ STATE_FILE, STATE_VERSION = "grpo_callbacks.pt", 1
 ROLLOUTS_FILE = "grpo_rollouts_{rank}.pt"
 
 
-class EpochSampler(Sampler[int]):
+def draw_past(sampler: Any, num_epochs: int) -> None:
     """
-    TRL's sampler, which draws one order after the other, with the order of any epoch.
-
-    A run that resumes in a later epoch has to go on with the order of that epoch, and TRL's begins with the first.
+    Leave a sampler as it is after so many epochs.
 
     Args:
         sampler ([`~trl.trainer.utils.RepeatSampler`]):
-            TRL's, with `shuffle` and a seed.
+            TRL's, which draws one order of the prompts after the other from one generator.
+        num_epochs (`int`):
+            Epochs that are over.
     """
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self.sampler
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """What accelerate calls before each epoch."""
-        self.sampler.generator.manual_seed(self.sampler.seed)
-        for _ in range(epoch):
-            torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+    sampler.generator.manual_seed(sampler.seed)
+    for _ in range(num_epochs):
+        torch.randperm(sampler.num_samples, generator=sampler.generator)
 
 
 class SavingGRPOTrainer(LeanGRPOTrainer):
@@ -88,9 +75,8 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         sampler: Sampler[int] = super()._get_train_sampler(dataset)
-        args = self.args
-        is_stock = not (self.grpo_callbacks or args.share_prompts or args.skip_zero_advantage or args.merge_adapter)
-        return sampler if is_stock or not getattr(sampler, "shuffle", False) else EpochSampler(sampler)
+        self._sampler = sampler
+        return sampler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -120,7 +106,13 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.grpo_callbacks:
+        args = self.args
+        is_stock = not (self.grpo_callbacks or args.share_prompts or args.skip_zero_advantage or args.merge_adapter)
+        if checkpoint is None or is_stock:
+            return
+        if self.state.epoch and getattr(self._sampler, "shuffle", False):  # TRL's begins with the first epoch again
+            draw_past(self._sampler, int(self.state.epoch))
+        if self.grpo_callbacks:
             self._load_state(checkpoint)
 
     # Checkpoints

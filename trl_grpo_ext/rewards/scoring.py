@@ -4,10 +4,12 @@ import hashlib
 import logging
 import math
 import pickle
+import sys
 import traceback
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from numbers import Real
+from types import FrameType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def is_missing_package(error: BaseException | None) -> bool:
     Whether the reward itself lacks a package, which is for the user to install and never for `on_error` to skip.
 
     What a completion imports when a reward runs it is its own affair. It is told by where it stands: in code that was
-    made of a string, as by `exec`, whose file names begin with `<`.
+    made of a string, as by `exec`, and belongs to no module, as a cell of a notebook does.
 
     ```python
     >>> def error_of(run):
@@ -51,8 +53,15 @@ def is_missing_package(error: BaseException | None) -> bool:
     """
     if not isinstance(error, ImportError):
         return False
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return not any(file.startswith("<") and not file.startswith("<frozen ") for file in files)
+    return not any(_is_of_a_string(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _is_of_a_string(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    if not file.startswith("<") or file.startswith("<frozen "):
+        return False
+    module = sys.modules.get(frame.f_globals.get("__name__", ""))
+    return frame.f_code.co_name == "<module>" or getattr(module, "__dict__", None) is not frame.f_globals
 
 
 class Memory(OrderedDict[Any, Any]):

@@ -69,7 +69,7 @@ class ViewReward(Leaf):
         positions = [position for position, view in enumerate(views) if view is not None]
         log_extra = call.get("log_extra")
         if log_extra:  # a column of the table has all rows
-            shown["log_extra"] = lambda name, values: log_extra(name, self._back(positions, values, count))
+            shown["log_extra"] = lambda column, values: log_extra(column, self._back(positions, values, count))
         return positions, shown
 
     def _back(self, positions: list[int], values: list[Value], count: int) -> list[Value]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
+from trl.chat_template_utils import get_training_chat_template
 
 from ..answers import Answer, RolloutRow
 from ..failures import gather_values
@@ -135,13 +135,15 @@ class Talk:
                 f"of {self.max_length} tokens (max_conversation_length, or what the model can hold): lower it, or "
                 "raise max_conversation_length"
             )
-        # TRL's own version of a template that writes the last answer differently from earlier ones, as with tools.
-        self.template: str | None = trainer.chat_template
-        if self.template is None and not is_chat_template_prefix_preserving(trainer.processing_class):
-            with suppress(ValueError):  # it has none
-                self.template = get_training_chat_template(trainer.processing_class)
         # Once, so that a template that cannot be carried on is refused before anything is trained.
-        self.end_of_turn, _ = self._glue([{"role": "user", "content": "dummy"}])
+        self.template: str | None = trainer.chat_template
+        said = [{"role": "user", "content": "dummy"}]
+        try:
+            self.end_of_turn, _ = self._glue(said)
+        except ValueError:  # TRL has its own version of some templates that write the last answer differently
+            with suppress(ValueError):
+                self.template = self.template or get_training_chat_template(trainer.processing_class)
+            self.end_of_turn, _ = self._glue(said)
 
     def begin(self, rows: list[dict[str, Any]], where: list[str]) -> list[Dialogue]:
         """The conversations of dataset rows, before the first answer."""

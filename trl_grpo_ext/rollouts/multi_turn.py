@@ -114,9 +114,11 @@ class MultiTurnCallback(GRPOCallback):
                 "Every conversation has one turn: put what the user says later into a column `turns`, pass user, or "
                 "leave out the multi-turn rollout"
             )
-        if args.remove_unused_columns:
+        needed = {"turns", *self.turn_columns} & set(trainer.train_dataset.column_names)
+        if args.remove_unused_columns and needed:
             raise ValueError(
-                "remove_unused_columns=True takes what the user says later out of the rows: leave it out, as TRL does"
+                f"remove_unused_columns=True takes {sorted(needed)} out of the rows, which the conversations need: "
+                "leave it out, as TRL does"
             )
         for place, dataset in eval_datasets(trainer).items():
             if isinstance(dataset, Dataset):
