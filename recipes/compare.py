@@ -70,6 +70,7 @@ class Options:
         if self.smoke:
             self.seeds, self.pools, self.rollouts, self.warm_start = 1, self.pools[:1], 2 * self.rows, 10
             self.learning_rates, self.dpo_budgets, self.eval_every = self.learning_rates[:1], [self.rows], self.rows
+            self.output_dir = str(Path(self.output_dir) / "smoke")  # no part of the tables
 
 
 def make_task(options: Options, seed: int) -> TinyTask | SmolTask:

@@ -193,6 +193,14 @@ def test_broken_weights_are_not_saved(model_path, dataset, tmp_path, caplog):
     assert "[save_and_stop: stopped without saving]" in caplog.text
 
 
+def test_broken_weights_are_not_saved_between_two_logs_either(model_path, dataset, tmp_path):
+    options = {"monitor": True, "on_alarm": {"nan_loss": "save_and_stop"}, "save_strategy": "steps", "save_steps": 3}
+    trainer, _ = make(model_path, dataset, tmp_path, None, callbacks=[Poison()], **{**options, "logging_steps": 10})
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
 def test_broken_weights_are_not_saved_at_the_end_of_the_epoch_nor_evaluated(model_path, dataset, tmp_path):
     options = {"monitor": True, "on_alarm": {"nan_loss": "save_and_stop"}, "save_strategy": "epoch"}
     options |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}

@@ -10,8 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trl.trainer.utils import nanstd
 
 from trl_grpo_ext.alarms import Alarm, AlarmDetector, make_alarms
 from trl_grpo_ext.readings import RECENT, History, Reading, collapse, constant_rewards, level, runaway, spike
@@ -249,6 +251,17 @@ def test_constant_rewards_by_hand():
     assert constant_rewards(logs | {"rewards/a/std": 0.2}, steady).value == 0.0
     assert constant_rewards(logs | {"rewards/a/mean": 0.7}, steady).value == 0.0
     assert constant_rewards({"loss": 0.0}, steady) is None
+    # What TRL computes of 16 times 0.1.
+    rounding = torch.full((16,), 0.1)
+    tenth = history_of(**{"rewards/a/mean": [0.1] * 20})
+    assert 0 < nanstd(rounding).item() < 1e-7
+    assert constant_rewards({"rewards/a/mean": 0.1, "rewards/a/std": nanstd(rounding).item()}, tenth).value == 1.0
+
+
+def test_rounding_is_no_usual_spread():
+    (read,) = (alarm.measure for alarm in make_alarms() if alarm.name == "reward_std_spike")
+    assert read({"reward_std": 0.3}, history_of(reward_std=[7.7e-9] * 20)) is None
+    assert read({"reward_std": 0.3}, history_of(reward_std=[7.7e-9] * 20 + [0.1])).value == pytest.approx(3)
 
 
 def test_runaway_by_hand():

@@ -137,12 +137,13 @@ def test_compute_smoke(tmp_path):
     ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    with (tmp_path / "results.csv").open() as file:
+    folder = tmp_path / "smoke"
+    with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 3  # methods, kinds of measurement
     assert all(float(row["ratio"]) == 1.0 for row in rows if row["method"] == "stock")
     errors = [float(line.rsplit(" ", 1)[1]) for line in result.stdout.splitlines() if "of the gradients" in line]
     assert len(errors) == 1
     assert errors[0] < 1e-5
-    assert (tmp_path / "compute.png").stat().st_size > 10_000
-    assert "| prompt 64 | on |" in (tmp_path / "table.md").read_text()
+    assert (folder / "compute.png").stat().st_size > 10_000
+    assert "| prompt 64 | on |" in (folder / "table.md").read_text()

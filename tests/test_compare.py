@@ -355,6 +355,7 @@ def test_smoke(tmp_path):
     command = [*launch, "recipes/compare.py", "--smoke", "--workers", "2", "--output_dir", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
+    tmp_path = tmp_path / "smoke"
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == parse().methods

@@ -50,6 +50,10 @@ REFUSED = {
         {"group_size": "variance", "per_device_train_batch_size": 4},
         "generation_batch_size=4 rows hold one prompt with num_generations=4 .* or lower num_generations",
     ),
+    "alarms_without_logs": (
+        {"monitor": True, "on_alarm": {"nan_loss": "save_and_stop"}, "logging_strategy": "no"},
+        "on_alarm=.* needs logs, which the alarms read, and logging_strategy='no' makes none",
+    ),
     "threshold": ({"group_std_threshold": -0.5}, "group_std_threshold=-0.5 must not be negative: try 0.1"),
     "rounds": ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds=-1 must not be negative: use 0 to switch it"),
     "range_order": ({"reward_clip_range": [10, -10]}, r"reward_clip_range=\[10, -10\] must be .*low < high.*-10, 10"),

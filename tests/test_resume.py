@@ -1,5 +1,8 @@
 """An interrupted run ends where the run that was never interrupted ends: weights, plans, callback state."""
 
+from collections import Counter, OrderedDict, deque
+
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
@@ -11,6 +14,7 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 from trl_grpo_ext.saving import draw_past
+from trl_grpo_ext.state import check_savable
 
 
 class Plans(GRPOCallback):
@@ -141,6 +145,30 @@ def test_what_was_drawn_in_earlier_epochs_is_past_on_every_process(num_processes
     resumed.set_epoch(1)
     assert [batch.tolist() for batch in skip_first_batches(resumed, 2)] == third[2:]
     assert [batch.tolist() for batch in resumed] == later
+
+
+@pytest.mark.parametrize("kept", [np.float64(1), np.zeros(2), deque([1.0]), {"a": [torch.Generator()]}])
+def test_a_state_that_could_never_be_read_is_refused_when_it_is_written(kept, model_path, dataset, tmp_path):
+    class Keeps(GRPOCallback):
+        def state_dict(self):
+            return {"kept": kept}
+
+    trainer = AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=has_answer,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, save_strategy="steps", save_steps=1)),
+        train_dataset=dataset,
+        callbacks=[Keeps()],
+    )
+    with pytest.raises(Exception, match=r"state_dict\(\) of Keeps\['kept'\].* is a .*: make it a tensor, a number"):
+        trainer.train()
+
+
+def test_every_state_that_is_taken_is_read_back(tmp_path):
+    state = {"a": [1, 2.0, True, None, "x", b"y", (1,), {2}], 3: OrderedDict(b=torch.ones(2)), "c": Counter("aab")}
+    check_savable(state)
+    torch.save(state, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["a"] == state["a"]
 
 
 def test_resume_on_the_same_trainer_drops_what_was_sampled_since(model_path, dataset, tmp_path):

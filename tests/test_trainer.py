@@ -3,6 +3,7 @@
 import asyncio
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import config_kwargs, count_vowels, has_answer, make_tokenizer, text_of
@@ -433,6 +434,58 @@ def test_a_hook_that_returns_another_shape_is_named(hook, model_path, dataset, t
     trainer = make(model_path, dataset, tmp_path, callbacks=[wrong()])
     with pytest.raises(ValueError, match=rf"Wrong.{hook} returned shape \(3, 3, 3\): return a tensor of shape"):
         trainer.train()
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.half, lambda values: values > 0.5])
+@pytest.mark.parametrize("hook", ["on_rewards", "on_total_rewards", "on_advantages"])
+def test_a_hook_may_return_another_type(hook, convert, model_path, dataset, tmp_path):
+    fields = {"on_rewards": "rewards_per_func", "on_total_rewards": "rewards", "on_advantages": "advantages"}
+
+    def changed(self, args, state, control, batch, **kwargs):
+        return convert(getattr(batch, fields[hook]))
+
+    other = type("Other", (GRPOCallback,), {hook: changed})
+    _, batches, _ = train(model_path, dataset, tmp_path, reward_funcs=has_answer, callbacks=[other()], max_steps=1)
+    assert batches[0].rewards.dtype == batches[0].advantages.dtype == torch.float32
+
+
+def test_a_hook_that_makes_advantages_nan_is_named(model_path, dataset, tmp_path):
+    class Centre(GRPOCallback):
+        def on_advantages(self, args, state, control, batch, **kwargs):
+            return batch.rewards - 1
+
+    def some(completions, **kwargs):
+        return [None if i % 4 == 0 else 1.0 for i in range(len(completions))]
+
+    trainer = make(model_path, dataset, tmp_path, reward_funcs=some, callbacks=[Centre()])
+    with pytest.raises(ValueError, match=r"Centre.on_advantages made the advantages of .* NaN or infinite: return 0"):
+        trainer.train()
+
+
+def test_sizes_that_are_no_tensor_are_named(model_path, dataset, tmp_path):
+    wrong = type("Wrong", (GRPOCallback,), {"on_group_sizes": lambda self, *args, **kwargs: [4, 4]})
+    trainer = make(model_path, dataset, tmp_path, callbacks=[wrong()])
+    with pytest.raises(
+        ValueError, match=r"Wrong.on_group_sizes returned a list: return a tensor with one size for each"
+    ):
+        trainer.train()
+
+
+def test_metrics_of_a_callback_are_numbers(model_path, dataset, tmp_path):
+    class Counts(GRPOCallback):
+        def on_rollouts(self, args, state, control, batch, **kwargs):
+            batch.metrics |= {"tensor": batch.rewards.mean(), "numpy": np.float32(0.5), "flag": True}
+
+    trainer, _, logs = train(model_path, dataset, tmp_path, callbacks=[Counts()], max_steps=1)
+    assert [type(logs[0][name]) for name in ("tensor", "numpy", "flag")] == [float] * 3
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+
+    class Wrong(GRPOCallback):
+        def on_rollouts(self, args, state, control, batch, **kwargs):
+            batch.metrics["several"] = batch.rewards
+
+    with pytest.raises(ValueError, match=r"batch.metrics\['several'\] is tensor.*: put one number into it"):
+        make(model_path, dataset, tmp_path, callbacks=[Wrong()]).train()
 
 
 def test_changing_rewards_in_place_counts_as_shaping(model_path, dataset, tmp_path):

@@ -277,9 +277,14 @@ class SaveAndStop(Action):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.is_pending = False
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:  # an alarm shall be heard before weights are saved that it says are broken
+            control.should_log = True
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.on_step_end(args, state, control)
         # Where training was left, transformers may ask for more (`save_strategy="epoch"`) or have changed its mind
         # about the step (`save_strategy="best"`).
         self._ask(control)

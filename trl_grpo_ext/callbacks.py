@@ -136,6 +136,20 @@ def check_finite(batch: RolloutBatch) -> None:
         )
 
 
+def check_advantages(callback: "GRPOCallback", batch: RolloutBatch) -> None:
+    """Raise `ValueError`, on every rank, where a callback made an advantage that would make every weight NaN."""
+    bad = ~batch.advantages.isfinite()
+    if bad.dim() == 2:  # what lies beyond the end of a completion is not used
+        bad = bad & (torch.arange(bad.size(1)) < batch.completion_lengths[:, None])
+        bad = bad.any(1)
+    if bad.any():
+        raise ValueError(
+            f"{type(callback).__name__}.on_advantages made the advantages of {int(bad.sum())} of {len(bad)} "
+            "completions NaN or infinite: return 0 where a completion has no reward (batch.rewards is NaN there), such "
+            "as with nan_to_num()"
+        )
+
+
 class GRPOCallback(TrainerCallback):
     """
     A [`~transformers.TrainerCallback`] with hooks into the life of a generation batch.

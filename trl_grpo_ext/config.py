@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig
 
 from .actions import check_on_alarm
@@ -300,6 +301,11 @@ class AdaptiveGRPOConfig(GRPOConfig):
             check_on_alarm(self.on_alarm, [alarm.name for alarm in make_alarms()])
             if not self.monitor:
                 raise ValueError(f"on_alarm={self.on_alarm} needs monitor=True, which raises the alarms: set it")
+            if self.logging_strategy == IntervalStrategy.NO:
+                raise ValueError(
+                    f"on_alarm={self.on_alarm} needs logs, which the alarms read, and logging_strategy='no' makes "
+                    "none: leave it out"
+                )
 
     def _check_skipping(self) -> None:
         """Raise `ValueError` when a row without advantage has a gradient all the same."""

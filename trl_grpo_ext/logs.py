@@ -78,7 +78,12 @@ def added_metrics(batch: RolloutBatch, has_sizes: bool, num_rounds: int | None) 
     Returns:
         `dict[str, float]`: what callbacks put into `batch.metrics`, and the counts.
     """
-    metrics = dict(batch.metrics)
+    metrics = {}
+    for name, value in batch.metrics.items():
+        try:
+            metrics[name] = float(value)  # trackers and the state of a run take no tensors
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"batch.metrics[{name!r}] is {value!r:.80}: put one number into it") from error
     if has_sizes:
         sizes = batch.group_sizes.float()
         metrics["group_size/mean"] = sizes.mean().item()

@@ -53,10 +53,12 @@ class Planner:
             sizes = callback.on_group_sizes(
                 self.args, state, control, prompt_index=candidates, num_rows=num_rows, sizes=wishes
             )
-            if sizes is not None and (sizes.dim() != 1 or sizes.numel() > candidates.numel()):
+            is_tensor = isinstance(sizes, Tensor)
+            if sizes is not None and not (is_tensor and sizes.dim() == 1 and len(sizes) <= candidates.numel()):
+                returned = f"shape {tuple(sizes.shape)}" if is_tensor else f"a {type(sizes).__name__}"
                 raise ValueError(
-                    f"{type(callback).__name__}.on_group_sizes returned shape {tuple(sizes.shape)}: return one size "
-                    f"for each of the {candidates.numel()} candidates, or for the first of them"
+                    f"{type(callback).__name__}.on_group_sizes returned {returned}: return a tensor with one size for "
+                    f"each of the {candidates.numel()} candidates, or for the first of them"
                 )
             wishes = wishes if sizes is None else sizes
         num_groups = num_groups_that_fit(wishes, num_rows, *self.bounds)

@@ -67,12 +67,29 @@ def level(metric: str) -> Measure:
     return measure
 
 
-def spike(metric: str, floor: float = 0.0) -> Measure:
-    """The metric over its median in the last logs (zeros left out). Values up to `floor` are never ill."""
+def is_nothing(spread: Any, value: float) -> bool:
+    """
+    Whether a standard deviation is none but for rounding, which is what TRL computes of equal rewards.
+
+    Example:
+
+    ```python
+    >>> is_nothing(None, 0.1), is_nothing(7.7e-9, 0.1), is_nothing(1e-5, 0.1), is_nothing(1e-5, 100.0)
+    (True, True, False, True)
+
+    ```
+    """
+    return not spread or (is_finite(spread) and spread <= 1e-6 * max(1.0, abs(value)))
+
+
+def spike(metric: str, floor: float = 0.0, nothing: float = 0.0) -> Measure:
+    """
+    The metric over its median in the last logs, without those up to `nothing`. Values up to `floor` are never ill.
+    """
 
     def measure(logs: Logs, history: History) -> Reading | None:
         value = logs.get(metric)
-        before = [v for v in history.recent.get(metric, []) if v > 0]
+        before = [v for v in history.recent.get(metric, []) if v > nothing]
         if not is_finite(value) or not before:
             return None
         usual = median(before)
@@ -118,7 +135,7 @@ def constant_rewards(logs: Logs, history: History) -> Reading | None:
             seen = history.recent.get(key, [])
             is_same = len(seen) == RECENT and all(math.isclose(v, value, rel_tol=1e-6) for v in seen)
             name = key.removeprefix("rewards/").removesuffix("/mean")
-            is_dead = is_same and not logs.get(f"rewards/{name}/std")
+            is_dead = is_same and is_nothing(logs.get(f"rewards/{name}/std"), value)
             (dead if is_dead else alive).append(f"{name} is always {value:.3g}" if is_dead else name)
     if not dead and not alive:
         return None

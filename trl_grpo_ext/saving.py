@@ -16,7 +16,7 @@ from . import checkpoints
 from .callbacks import GRPOCallback
 from .compute.trainer import LeanGRPOTrainer
 from .planner import Planner
-from .state import check_rollouts, check_state
+from .state import check_rollouts, check_savable, check_state
 
 logger = get_logger(__name__)
 
@@ -143,9 +143,12 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
             self.args.steps_per_generation * self.num_iterations, self.args.gradient_accumulation_steps
         )
         if self.args.should_save:
+            kept = [(type(callback).__name__, callback.state_dict()) for callback in self.grpo_callbacks]
+            for name, value in kept:
+                check_savable(value, f" of {name}")
             state = {
                 "version": STATE_VERSION,
-                "callbacks": [(type(callback).__name__, callback.state_dict()) for callback in self.grpo_callbacks],
+                "callbacks": kept,
                 "planner": None if self._planner is None else self._planner.state_dict(),
                 "num_rollouts": self._num_rollouts,
                 "ranks_with_rollouts": self.accelerator.num_processes if step > 0 else 0,

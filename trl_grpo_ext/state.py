@@ -1,11 +1,13 @@
 """What a callback finds in a checkpoint, held against what it would have written itself."""
 
 import math
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def check_state(state: Any, /, **wanted: Any) -> None:
@@ -38,6 +40,41 @@ def check_state(state: Any, /, **wanted: Any) -> None:
         problem = _tensor_problem(state[key], kind) if isinstance(kind, Tensor) else _problem(state[key], kind)
         if problem is not None:
             raise ValueError(f"{key!r} {problem}")
+
+
+def check_savable(value: Any, place: str = "") -> None:
+    """
+    Raise `ValueError` for what a checkpoint could hold and never be read from: anything but tensors and plain data.
+
+    Args:
+        value:
+            State of a callback, or a part of it.
+        place (`str`, *optional*):
+            Where it stands, for the message.
+
+    Example:
+
+    ```python
+    >>> check_savable({"means": [torch.ones(2), 0.5, None], "name": "x"})
+    >>> check_savable({"history": [{1, 2}, range(3)]})
+    Traceback (most recent call last):
+        ...
+    ValueError: state_dict()['history'][1] is a range: make it a tensor, a number, text, or a list or dict of these
+
+    ```
+    """
+    if type(value) in (dict, OrderedDict, Counter):
+        for key, part in value.items():
+            check_savable(key, f"{place} key")
+            check_savable(part, f"{place}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for number, part in enumerate(value):
+            check_savable(part, f"{place}[{number}]")
+    elif type(value) not in (bool, int, float, complex, str, bytes, bytearray, type(None), Tensor, Parameter):
+        raise ValueError(
+            f"state_dict(){place} is a {type(value).__name__}: make it a tensor, a number, text, or a list or dict of "
+            "these"
+        )
 
 
 def check_rollouts(rollouts: dict[str, Any], count: int) -> None:

@@ -13,7 +13,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ._host import as_awaited, check_liger
 from .advantages import group_advantages, normalize_then_sum, total_rewards
-from .callbacks import GRPOCallback, RolloutBatch, check_finite, check_shape
+from .callbacks import GRPOCallback, RolloutBatch, check_advantages, check_finite, check_shape
 from .config import AdaptiveGRPOConfig
 from .failures import gather_rewards
 from .features import callbacks_of
@@ -188,7 +188,9 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
                 if field == "advantages":  # one per row, or one per token of it
                     shapes = [batch.rewards.shape, (*batch.rewards.shape, int(batch.completion_lengths.max()))]
                 check_shape(callback, hook, value, *shapes)
-                setattr(batch, field, value)
+                setattr(batch, field, value.to(getattr(batch, field)))  # a float64, a bool, on any device
+                if field == "advantages":
+                    check_advantages(callback, batch)
 
     def _rows_of(self, plan: RolloutPlan, positions: Tensor | None = None) -> list[dict[str, Any]]:
         """This rank's dataset rows (or those at `positions` among them), a copy for each completion."""

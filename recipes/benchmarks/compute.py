@@ -276,7 +276,7 @@ def main() -> None:
         method, workload = options.peak
         print(json.dumps(peak(method, workload, shape)))
         return
-    folder = Path(options.output_dir)
+    folder = Path(options.output_dir) / ("smoke" if options.smoke else "")  # another model: no row of the table
     folder.mkdir(parents=True, exist_ok=True)
     results = read(folder / "results.csv")
     say = partial(print, flush=True)

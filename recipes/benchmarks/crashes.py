@@ -190,8 +190,13 @@ def live(
 
 def main(options: Options) -> dict[str, Any]:
     root, rng = Path(options.output_dir), random.Random(options.seed)
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
+    own = [path for path in root.iterdir() if path.name in ("whole", "table.json") or path.name.startswith("run-")]
+    others = sorted({path.name for path in root.iterdir()} - {path.name for path in own})
+    if others:
+        raise SystemExit(f"{root} holds more than an earlier table of this script ({others[0]}): name another folder")
+    shutil.rmtree(root)
+    root.mkdir()
     outcome, heard = live(root / "whole", options, None, None)
     assert outcome == "finished"
     expected = json.loads((root / "whole" / "result.json").read_text())

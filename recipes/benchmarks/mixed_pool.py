@@ -127,16 +127,17 @@ def make_table(results: list[dict[str, str]]) -> str:
     stock = {(r["pool"], r["seed"]): r for r in results if r["method"] == STOCK}
     for pool, method in dict.fromkeys((r["pool"], r["method"]) for r in results):
         rows = [r for r in results if (r["pool"], r["method"]) == (pool, method)]
-        base = [stock.get((pool, r["seed"]), r) for r in rows]
+        pairs = [(r, stock[pool, r["seed"]]) for r in rows if (pool, r["seed"]) in stock]
         cells = [spread([float(r["informative_share"]) for r in rows], 2)]
         for name in targets:
             reached = [float(r[name]) for r in rows]
             # Where stock did not get there, its whole run is counted: that makes its number too small, not too large.
-            whole = [min(float(b[name]), float(b["rollouts"])) for b in base]
+            ratios = [float(r[name]) / min(float(b[name]), float(b["rollouts"])) for r, b in pairs]
             cells.append(spread(reached, 0))
-            cells.append(spread([value / other for value, other in zip(reached, whole, strict=True)], 2))
+            cells.append(spread(ratios, 2) if ratios else "-")
         cells.append(spread([float(r["final_accuracy"]) for r in rows], 3))
-        cells.append(spread([float(r["seconds"]) / float(b["seconds"]) for r, b in zip(rows, base, strict=True)], 2))
+        ratios = [float(r["seconds"]) / float(b["seconds"]) for r, b in pairs]
+        cells.append(spread(ratios, 2) if ratios else "-")
         lines.append(f"| {pool} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
