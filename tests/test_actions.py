@@ -193,8 +193,15 @@ def test_broken_weights_are_not_saved(model_path, dataset, tmp_path, caplog):
     assert "[save_and_stop: stopped without saving]" in caplog.text
 
 
-def test_broken_weights_are_not_saved_between_two_logs_either(model_path, dataset, tmp_path):
-    options = {"monitor": True, "on_alarm": {"nan_loss": "save_and_stop"}, "save_strategy": "steps", "save_steps": 3}
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"save_strategy": "steps", "save_steps": 3},
+        {"save_strategy": "best", "metric_for_best_model": "eval_reward", "eval_strategy": "steps", "eval_steps": 3},
+    ],
+)
+def test_broken_weights_are_not_saved_between_two_logs_either(asked, model_path, dataset, tmp_path):
+    options = {"monitor": True, "on_alarm": {"nan_loss": "save_and_stop"}, "per_device_eval_batch_size": 4, **asked}
     trainer, _ = make(model_path, dataset, tmp_path, None, callbacks=[Poison()], **{**options, "logging_steps": 10})
     trainer.train()
     assert trainer.state.global_step == 3

@@ -262,6 +262,7 @@ def test_rounding_is_no_usual_spread():
     (read,) = (alarm.measure for alarm in make_alarms() if alarm.name == "reward_std_spike")
     assert read({"reward_std": 0.3}, history_of(reward_std=[7.7e-9] * 20)) is None
     assert read({"reward_std": 0.3}, history_of(reward_std=[7.7e-9] * 20 + [0.1])).value == pytest.approx(3)
+    assert read({"reward_std": 0.3, "reward": 100.1}, history_of(reward_std=[1.5e-5] * 20)) is None
 
 
 def test_runaway_by_hand():

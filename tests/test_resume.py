@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from conftest import config_kwargs, has_answer
+from datasets import IterableDataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -169,6 +170,15 @@ def test_every_state_that_is_taken_is_read_back(tmp_path):
     check_savable(state)
     torch.save(state, tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["a"] == state["a"]
+
+
+def test_a_stream_resumes_too(model_path, dataset, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(dataset.to_list()))
+    options = {"save_strategy": "steps", "save_steps": 2, "monitor": True}
+    whole, weights = prompts_of(model_path, stream, tmp_path, **options)
+    after, resumed = prompts_of(model_path, stream, tmp_path, resume=str(tmp_path / "checkpoint-4"), **options)
+    assert after == whole[4:]
+    assert all(map(torch.equal, weights, resumed))
 
 
 def test_resume_on_the_same_trainer_drops_what_was_sampled_since(model_path, dataset, tmp_path):

@@ -395,6 +395,25 @@ def test_an_answer_is_told_however_it_is_run(how):
 
     assert ask(as_reward(run).on_error("skip"), "import not_there") == [None]
     assert ask(as_reward(run).on_error("skip"), "def f():\n    import not_there\nf()") == [None]
+    assert ask(as_reward(run).on_error("skip"), "__name__ = []\nimport not_there") == [None]
+
+
+SOLVE = "def solve():\n    import not_there"
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda scope: (exec(SOLVE, globals(), scope), scope["solve"]()),
+        lambda scope: (exec(SOLVE, scope), scope["solve"]()),
+        lambda scope: eval("lambda: __import__('not_there')")(),
+    ],
+)
+def test_an_answer_is_told_when_its_function_is_called_later(run):
+    def solved(completions, **kwargs):
+        run({})
+
+    assert ask(as_reward(solved).on_error("skip"), "a") == [None]
 
 
 @pytest.mark.parametrize("change", [lambda r: r.on_error("skip"), lambda r: r.retry(2), lambda r: r.in_processes(1)])

@@ -278,7 +278,8 @@ class SaveAndStop(Action):
         self.is_pending = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:  # an alarm shall be heard before weights are saved that it says are broken
+        # An alarm shall be heard before weights that it says are broken are saved, or generate for an evaluation.
+        if control.should_save or control.should_evaluate:
             control.should_log = True
 
     def on_epoch_end(

@@ -84,12 +84,15 @@ def is_nothing(spread: Any, value: float) -> bool:
 
 def spike(metric: str, floor: float = 0.0, nothing: float = 0.0) -> Measure:
     """
-    The metric over its median in the last logs, without those up to `nothing`. Values up to `floor` are never ill.
+    The metric over its median in the last logs. Values up to `floor` are never ill. What is at most `nothing`, or that
+    part of the reward, is left out of the median.
     """
 
     def measure(logs: Logs, history: History) -> Reading | None:
         value = logs.get(metric)
-        before = [v for v in history.recent.get(metric, []) if v > nothing]
+        reward = logs.get("reward")
+        least = nothing * max(1.0, abs(reward) if is_finite(reward) else 0.0)
+        before = [v for v in history.recent.get(metric, []) if v > least]
         if not is_finite(value) or not before:
             return None
         usual = median(before)

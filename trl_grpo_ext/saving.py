@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoints
@@ -53,6 +54,7 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
     _planner: Planner | None
     _num_rollouts: int
     _is_saving = False
+    _sampler: Any = None  # of the prompts, where there is one: a stream has none
 
     @property
     def grpo_callbacks(self) -> list[GRPOCallback]:
@@ -110,8 +112,10 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         is_stock = not (self.grpo_callbacks or args.share_prompts or args.skip_zero_advantage or args.merge_adapter)
         if checkpoint is None or is_stock:
             return
-        if self.state.epoch and getattr(self._sampler, "shuffle", False):  # TRL's begins with the first epoch again
-            draw_past(self._sampler, int(self.state.epoch))
+        # TRL's begins with the first epoch again. Up to transformers 5.2, `self.state` is not yet that of the checkpoint.
+        state_file = os.path.join(checkpoint, checkpoints.TRAINER_STATE)
+        if getattr(self._sampler, "shuffle", False) and os.path.isfile(state_file):
+            draw_past(self._sampler, int(TrainerState.load_from_json(state_file).epoch or 0))
         if self.grpo_callbacks:
             self._load_state(checkpoint)
 

@@ -294,7 +294,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
     def _own_advantages(self, batch: RolloutBatch, mask: Tensor) -> Tensor:
         """Those of this process's rows, `(B,)`, or of the tokens of its completions, in the shape of the loss mask."""
         if self.rollout is not None:
-            return self.rollout.token_advantages(batch.advantages, mask.size(1))
+            spread = self.rollout.token_advantages(batch.advantages, mask.size(1))
+            return spread if spread.dim() == 1 else spread.where(mask.to(spread.device) > 0, torch.zeros_like(spread))
         per_rank = batch.advantages.unflatten(0, (self.accelerator.num_processes, -1))
         own: Tensor = per_rank[self.accelerator.process_index]
         if own.dim() == 1:

@@ -38,7 +38,7 @@ def is_missing_package(error: BaseException | None) -> bool:
     Whether the reward itself lacks a package, which is for the user to install and never for `on_error` to skip.
 
     What a completion imports when a reward runs it is its own affair. It is told by where it stands: in code that was
-    made of a string, as by `exec`, and belongs to no module, as a cell of a notebook does.
+    made of a string, as by `exec`, and not in a cell of a notebook, which belongs to a module and has its own name.
 
     ```python
     >>> def error_of(run):
@@ -60,7 +60,10 @@ def _is_of_a_string(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
     if not file.startswith("<") or file.startswith("<frozen "):
         return False
-    module = sys.modules.get(frame.f_globals.get("__name__", ""))
+    if file == "<string>" and frame.f_code.co_name != "__init__":  # that of a dataclass is made of a string too
+        return True
+    name = frame.f_globals.get("__name__")
+    module = sys.modules.get(name) if isinstance(name, str) else None
     return frame.f_code.co_name == "<module>" or getattr(module, "__dict__", None) is not frame.f_globals
 
 
