@@ -112,7 +112,7 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         is_stock = not (self.grpo_callbacks or args.share_prompts or args.skip_zero_advantage or args.merge_adapter)
         if checkpoint is None or is_stock:
             return
-        # TRL's begins with the first epoch again. Up to transformers 5.2, `self.state` is not yet that of the checkpoint.
+        # TRL's begins with the first epoch again. Up to transformers 5.2, `self.state` is not loaded yet.
         state_file = os.path.join(checkpoint, checkpoints.TRAINER_STATE)
         if getattr(self._sampler, "shuffle", False) and os.path.isfile(state_file):
             draw_past(self._sampler, int(TrainerState.load_from_json(state_file).epoch or 0))
