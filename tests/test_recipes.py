@@ -448,25 +448,32 @@ def test_the_first_column_says_where_a_resumed_run_began(capsys):
     assert "before" not in printed
 
 
-def test_references_are_numbers_too_and_what_cannot_be_read_is_refused(monkeypatch, tmp_path):
+def test_references_are_numbers_too(monkeypatch):
     arithmetic = recipe("arithmetic", monkeypatch)
     assert arithmetic.correct(answers("12", "It is 12.", "13"), [12, 12, 12.0]) == [1.0, 1.0, 0.0]
     assert arithmetic.correct(answers("12"), [None]) == [None]
-    rows = [{"prompt": f"q{i}", "reference": "words alone"} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "problem"),
+    [
+        (
+            "arithmetic",
+            {"reference": "words alone"},
+            r"reads none of the references of .*'words alone': write numbers or LaTeX",
+        ),
+        ("harmless", {"harmful": "yes"}, "'harmful' of .* holds 'yes': write true and false"),
+        ("harmless", {"harmful": "false"}, "'harmful' of .* holds 'false': write true and false"),
+        ("harmless", {"harmful": None}, "'harmful' of .* holds None: write true and false"),
+    ],
+)
+def test_columns_that_a_reward_cannot_use_are_refused(name, columns, problem, monkeypatch, tmp_path):
+    module = recipe(name, monkeypatch)
+    rows = [{"prompt": f"q{i}", "reference": "r", **columns} for i in range(4)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = arithmetic.ArithmeticArguments(dataset_name=str(tmp_path / "a.jsonl"))
-    with pytest.raises(ValueError, match=r"reads none of the references of .*'words alone': write numbers or LaTeX"):
-        arithmetic.main(arguments, None, None)
-
-
-def test_what_is_harmful_is_true_or_false(monkeypatch, tmp_path):
-    harmless = recipe("harmless", monkeypatch)
-    for value in ("yes", "false", None):
-        rows = [{"prompt": f"q{i}", "reference": "r", "harmful": value} for i in range(4)]
-        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        arguments = harmless.HarmlessArguments(dataset_name=str(tmp_path / "a.jsonl"))
-        with pytest.raises(ValueError, match=f"'harmful' of .* holds {value!r}: write true and false"):
-            harmless.main(arguments, None, None)
+    arguments = getattr(module, f"{name.title()}Arguments")(dataset_name=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=problem):
+        module.main(arguments, None, None)
 
 
 def test_a_configuration_without_a_model_is_refused(monkeypatch, tmp_path):

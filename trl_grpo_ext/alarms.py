@@ -203,7 +203,7 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
         ),
         Alarm(
             "reward_std_spike",
-            spike("reward_std", nothing=1e-6),
+            spike("reward_std", spread_of="reward"),
             threshold=5.0,
             clear=2.0,
             warmup=10,

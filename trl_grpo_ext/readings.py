@@ -67,7 +67,7 @@ def level(metric: str) -> Measure:
     return measure
 
 
-def is_nothing(spread: Any, value: float) -> bool:
+def is_nothing(spread: Any, value: Any) -> bool:
     """
     Whether a standard deviation is none but for rounding, which is what TRL computes of equal rewards.
 
@@ -79,20 +79,20 @@ def is_nothing(spread: Any, value: float) -> bool:
 
     ```
     """
-    return not spread or (is_finite(spread) and spread <= 1e-6 * max(1.0, abs(value)))
+    return not spread or (is_finite(spread) and spread <= 1e-6 * max(1.0, abs(value) if is_finite(value) else 0.0))
 
 
-def spike(metric: str, floor: float = 0.0, nothing: float = 0.0) -> Measure:
+def spike(metric: str, floor: float = 0.0, spread_of: str | None = None) -> Measure:
     """
-    The metric over its median in the last logs. Values up to `floor` are never ill. What is at most `nothing`, or that
-    part of the reward, is left out of the median.
+    The metric over its median in the last logs, zeros left out. Values up to `floor` are never ill. Of a standard
+    deviation, `spread_of` what it is, and rounding counts as zero.
     """
 
     def measure(logs: Logs, history: History) -> Reading | None:
         value = logs.get(metric)
-        reward = logs.get("reward")
-        least = nothing * max(1.0, abs(reward) if is_finite(reward) else 0.0)
-        before = [v for v in history.recent.get(metric, []) if v > least]
+        before = [v for v in history.recent.get(metric, []) if v > 0]
+        if spread_of is not None:
+            before = [v for v in before if not is_nothing(v, logs.get(spread_of))]
         if not is_finite(value) or not before:
             return None
         usual = median(before)

@@ -125,7 +125,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Median and range; a value that was never reached is infinite."""
+    """Median and range; a value that was never reached is infinite, and `-` stands for no values."""
+    if not values:
+        return "-"
 
     def show(value: float) -> str:
         return "not reached" if value == float("inf") else f"{value:.{digits}f}"

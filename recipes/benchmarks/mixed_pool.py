@@ -133,11 +133,9 @@ def make_table(results: list[dict[str, str]]) -> str:
             reached = [float(r[name]) for r in rows]
             # Where stock did not get there, its whole run is counted: that makes its number too small, not too large.
             ratios = [float(r[name]) / min(float(b[name]), float(b["rollouts"])) for r, b in pairs]
-            cells.append(spread(reached, 0))
-            cells.append(spread(ratios, 2) if ratios else "-")
+            cells += [spread(reached, 0), spread(ratios, 2)]
         cells.append(spread([float(r["final_accuracy"]) for r in rows], 3))
-        ratios = [float(r["seconds"]) / float(b["seconds"]) for r, b in pairs]
-        cells.append(spread(ratios, 2) if ratios else "-")
+        cells.append(spread([float(r["seconds"]) / float(b["seconds"]) for r, b in pairs], 2))
         lines.append(f"| {pool} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -158,7 +158,7 @@ def _ratio(name: str, own: list[dict[str, Any]], rows: list[dict[str, Any]], oth
     ratios = [
         row[name] / (its[name] if its[name] < math.inf else its["rollouts"]) for row, its in pairs if its[name] > 0
     ]
-    return spread(ratios, 2) if ratios else "-"
+    return spread(ratios, 2)
 
 
 def tuning_table(grid: dict[str, tuple[float, dict[float, float]]]) -> str:
