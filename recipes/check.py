@@ -39,7 +39,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
-from trl_grpo_ext.failures import leave
+from trl_grpo_ext.host.processes import leave
 
 CHECKS = ("stock", "ranks", "sharing", "resume")
 FEATURES: dict[str, Any] = {

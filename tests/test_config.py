@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-from conftest import config_kwargs, count_vowels
 from datasets import IterableDataset
+from kit import config_kwargs, count_vowels
 from trl import GRPOConfig, TrlParser
 
 from trl_grpo_ext import (

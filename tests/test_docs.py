@@ -12,13 +12,13 @@ import pytest
 import torch
 import trl
 import yaml
-from conftest import config_kwargs, count_vowels, text_of
+from kit import config_kwargs, count_vowels, text_of
 from transformers import TrainerCallback
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
-from trl_grpo_ext._host import check_seams
-from trl_grpo_ext.recipe import DataArguments
+from trl_grpo_ext.host.seams import check_seams
+from trl_grpo_ext.recipe.script import DataArguments
 
 ROOT = Path(__file__).parent.parent
 DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}

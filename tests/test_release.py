@@ -15,7 +15,7 @@ import pytest
 import trl_grpo_ext
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = ["trl_grpo_ext", "trl_grpo_ext.rewards", "trl_grpo_ext.report", "trl_grpo_ext.rollouts"]
+PUBLIC = ["trl_grpo_ext", "trl_grpo_ext.rewards", "trl_grpo_ext.observe.report", "trl_grpo_ext.rollouts"]
 
 
 # Wheel and sdist
@@ -59,7 +59,7 @@ def test_the_metadata_says_what_the_code_says(built):
     assert metadata["Version"] == trl_grpo_ext.__version__
     assert f"## {metadata['Version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     needs = " ".join(metadata.get_all("Requires-Dist"))
-    supported = importlib.import_module("trl_grpo_ext._host").SUPPORTED_TRL
+    supported = importlib.import_module("trl_grpo_ext.host.seams").SUPPORTED_TRL
     assert sorted(re.search(r"trl([<>=.,\d]+)", needs)[1].split(",")) == sorted(supported.split(","))
 
 

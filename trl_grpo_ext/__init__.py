@@ -4,17 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callbacks import GRPOCallback, RolloutBatch
-    from .clipping import RewardClipCallback
     from .config import AdaptiveGRPOConfig
-    from .critic import CriticBaseline
-    from .curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
-    from .group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
-    from .kl import AdaptiveKLCallback
-    from .monitor import MonitorCallback
-    from .resampling import DynamicSamplingCallback
+    from .credit.critic import CriticBaseline
+    from .hooks import GRPOCallback, RolloutBatch
+    from .observe.kl import AdaptiveKLCallback
+    from .observe.monitor import MonitorCallback
+    from .plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
+    from .plan.group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
     from .rollouts import HierarchicalCallback, MultiTurnCallback
-    from .trainer import AdaptiveGRPOTrainer
+    from .shape.clipping import RewardClipCallback
+    from .shape.resampling import DynamicSamplingCallback
+    from .trainer.adaptive import AdaptiveGRPOTrainer
 
 __version__ = "0.1.0"
 
@@ -39,17 +39,17 @@ __all__ = [
 
 # As in TRL, a name is imported when it is asked for: the rewards and the report need neither TRL nor a model.
 _MODULES = {
-    "callbacks": ["GRPOCallback", "RolloutBatch"],
-    "clipping": ["RewardClipCallback"],
+    "hooks": ["GRPOCallback", "RolloutBatch"],
     "config": ["AdaptiveGRPOConfig"],
-    "critic": ["CriticBaseline"],
-    "curriculum": ["OnlineCurriculumCallback", "StagedCurriculumCallback", "TargetCurriculumCallback"],
-    "group_size": ["ThresholdGroupSizeCallback", "VarianceGroupSizeCallback"],
-    "kl": ["AdaptiveKLCallback"],
-    "monitor": ["MonitorCallback"],
-    "resampling": ["DynamicSamplingCallback"],
+    "plan.curriculum": ["OnlineCurriculumCallback", "StagedCurriculumCallback", "TargetCurriculumCallback"],
+    "plan.group_size": ["ThresholdGroupSizeCallback", "VarianceGroupSizeCallback"],
     "rollouts": ["HierarchicalCallback", "MultiTurnCallback"],
-    "trainer": ["AdaptiveGRPOTrainer"],
+    "shape.clipping": ["RewardClipCallback"],
+    "shape.resampling": ["DynamicSamplingCallback"],
+    "credit.critic": ["CriticBaseline"],
+    "observe.kl": ["AdaptiveKLCallback"],
+    "observe.monitor": ["MonitorCallback"],
+    "trainer.adaptive": ["AdaptiveGRPOTrainer"],
 }
 
 
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
     module = next((module for module, names in _MODULES.items() if name in names), None)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module("._host", __name__)  # first: says in one line when this TRL does not fit
+    importlib.import_module(".host.seams", __name__)  # first: says in one line when this TRL does not fit
     return getattr(importlib.import_module(f".{module}", __name__), name)
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig
 
-from .actions import check_on_alarm
-from .alarms import make_alarms
-from .clipping import check_clipping
-from .kl import check_kl
+from .observe.actions import check_on_alarm
+from .observe.alarms import make_alarms
+from .observe.kl import check_kl
+from .shape.clipping import check_clipping
 
 GROUP_SIZES = ("fixed", "threshold", "variance")
 CURRICULA = ("none", "staged", "online", "target")

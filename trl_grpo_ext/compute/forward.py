@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .._host import HAS_FUSED_HEAD
+from ..host.seams import HAS_FUSED_HEAD
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
 
 # Rotary embeddings that do not depend on the length of the sequence.

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
-from .._host import CACHE
+from ..host.seams import CACHE
 from .forward import reads_in_order
 from .packing import equal_rows
 

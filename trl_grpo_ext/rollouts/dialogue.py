@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from trl.chat_template_utils import get_training_chat_template
 
-from ..answers import Answer, RolloutRow
-from ..failures import gather_values
+from ..host.processes import gather_values
+from .answers import Answer, RolloutRow
 
 if TYPE_CHECKING:
-    from ..trainer import AdaptiveGRPOTrainer
+    from ..trainer.adaptive import AdaptiveGRPOTrainer
 
 Message = dict[str, Any]
 

@@ -8,16 +8,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
-from ..answers import Answer, RolloutRow
-from ..callbacks import GRPOCallback, RolloutBatch
-from ..credit import plan_share, returns, tree_advantages
-from ..rollout import eval_datasets
-from ..sampler import RolloutPlan
+from ..credit.turns import plan_share, returns, tree_advantages
+from ..hooks.callback import GRPOCallback, RolloutBatch
+from ..plan.sampler import RolloutPlan
+from .adapter import eval_datasets
+from .answers import Answer, RolloutRow
 from .dialogue import Dialogue, Talk, read_turns, roll_out_rows
 
 if TYPE_CHECKING:
     from ..config import AdaptiveGRPOConfig
-    from ..trainer import AdaptiveGRPOTrainer
+    from ..trainer.adaptive import AdaptiveGRPOTrainer
 
 PLAN_TEMPLATE = "{prompt}\n\nFirst write a short plan of how you will answer. Do not answer yet."
 IMPLEMENTATION_TEMPLATE = "Now answer, following your plan."

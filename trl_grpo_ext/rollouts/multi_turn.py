@@ -9,19 +9,19 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
-from ..advantages import total_rewards
-from ..answers import Answer, RolloutRow
-from ..callbacks import GRPOCallback, RolloutBatch
-from ..credit import leave_one_out_advantages, returns
-from ..group_size import ThresholdGroupSizeCallback
-from ..rollout import eval_datasets
-from ..sampler import RolloutPlan
-from ..state import check_state
+from ..credit.groups import total_rewards
+from ..credit.turns import leave_one_out_advantages, returns
+from ..hooks.callback import GRPOCallback, RolloutBatch
+from ..host.state import check_state
+from ..plan.group_size import ThresholdGroupSizeCallback
+from ..plan.sampler import RolloutPlan
+from .adapter import eval_datasets
+from .answers import Answer, RolloutRow
 from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out_rows
 
 if TYPE_CHECKING:
     from ..config import AdaptiveGRPOConfig
-    from ..trainer import AdaptiveGRPOTrainer
+    from ..trainer.adaptive import AdaptiveGRPOTrainer
 
 HISTORIES = ("shared", "independent")
 CARRIES = ("random", "best")

@@ -1,1 +1,0 @@
-"""What `recipes/compare.py` is made of: tasks, methods, cells, results."""

@@ -1,0 +1,1 @@
+"""What `recipes/studies/compare.py` is made of: tasks, methods, cells, results."""

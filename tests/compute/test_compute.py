@@ -1,0 +1,419 @@
+"""The savings change no gradient: every loss type, peft, beta; random groups and lengths; two processes; generation."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import config_kwargs, count_vowels, has_answer
+from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.compute import forward
+from trl_grpo_ext.compute.forward import logps_and_entropies, why_not_shared
+from trl_grpo_ext.host.seams import HAS_FUSED_HEAD
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+BOTH = {"share_prompts": True, "skip_zero_advantage": True}
+
+
+def make(trainer_class, config_class, model, dataset, out, lora=False, **options):
+    torch.manual_seed(3)
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=[count_vowels, has_answer],
+        args=config_class(**config_kwargs(out, **options)),
+        train_dataset=dataset,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
+    )
+    trainer.current_gradient_accumulation_steps = options.get("gradient_accumulation_steps", 1)
+    return trainer
+
+
+def rollouts(seed, sizes, longest_prompt=9, longest_completion=7, dead=0.5, old=False, ref=False):
+    """Padded rows in random order, groups of `sizes`, of which a share `dead` has no advantage."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low, high, shape):
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    rows = len(group)
+    prompts = integers(8, 100, (len(sizes), longest_prompt))
+    prompt_mask = (torch.arange(longest_prompt) >= longest_prompt - integers(1, longest_prompt, (len(sizes), 1))).long()
+    lengths = integers(0, longest_completion, (rows, 1))
+    lengths[0] = longest_completion
+    mask = (torch.arange(longest_completion) < lengths).long()
+    alive = torch.rand(len(sizes), generator=generator) >= dead
+    advantages = torch.randn(rows, generator=generator) * alive[group]
+    shuffle = torch.randperm(rows, generator=generator)
+    inputs = {
+        "prompt_ids": prompts[group] * prompt_mask[group],
+        "prompt_mask": prompt_mask[group],
+        "completion_ids": integers(8, 100, (rows, longest_completion)) * mask,
+        "completion_mask": mask,
+        "advantages": advantages,
+    }
+    for name, wanted in {"old_per_token_logps": old, "ref_per_token_logps": ref}.items():
+        if wanted:
+            inputs[name] = (-4.6 + 0.2 * torch.randn(rows, longest_completion, generator=generator)) * mask
+    inputs = {key: value[shuffle] for key, value in inputs.items()}
+    return inputs | {"num_items_in_batch": mask.sum().float()}
+
+
+def gradient(trainer, inputs):
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def relative(ours, stock):
+    return ((ours - stock).norm() / stock.norm().clamp(min=1e-12)).item()
+
+
+@pytest.fixture(scope="module")
+def pair(model_path, tmp_path_factory):
+    """A stock trainer and ours with the same weights; tests set loss type and options on both."""
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"prompt": ["say a"] * 8, "answer": ["a"] * 8})
+    out = tmp_path_factory.mktemp("pair")
+    stock = make(GRPOTrainer, GRPOConfig, model_path, data, out)
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, data, out, **BOTH)
+    return stock, ours
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "peft"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_same_gradient_for_every_loss(loss_type, beta, lora, model_path, dataset, tmp_path):
+    options = {"loss_type": loss_type, "beta": beta}
+    if loss_type == "luspo":
+        options["importance_sampling_level"] = "sequence"
+    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, lora, **options)
+    ours = make(
+        AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, lora, share_prompts=True,
+        skip_zero_advantage=beta == 0.0, **options,
+    )  # fmt: skip
+    for seed in range(3):
+        inputs = rollouts(seed, [3, 4, 2, 3], old=seed > 0, ref=beta > 0)
+        stock_loss, expected = gradient(stock, inputs)
+        metrics = copy.deepcopy(dict(stock._metrics["train"]))
+        loss, found = gradient(ours, inputs)
+        assert expected.norm() > 0
+        assert relative(found, expected) < 1e-5
+        assert loss == pytest.approx(stock_loss, abs=1e-5)
+        for name, value in metrics.items():
+            if beta > 0.0 or name not in ("entropy", "vespo/phi_seq_mean"):  # these are of the rows that are computed
+                assert ours._metrics["train"][name] == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_log_probabilities_and_entropies_are_those_of_the_softmax(requires_grad):
+    logits, labels = torch.randn(2, 130, 7, requires_grad=True), torch.randint(7, (2, 130))
+    logps, entropies = logps_and_entropies(logits, labels, 0.7, requires_grad)
+    expected = (logits / 0.7).log_softmax(-1)
+    assert torch.allclose(logps, expected.gather(2, labels[..., None])[..., 0], atol=1e-5)
+    assert torch.allclose(entropies, -(expected.exp() * expected).sum(-1), atol=1e-5)
+    assert logps.requires_grad
+    assert entropies.requires_grad == requires_grad
+
+
+@pytest.mark.parametrize("kept", [0, 2**28], ids=["fused head", "own head"])
+def test_same_gradient_and_entropy_with_either_head(kept, model_path, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(forward, "KEPT_LOGITS", kept)
+    options = {"temperature": 0.7}
+    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, **options)
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options)
+    inputs = rollouts(5, [4, 4, 4], old=True)
+    calls = []
+    monkeypatch.setattr(forward, "logps_and_entropies", lambda *a, **k: calls.append(1) or logps_and_entropies(*a, **k))
+    _, expected = gradient(stock, inputs)
+    _, found = gradient(ours, inputs)
+    assert bool(calls) == bool(kept) or not HAS_FUSED_HEAD
+    assert relative(found, expected) < 1e-5
+    assert ours._metrics["train"]["entropy"] == pytest.approx(stock._metrics["train"]["entropy"], abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"entropy_coef": 0.01}, {"use_adaptive_entropy": True}], ids=str)
+def test_an_entropy_bonus_has_its_gradient(options, model_path, dataset, tmp_path):
+    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, **options)
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options)
+    inputs = rollouts(6, [4, 4, 4])
+    assert relative(gradient(ours, inputs)[1], gradient(stock, inputs)[1]) < 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    longest_prompt=st.integers(1, 40),
+    longest_completion=st.integers(1, 20),
+    dead=st.sampled_from([0.0, 0.5, 1.0]),
+    loss_type=st.sampled_from(LOSS_TYPES),
+    share=st.booleans(),
+)
+def test_same_gradient_for_any_rollouts(pair, seed, sizes, longest_prompt, longest_completion, dead, loss_type, share):
+    stock, ours = pair
+    stock.loss_type = ours.loss_type = loss_type
+    ours.args.share_prompts = share
+    inputs = rollouts(seed, sizes, longest_prompt, longest_completion, dead, old=seed % 2 == 0)
+    _, expected = gradient(stock, inputs)
+    _, found = gradient(ours, inputs)
+    ours.args.share_prompts = True
+    assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-8
+
+
+def test_a_skipped_row_whose_ratio_would_explode(pair):
+    """Far off the old policy, its ratio is infinite, and 0 times that would be NaN."""
+    _, ours = pair
+    ours.loss_type = "dapo"
+    inputs = rollouts(0, [3, 3, 3])
+    inputs["old_per_token_logps"] = (
+        torch.where(inputs["advantages"][:, None] == 0, -500.0, -4.6) * inputs["completion_mask"]
+    )
+    assert (inputs["advantages"] == 0).any()
+    loss, found = gradient(ours, inputs)
+    assert torch.isfinite(found).all()
+    assert found.norm() > 0
+    assert loss == loss
+
+
+# What can be shared, and what is said where it cannot
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", ["plain", "checkpointing", "autocast", "old_and_reference"])
+def test_shared_log_probabilities(attention, variant, model_path, dataset, tmp_path):
+    options = {"gradient_checkpointing": True} if variant == "checkpointing" else {}
+    options |= {"bf16": True} if variant == "autocast" else {}
+    model = LlamaForCausalLM.from_pretrained(model_path, attn_implementation=attention)
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model, dataset, tmp_path, share_prompts=True, **options)
+    stock = make(GRPOTrainer, GRPOConfig, copy.deepcopy(model), dataset, tmp_path, **options)
+    inputs = rollouts(0, [5, 1, 6], dead=0.0)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    sizes = []
+    base = ours.model.get_base_model() if hasattr(ours.model, "get_base_model") else ours.model
+    base.model.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True)
+    chunk = 5 if variant == "old_and_reference" else None
+    stock.model.train()
+    ours.model.train()
+    expected = stock._get_per_token_logps_and_entropies(
+        stock.model, ids, mask, 7, batch_size=chunk, compute_entropy=True
+    )
+    found = ours._get_per_token_logps_and_entropies(ours.model, ids, mask, 7, batch_size=chunk, compute_entropy=True)
+    tolerance = 0.1 if variant == "autocast" else 1e-5
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert one.shape == other.shape
+        assert ((one - other) * inputs["completion_mask"]).abs().max() < tolerance  # TRL 1.13 computes padding too
+    sizes = sizes[2:]  # after the trial
+    assert len(sizes) == (3 if chunk else 1)
+    assert sum(sizes) < 0.8 * ids.numel()
+    if variant != "autocast":
+        weight = torch.randn(expected[0].shape)
+        (found[0] * weight * inputs["completion_mask"]).sum().backward()
+        (expected[0] * weight * inputs["completion_mask"]).sum().backward()
+        for one, other in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+            assert relative(one.grad, other.grad) < 1e-4
+
+
+def test_flex_attention_masks_agree(model_path):
+    """Forward only: FlexAttention has no backward on a CPU."""
+    from accelerate import Accelerator
+    from trl.trainer import utils
+
+    from trl_grpo_ext.compute.forward import costs_of, shared_logps
+
+    model = LlamaForCausalLM.from_pretrained(model_path, attn_implementation="flex_attention").requires_grad_(False)
+    plain = LlamaForCausalLM.from_pretrained(model_path)
+    if HAS_FUSED_HEAD:
+        utils.add_fused_lm_head(model)
+    inputs = rollouts(0, [5, 1, 6])
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    logits = plain(input_ids=ids, attention_mask=mask).logits[:, 8:-1]
+    expected = logits.log_softmax(-1).gather(2, ids[:, 9:, None])[..., 0] * mask[:, 9:]
+    with torch.no_grad():
+        found = shared_logps(model, model, Accelerator(cpu=True), ids, mask, 7, costs_of(model))
+    assert found is not None
+    assert (found[0] - expected).abs().max() < 1e-4
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 120}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=120, **NO_DROPOUT)), "not rotary"),
+        (MistralForCausalLM(MistralConfig(sliding_window=8, num_key_value_heads=2, **TINY)), "sliding window"),
+    ],
+    ids=["absolute positions", "sliding window"],
+)
+def test_falls_back_with_the_reason(model, reason, model_path, dataset, tmp_path, caplog):
+    from transformers import AutoTokenizer
+
+    model.config.eos_token_id, model.config.pad_token_id = 3, 0
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    stock_model = copy.deepcopy(model)
+    kwargs = {"reward_funcs": count_vowels, "train_dataset": dataset, "processing_class": tokenizer}
+    stock = GRPOTrainer(stock_model, args=GRPOConfig(**config_kwargs(tmp_path)), **kwargs)
+    ours = AdaptiveGRPOTrainer(model, args=AdaptiveGRPOConfig(**config_kwargs(tmp_path), **BOTH), **kwargs)
+    stock.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps = 1
+    inputs = rollouts(1, [4, 4, 2])
+    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
+        _, expected = gradient(stock, inputs)
+        _, found = gradient(ours, inputs)
+        gradient(ours, inputs)
+    assert relative(found, expected) < 1e-5
+    said = [record.message for record in caplog.records if "share_prompts" in record.message]
+    assert len(said) == 1
+    assert reason in said[0]
+
+
+def test_a_model_that_ignores_the_mask_is_found_out(model_path, dataset, tmp_path, caplog):
+    """Its configuration promises what its attention does not keep."""
+    model = LlamaForCausalLM.from_pretrained(model_path)
+    forward = model.model.forward
+
+    def without_mask(*args, **kwargs):
+        if kwargs["attention_mask"].dim() == 4:
+            kwargs["attention_mask"] = None
+        return forward(*args, **kwargs)
+
+    model.model.forward = without_mask
+    assert why_not_shared(model) is None
+    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model, dataset, tmp_path, share_prompts=True)
+    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
+        gradient(ours, rollouts(1, [4, 4, 2]))
+    assert "in a trial, log-probabilities were off by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.1}, r"beta=0\.1 the KL term .* set skip_zero_advantage=False or beta=0\.0"),
+        ({"entropy_coef": 0.01}, r"entropy_coef=0\.01 the entropy bonus"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True the entropy bonus"),
+        ({"top_entropy_quantile": 0.2}, r"top_entropy_quantile=0\.2 rows without advantage count"),
+    ],
+)
+def test_what_would_change_the_gradient_is_refused(options, message, config):
+    with pytest.raises(ValueError, match=message):
+        config(skip_zero_advantage=True, **options)
+    config(share_prompts=True, **options)
+
+
+def test_experts_with_a_load_balancing_loss_are_refused(model_path, dataset, tmp_path):
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(num_key_value_heads=2, num_local_experts=2, router_aux_loss_coef=0.01, pad_token_id=0, **TINY)
+    )
+    kwargs = {"reward_funcs": count_vowels, "train_dataset": dataset}
+    kwargs["processing_class"] = AutoTokenizer.from_pretrained(model_path)
+    with pytest.raises(ValueError, match="load-balancing loss"):
+        AdaptiveGRPOTrainer(
+            model, args=AdaptiveGRPOConfig(**config_kwargs(tmp_path), skip_zero_advantage=True), **kwargs
+        )
+    ours = AdaptiveGRPOTrainer(model, args=AdaptiveGRPOConfig(**config_kwargs(tmp_path), share_prompts=True), **kwargs)
+    ours.current_gradient_accumulation_steps = 1
+    inputs = rollouts(1, [4, 4])
+    _, found = gradient(ours, inputs)
+    ours.args.share_prompts = False
+    assert relative(found, gradient(ours, inputs)[1]) < 1e-6
+
+
+# A whole run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "loss_type": "grpo"},
+        {"num_iterations": 2, "max_steps": 4, "loss_type": "dapo"},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "mask_truncated_completions": True},
+    ],
+    ids=["plain", "accumulation", "old_log_probabilities", "truncated"],
+)
+def test_a_run_ends_where_stock_ends(options, model_path, dataset, tmp_path):
+    """The same rollouts (greedy prefill differs by rounding only) and gradients give the same weights."""
+    options = {"learning_rate": 1e-3, "scale_rewards": "none", **options}
+    runs = []
+    for trainer_class, config_class, extra in (
+        (GRPOTrainer, GRPOConfig, {}),
+        (AdaptiveGRPOTrainer, AdaptiveGRPOConfig, BOTH),
+    ):
+        trainer = make(trainer_class, config_class, model_path, dataset, tmp_path, **options, **extra)
+        start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        trainer.train()
+        end = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        runs.append((end - start, [e["reward"] for e in trainer.state.log_history if "reward" in e]))
+    (stock, stock_rewards), (ours, our_rewards) = runs
+    assert our_rewards == pytest.approx(stock_rewards, abs=1e-6)
+    assert relative(ours, stock) < 1e-2  # Adam divides by the size of gradients, which enlarges rounding
+
+
+def test_whole_groups_stay_together(model_path, dataset, tmp_path):
+    """TRL shuffles rows; here groups are shuffled, and equal prompts meet in a micro-batch."""
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1}
+    seen = []
+
+    class Spy(AdaptiveGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.append(len(torch.unique(inputs["prompt_ids"], dim=0)))
+            return super()._compute_loss(model, inputs)
+
+    make(Spy, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options).train()
+    assert seen == [1, 1, 1, 1]
+    seen.clear()
+    make(Spy, AdaptiveGRPOConfig, model_path, dataset, tmp_path, **options).train()
+    assert sum(seen) > 4
+
+
+ROLLOUTS = {
+    "shared": {"rollout": "multi_turn", "history": "shared", "turn_columns": ["letter"]},
+    "independent": {"rollout": "multi_turn", "history": "independent", "turn_columns": ["letter"]},
+    "hierarchical": {"rollout": "hierarchical", "num_plans": 3, "num_implementations": 3, "num_generations": 3},
+}
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollouts_of_several_turns(name, model_path, dataset, tmp_path):
+    """Advantages and masks per token; a history or a plan is computed once for the answers to it."""
+    from rollout_helpers import make_trainer, user
+
+    options = {"max_steps": 1, "mask_truncated_completions": False, **ROLLOUTS[name]}
+    data = None
+    if name == "hierarchical":
+        data = dataset.map(lambda row: {"prompt": [user(row["prompt"])]})
+        options["per_device_train_batch_size"] = 24
+    trainer = make_trainer(model_path, tmp_path, dataset=data, **options)
+    trainer.train()
+    _, inputs = trainer.seen[0]
+    inputs = {key: value for key, value in inputs.items() if value is not None}
+    trainer.current_gradient_accumulation_steps = 1
+    inputs["advantages"] = inputs["advantages"].clone()
+    inputs["advantages"][:3] = 0.0
+    _, expected = gradient(trainer, inputs)
+    trainer.args.share_prompts = trainer.args.skip_zero_advantage = True
+    gradient(trainer, inputs)  # with the trial
+    sizes = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True
+    )
+    _, found = gradient(trainer, inputs)
+    assert relative(found, expected) < 1e-4
+    tokens = int(inputs["prompt_mask"][3:].sum() + inputs["completion_mask"][3:].sum())
+    assert len(sizes) == 1
+    assert sizes[0] < 0.95 * tokens

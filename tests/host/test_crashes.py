@@ -1,0 +1,340 @@
+"""A killed training resumes from what was complete, and a save that fails leaves what was there."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import config_kwargs, count_vowels, has_answer
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, checkpoints
+from trl_grpo_ext.host.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    begin,
+    checkpoints_in,
+    complete,
+    delete_old,
+    last_complete,
+    why_incomplete,
+    write_whole,
+)
+
+ROOT = Path(__file__).parents[2]
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_trainings_end_where_the_one_that_was_not_killed_ends(tmp_path):
+    """Short; `python recipes/studies/crashes.py` is the long one."""
+    command = [sys.executable, str(ROOT / "recipes" / "studies" / "crashes.py"), "--kills", "4", "--steps", "6"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["kills"] == sum(table["killed in"].values()) == 4
+    assert table["checkpoints compared bit by bit"] > 0
+    assert table["differing runs"] == 0
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50), st.integers(0, 50))
+@settings(deadline=None, max_examples=50)
+def test_a_file_is_whole_or_what_it_was(tmp_path_factory, before, after, crash_at):
+    path = tmp_path_factory.mktemp("file") / "state"
+    path.write_bytes(before)
+
+    def write(file):
+        file.write(after[:crash_at])
+        if crash_at < len(after):
+            raise OSError(28, "No space left on device")
+        file.write(after[crash_at:])
+
+    with contextlib.suppress(OSError):
+        write_whole(path, write)
+    assert path.read_bytes() == (before if crash_at < len(after) else after)
+    assert [entry.name for entry in path.parent.iterdir()] == ["state"]
+
+
+files = st.dictionaries(st.from_regex(r"(sub/)?[a-z]{1,6}\.pt", fullmatch=True), st.binary(max_size=9), min_size=1)
+
+
+def write_files(folder, contents):
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@given(files, st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_checkpoint_is_complete_from_the_last_moment_of_a_save_until_a_file_changes(tmp_path_factory, contents, data):
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
+    begin(folder)
+    assert why_incomplete(folder) == "writing it was interrupted"
+    write_files(folder, contents)
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    assert why_incomplete(folder) == "writing it was interrupted"
+    complete(folder)
+    assert why_incomplete(folder) is None
+    assert last_complete(folder.parent) == (folder, [])
+    name = data.draw(st.sampled_from(sorted(contents)))
+    if data.draw(st.booleans()):
+        (folder / name).unlink()
+        assert why_incomplete(folder) == f"{name} is missing"
+    else:
+        (folder / name).write_bytes(contents[name] + b"x")
+        size = len(contents[name])
+        assert why_incomplete(folder) == f"{name} has {size + 1} bytes instead of {size}"
+    assert last_complete(folder.parent) == (None, [f"checkpoint-3: {why_incomplete(folder)}"])
+
+
+def test_a_checkpoint_on_a_signal_is_complete_without_the_mark_that_transformers_takes_away(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    begin(folder)
+    write_files(folder, {"checkpoint-is-incomplete.txt": b"", "model.safetensors": b"weights"})
+    complete(folder)
+    (folder / "checkpoint-is-incomplete.txt").unlink()
+    assert why_incomplete(folder) is None
+
+
+def test_saving_into_a_complete_checkpoint_takes_that_back_first(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    begin(folder)
+    write_files(folder, {"grpo_rollouts_7.pt": b"of a run on more processes", "model.safetensors": b"weights"})
+    complete(folder)
+    begin(folder)
+    assert why_incomplete(folder) == "writing it was interrupted"
+    assert not (folder / "grpo_rollouts_7.pt").exists()
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step": 3', "[]", "null", "[" * 100_000])
+def test_without_a_manifest_the_last_file_of_transformers_decides(tmp_path, state):
+    folder = tmp_path / "checkpoint-3"
+    write_files(folder, {"model.safetensors": b"weights"})
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+    assert why_incomplete(folder) == "it has no readable trainer_state.json, which is written last"
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    assert why_incomplete(folder) is None
+
+
+def test_only_folders_with_a_step_count_as_checkpoints(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "checkpoint-10-old", "my-checkpoint-11"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").write_text("a file")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+    assert checkpoints_in(tmp_path / "none") == []
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6), st.none() | st.integers(-1, 4), st.data())
+@settings(deadline=None, max_examples=40)
+def test_old_checkpoints_go_those_first_that_are_not_complete(tmp_path_factory, are_complete, limit, data):
+    run = tmp_path_factory.mktemp("run")
+    folders = [run / f"checkpoint-{step}" for step in range(1, len(are_complete) + 1)]
+    for age, (folder, is_complete) in enumerate(zip(folders, are_complete, strict=True)):
+        begin(folder)
+        if is_complete or folder is folders[-1]:
+            complete(folder)
+        os.utime(folder, (age, age))
+    best = data.draw(st.none() | st.sampled_from(folders))
+    delete_old(folders[-1], limit, None if best is None else str(best))
+    left = set(checkpoints_in(run))
+    assert {folders[-1]} | ({best} if best else set()) <= left
+    if limit is None or limit <= 0:
+        assert len(left) == len(folders)
+    else:
+        assert len(left) == min(len(folders), max(limit, len({folders[-1], best} - {None})))
+        gone = [folder for folder in folders if folder not in left]
+        stayed = [folder for folder in folders if folder in left and folder not in (folders[-1], best)]
+        order = [*gone, *stayed]
+        ranked = sorted(order, key=lambda path: (why_of(path, folders, are_complete), folders.index(path)))
+        assert set(ranked[: len(gone)]) == set(gone)
+
+
+def why_of(path, folders, are_complete):
+    return are_complete[folders.index(path)]
+
+
+# --- a real trainer ---------------------------------------------------------------------------------------------------
+
+
+def make(model_path, dataset, out, callbacks=(), **options):
+    options = {"group_size": "variance", "max_steps": 3, "save_strategy": "steps", "save_steps": 1, **options}
+    return AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=has_answer,
+        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
+        train_dataset=dataset,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(model_path, tmp_path_factory):
+    from datasets import Dataset
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    data = Dataset.from_dict({"prompt": [f"say {a}" for a in letters], "answer": list(letters)})
+    out = tmp_path_factory.mktemp("finished")
+    trainer = make(model_path, data, out)
+    trainer.train()
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_checkpoint_lists_all_that_is_in_it(finished):
+    sizes = json.loads((finished / "checkpoint-3" / MANIFEST).read_text())["files"]
+    assert {"model.safetensors", "optimizer.pt", "grpo_callbacks.pt", "trainer_state.json"} < sizes.keys()
+    assert why_incomplete(finished / "checkpoint-3") is None
+
+
+def test_resume_passes_over_what_is_not_complete_and_says_so(run, model_path, dataset, caplog):
+    begin(run / "checkpoint-3")
+    (run / "checkpoint-9").mkdir()
+    trainer = make(model_path, dataset, run, max_steps=4)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    trainer.add_callback(Look)
+    trainer.train(resume_from_checkpoint=True)
+    assert seen == [2]
+    (line,) = [record.message for record in caplog.records if "Resuming from" in record.message]
+    assert "Resuming from checkpoint-2: checkpoint-9: it has no readable trainer_state.json" in line
+    assert "checkpoint-3: writing it was interrupted" in line
+    assert why_incomplete(run / "checkpoint-3") is None  # written anew
+
+
+def test_an_incomplete_checkpoint_is_refused_when_asked_for(run, model_path, dataset):
+    with (run / "checkpoint-3" / "optimizer.pt").open("r+b") as file:
+        file.truncate(1000)
+    trainer = make(model_path, dataset, run)
+    message = r"checkpoint-3 is not complete: optimizer.pt has 1000 bytes instead of \d+.*resume from .*checkpoint-2"
+    with pytest.raises(CheckpointError, match=message):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+
+
+def test_where_no_checkpoint_is_complete(run, model_path, dataset, tmp_path):
+    for checkpoint in checkpoints_in(run):
+        begin(checkpoint)
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is complete .*checkpoint-1: writing it was inter"):
+        make(model_path, dataset, run).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make(model_path, dataset, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_of_stock_trl_are_taken_where_they_are_whole(model_path, dataset, tmp_path, caplog):
+    options = config_kwargs(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    stock = GRPOTrainer(model_path, count_vowels, args=GRPOConfig(**options), train_dataset=dataset)
+    stock.train()
+    (tmp_path / "checkpoint-3").mkdir()  # killed while it saved
+    trainer = make(model_path, dataset, tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.log_history[-1]["step"] == 3
+    assert "Resuming from checkpoint-2: checkpoint-3" in caplog.text
+    assert "start from scratch" in caplog.text
+
+
+def test_the_limit_of_checkpoints_is_kept_and_the_previous_one_goes_last(model_path, dataset, tmp_path, monkeypatch):
+    deleted = []
+    rmtree = shutil.rmtree
+
+    def spy(path, *args, **kwargs):
+        if "checkpoint-" in str(path):
+            later = tmp_path / f"checkpoint-{int(str(path).rpartition('-')[2]) + 1}"
+            deleted.append((Path(path).name, why_incomplete(later)))
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", spy)
+    trainer = make(model_path, dataset, tmp_path, save_total_limit=1)
+    trainer.train()
+    assert deleted == [("checkpoint-1", None), ("checkpoint-2", None)]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-3"]
+    saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert saved.save_total_limit == trainer.args.save_total_limit == 1
+
+
+def test_what_goes_to_the_hub_is_complete(model_path, dataset, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((Path(folder).name, why_incomplete(folder))),
+    )
+    trainer = make(model_path, dataset, tmp_path, max_steps=2)
+    trainer.args.push_to_hub = True  # not before: a repository would be made
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
+    trainer.train()
+    assert pushed == [("checkpoint-1", None), ("checkpoint-2", None)]
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_file_above(num_bytes):
+    """No file can grow beyond some bytes: the system refuses to write, whoever writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("num_bytes", [10, 2_000, 60_000, 120_000])
+def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_stays(
+    model_path, dataset, tmp_path, monkeypatch, num_bytes
+):
+    logging.disable_progress_bar()  # whose line would be the first to fail
+    trainer = make(model_path, dataset, tmp_path, save_total_limit=1)
+    save = trainer._save_checkpoint
+
+    def save_on_a_full_disk(*args):
+        with no_file_above(num_bytes) if trainer.state.global_step == 3 else contextlib.nullcontext():
+            save(*args)
+
+    monkeypatch.setattr(trainer, "_save_checkpoint", save_on_a_full_disk)
+    with pytest.raises(CheckpointError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert re.search(r"checkpoint-3 could not be written \(\w+: .+; \d+ MB are free there\)", message)
+    assert "the last complete checkpoint is" in message
+    assert "checkpoint-2" in message
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"]
+    assert trainer.args.save_total_limit == 1
+    resumed = make(model_path, dataset, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+
+
+def test_a_failed_save_does_not_delete_what_was_complete(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint-3"
+    begin(folder)
+    complete(folder)
+    error = checkpoints.save_failed(folder, OSError(28, "No space left on device"))
+    assert why_incomplete(folder) is None
+    assert str(error).startswith(f"{folder} could not be written (OSError: [Errno 28] No space left on device")

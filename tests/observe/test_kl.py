@@ -1,0 +1,209 @@
+"""Adaptive KL moves β towards its target by the published rule, alike on every rank, and through a restart."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kit import config_kwargs, count_vowels, has_answer
+from test_resume import run as run_until
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, AdaptiveKLCallback, GRPOCallback
+from trl_grpo_ext.observe.kl import adapt_beta
+
+positive = st.floats(1e-4, 1e4)
+
+
+# The rule
+
+
+@given(positive, st.floats(0, 1e4), positive, st.floats(1, 1e4), st.floats(1, 100))
+def test_beta_moves_towards_the_target_by_a_bounded_step(beta, kl, target, rollouts, factor):
+    horizon = factor * rollouts
+    new = adapt_beta(beta, kl, target, rollouts, horizon)
+    assert new > 0
+    assert (new >= beta) == (kl >= target) or new == beta
+    assert abs(new / beta - 1) <= 0.2 * rollouts / horizon + 1e-12
+
+
+@given(positive, positive, st.floats(1, 1e4))
+def test_on_target_or_without_a_measurement_nothing_moves(beta, target, rollouts):
+    assert adapt_beta(beta, target, target, rollouts, 1e4) == beta
+    assert adapt_beta(beta, math.nan, target, rollouts, 1e4) == beta
+
+
+def test_rule_by_hand():
+    # error 0.1 / 0.08 - 1 = 0.25, clipped to 0.2; 0.2 * 512 / 10000 = 0.01024
+    assert adapt_beta(0.04, 0.1, 0.08, 512, 10_000) == pytest.approx(0.04 * 1.01024)
+    # error 0.09 / 0.1 - 1 = -0.1, not clipped
+    assert adapt_beta(0.04, 0.09, 0.1, 512, 10_000) == pytest.approx(0.04 * (1 - 0.1 * 0.0512))
+
+
+@pytest.mark.parametrize("beta", [0.01, 10.0])
+def test_it_settles_where_the_kl_falls_with_beta(beta):
+    target = 0.1
+    for _ in range(400):
+        kl = 0.05 / beta
+        beta = adapt_beta(beta, kl, target, num_rollouts=64, horizon=640)
+    assert 0.05 / beta == pytest.approx(target, rel=0.05)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_target": 0.1}, "kl_target=0.1 needs beta above 0, and beta=0.0: .* Set beta, for example to 0.04"),
+        ({"kl_target": 0.0, "beta": 0.1}, "kl_target=0.0 must be positive and finite: try 0.05"),
+        ({"kl_target": math.nan, "beta": 0.1}, "kl_target=nan must be positive"),
+        ({"kl_target": 0.1, "kl_horizon": 0, "beta": 0.1}, "kl_horizon=0 must be positive and finite: try 10000"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_remedy(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def make_trainer(model_path, dataset, out, callbacks=None, **options):
+    return AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=count_vowels,
+        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
+        train_dataset=dataset,
+        callbacks=callbacks,
+    )
+
+
+def test_a_horizon_shorter_than_a_step_is_refused(model_path, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"kl_horizon=7 is shorter than one step of 8 rollouts.* to 160"):
+        make_trainer(model_path, dataset, tmp_path, kl_target=0.1, kl_horizon=7, beta=0.1)
+
+
+def test_a_callback_passed_by_hand_is_checked_too(model_path, dataset, tmp_path):
+    with pytest.raises(ValueError, match="needs beta above 0"):
+        make_trainer(model_path, dataset, tmp_path, callbacks=[AdaptiveKLCallback(0.1)])
+
+
+# In the trainer
+
+
+class Counter(GRPOCallback):
+    def __init__(self):
+        self.rollouts = 0
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.rollouts += batch.rewards.numel()
+
+
+SHAPES = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "iterations": {"num_iterations": 2},
+    "slices": {"steps_per_generation": 2},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logged_beta_follows_the_rule_and_every_rollout_counts_once(name, model_path, dataset, tmp_path):
+    options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "max_steps": 6, **SHAPES[name]}
+    counter = Counter()
+    trainer = make_trainer(model_path, dataset, tmp_path, callbacks=[counter], **options)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    rollouts = next(c for c in trainer.grpo_callbacks if isinstance(c, AdaptiveKLCallback)).num_rollouts
+    assert 6 * rollouts == counter.rollouts
+    beta = 0.1
+    for entry in logs:
+        assert entry["beta"] == pytest.approx(beta)
+        assert entry["kl_target"] == 0.02
+        beta = adapt_beta(beta, entry["kl"], 0.02, rollouts, 40)
+    assert trainer.beta == pytest.approx(beta)
+    assert trainer.beta != 0.1
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def test_steps_count_and_not_logs(model_path, dataset, tmp_path):
+    options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "max_steps": 6}
+    often = make_trainer(model_path, dataset, tmp_path / "a", **options)
+    often.train()
+    seldom = make_trainer(model_path, dataset, tmp_path / "b", **options, logging_steps=3)
+    seldom.train()
+    assert seldom.beta == often.beta
+    betas = [entry["beta"] for entry in often.state.log_history if "beta" in entry]
+    logged = [entry["beta"] for entry in seldom.state.log_history if "beta" in entry]
+    assert logged == pytest.approx([sum(betas[:3]) / 3, sum(betas[3:]) / 3])
+
+
+def test_the_loss_uses_the_beta_of_the_moment(model_path, dataset, tmp_path):
+    options = {"beta": 0.5, "max_steps": 4}
+    fixed = make_trainer(model_path, dataset, tmp_path / "a", **options)
+    fixed.train()
+    # Over an endless horizon β stays as it is, and so does all else.
+    still = make_trainer(model_path, dataset, tmp_path / "b", **options, kl_target=1e-6, kl_horizon=1e30)
+    still.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights(fixed), weights(still), strict=True))
+    moved = make_trainer(model_path, dataset, tmp_path / "c", **options, kl_target=1e-6, kl_horizon=8)
+    moved.train()
+    assert not all(torch.equal(a, b) for a, b in zip(weights(fixed), weights(moved), strict=True))
+
+
+def test_beta_never_reaches_zero(model_path, dataset, tmp_path):
+    callback = AdaptiveKLCallback(1e9, kl_horizon=8)
+    trainer = make_trainer(model_path, dataset, tmp_path, callbacks=[callback], beta=0.1)
+    for _ in range(200):
+        trainer._metrics["train"]["kl"].append(0.0)
+        callback.on_step_end(trainer.args, trainer.state, trainer.control)
+    assert trainer.beta == 0.1 / 1e4
+
+
+def test_resume_equals_no_interruption(model_path, dataset, tmp_path):
+    options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "logging_steps": 2, "group_size": "variance"}
+    whole, _ = run_until(model_path, dataset, tmp_path / "whole", **options)
+    run_until(model_path, dataset, tmp_path / "cut", stop_at=3, **options)
+    resumed, _ = run_until(model_path, dataset, tmp_path / "cut", resume=str(tmp_path / "cut/checkpoint-3"), **options)
+    assert resumed.beta == whole.beta
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_benchmark_smoke(tmp_path):
+    import adaptive_kl
+
+    adaptive_kl.main(adaptive_kl.Options(smoke=True, output_dir=str(tmp_path)))
+    curves = adaptive_kl.read(tmp_path / "curves.csv")
+    assert len(curves) == 4 * 2 * 2  # steps, starts, fixed and one target
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert [row.split(" | ")[4] for row in table[2:]] == ["", "", "0 of 1", "0 of 1"]
+    assert (tmp_path / "adaptive_kl.png").stat().st_size > 10_000
+
+
+def test_benchmark_table_by_hand():
+    import adaptive_kl
+
+    def rows(seed, kl):
+        cell = {"target": "0.1", "start": "5.0", "seed": seed, "beta": "1.0", "accuracy": "0.5"}
+        return [{**cell, "kl": str(value)} for value in kl]
+
+    # Last quarters 0.11, 0.09 (settled though no step is) and 0.2 (not settled).
+    curves = rows("0", [9] * 6 + [0.11, 0.11]) + rows("1", [9] * 6 + [0.02, 0.16]) + rows("2", [9] * 6 + [0.2, 0.2])
+    cells = adaptive_kl.make_table(curves).splitlines()[2].split(" | ")
+    assert cells[3:6] == ["1.10 (0.90 to 2.00)", "2 of 3", "0.00 (0.00 to 1.00)"]
+
+
+def test_stock_trainer_is_left_alone(model_path, dataset, tmp_path, caplog):
+    from trl import GRPOConfig, GRPOTrainer
+
+    trainer = GRPOTrainer(
+        model=model_path,
+        reward_funcs=has_answer,
+        args=GRPOConfig(**config_kwargs(tmp_path, beta=0.1, max_steps=1)),
+        train_dataset=dataset,
+        callbacks=[AdaptiveKLCallback(0.1)],
+    )
+    trainer.train()
+    assert trainer.beta == 0.1
+    assert "AdaptiveKLCallback is a GRPOCallback, and this trainer does not call its hooks" in caplog.text

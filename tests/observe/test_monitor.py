@@ -1,0 +1,622 @@
+"""The monitor sees, records and tells, and changes nothing; its record survives a restart; trackers get its metrics."""
+
+import inspect
+import json
+import math
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from kit import PYTHONPATH, config_kwargs, count_vowels, has_answer
+from test_resume import Interrupt
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, TrlParser
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MonitorCallback, RolloutBatch
+from trl_grpo_ext.observe.monitor import RunRecord, read_lines, without_secrets
+from trl_grpo_ext.observe.report import read_run
+
+HERE = Path(__file__).parent
+
+
+def make(model_path, dataset, out, *, rewards=(count_vowels, has_answer), callbacks=None, evaluate=False, **options):
+    return AdaptiveGRPOTrainer(
+        model=model_path,
+        reward_funcs=list(rewards),
+        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(4)) if evaluate else None,
+        callbacks=callbacks,
+    )
+
+
+def record(out) -> tuple[dict, list[dict], list[dict]]:
+    folder = Path(out) / "monitor"
+    run = json.loads((folder / "run.json").read_text())
+    return run, *(
+        [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("metrics", "alarms")
+    )
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def same(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# It changes nothing
+
+
+SETTINGS = {
+    "plain": {},
+    "beta": {"beta": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "slices": {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 4},
+    "eval": {"evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8},
+}
+NEW = {"rollouts/", "advantage/", "time/", "alarms/"}
+TIMES = ("step_time", "runtime", "per_second")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_and_metrics_are_those_of_stock_trl(name, model_path, dataset, tmp_path):
+    options = dict(SETTINGS[name])
+    evaluate = options.pop("evaluate", False)
+    stock = GRPOTrainer(
+        model=model_path,
+        reward_funcs=[count_vowels, has_answer],
+        args=GRPOConfig(**config_kwargs(tmp_path / "a", **options)),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(4)) if evaluate else None,
+    )
+    stock.train()
+    monitored = make(model_path, dataset, tmp_path / "b", evaluate=evaluate, monitor=True, **options)
+    monitored.train()
+    assert same(weights(stock), weights(monitored))
+    for entry, expected in zip(monitored.state.log_history, stock.state.log_history, strict=True):
+        assert {k: v for k, v in entry.items() if k in expected and not any(t in k for t in TIMES)} == {
+            k: v for k, v in expected.items() if not any(t in k for t in TIMES)
+        }
+        assert all(any(key.startswith(prefix) for prefix in NEW) for key in entry.keys() - expected.keys())
+
+
+def test_features_train_the_same_with_it(model_path, dataset, tmp_path):
+    options = {"group_size": "variance", "curriculum": "online", "dynamic_sampling_rounds": 1, "max_steps": 4}
+    options |= {"per_device_train_batch_size": 16}
+    without = make(model_path, dataset, tmp_path / "a", **options)
+    without.train()
+    watched = make(model_path, dataset, tmp_path / "b", monitor=True, **options)
+    watched.train()
+    assert same(weights(without), weights(watched))
+
+
+def test_off_there_is_no_record(model_path, dataset, tmp_path):
+    make(model_path, dataset, tmp_path, max_steps=1).train()
+    assert not (tmp_path / "monitor").exists()
+
+
+# Metrics
+
+
+def rollouts(rewards, ids, advantages=None, discarded=None) -> RolloutBatch:
+    rewards, ids = torch.tensor(rewards), torch.tensor(ids)
+    return RolloutBatch(
+        step=0,
+        group_ids=ids,
+        group_sizes=ids.bincount(),
+        prompt_index=None,
+        rewards_per_func=rewards[:, None],
+        raw_rewards_per_func=rewards[:, None],
+        reward_names=["r"],
+        rewards=rewards,
+        advantages=torch.zeros_like(rewards) if advantages is None else torch.tensor(advantages),
+        discarded=discarded,
+    )
+
+
+def look(monitor, batch):
+    monitor.on_rollouts(None, None, None, batch=batch)
+    return {name: pytest.approx(value) for name, value in batch.metrics.items()}
+
+
+def test_metrics_by_hand():
+    # Groups of 2, 3, 1, 2: flat at 1, varying, flat at 0 (a single one), flat at NaN.
+    rewards = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, math.nan, math.nan]
+    batch = rollouts(rewards, [0, 0, 1, 1, 1, 2, 3, 3], [0, 0, -0.5, 1.0, -0.5, 0, 0, 0])
+    assert look(MonitorCallback(), batch) == {
+        "rollouts/flat_high": 2 / 8,
+        "rollouts/flat_low": 3 / 8,
+        "advantage/mean": 0.0,
+        "advantage/abs_mean": 2 / 8,
+        "advantage/nonzero": 3 / 8,
+    }
+
+
+def test_advantages_per_token_count_where_there_is_a_token():
+    batch = rollouts([0.0, 1.0, 2.0], [0, 0, 0], [[1.0, -1.0, 9.0], [2.0, math.nan, 9.0], [0.0, 0.0, 0.0]])
+    batch.completion_lengths = torch.tensor([2, 1, 3])
+    metrics = look(MonitorCallback(), batch)
+    assert metrics["advantage/mean"] == 2 / 6
+    assert metrics["advantage/abs_mean"] == 4 / 6
+    assert metrics["advantage/nonzero"] == 2 / 3
+    batch.completion_lengths = torch.zeros(3)
+    assert look(MonitorCallback(), batch)["advantage/abs_mean"] == 0
+
+
+def test_a_completion_without_others_is_flat_unless_it_has_an_advantage():
+    batch = rollouts([0.0, 0.0, 1.0, 1.0], [0, 1, 2, 3], [[0.5, 0.0], [0.0, 0.0], [0.0, -0.5], [0.0, 0.0]])
+    batch.completion_lengths = torch.tensor([2, 2, 2, 2])
+    metrics = look(MonitorCallback(), batch)
+    assert (metrics["rollouts/flat_low"], metrics["rollouts/flat_high"]) == (0.25, 0.25)
+
+
+def test_high_and_low_go_by_the_rewards_of_the_run():
+    monitor = MonitorCallback()
+    # As long as one reward is all there is, its sign tells.
+    assert look(MonitorCallback(), rollouts([0.0, 0.0], [0, 0]))["rollouts/flat_low"] == 1.0
+    assert look(monitor, rollouts([5.0, 5.0], [0, 0]))["rollouts/flat_high"] == 1.0
+    assert look(monitor, rollouts([-1.0, 2.0, 7.0, 7.0], [0, 0, 1, 1]))["rollouts/flat_high"] == 0.5
+    # The range is -1 to 7 by now, and 3.5 lies above its middle.
+    assert look(monitor, rollouts([3.5, 3.5, 2.5, 2.5], [0, 0, 1, 1]))["rollouts/flat_high"] == 0.5
+    other = MonitorCallback()
+    other.load_state_dict(monitor.state_dict())
+    assert look(other, rollouts([3.5, 3.5], [0, 0]))["rollouts/flat_high"] == 1.0
+    assert look(other, rollouts([2.5, 2.5], [0, 0]))["rollouts/flat_high"] == 0.0
+
+
+def test_discarded_groups_count():
+    discarded = rollouts([0.0, 0.0, 1.0, 1.0], [0, 0, 1, 1])
+    batch = rollouts([0.0, 1.0, 0.0, 1.0], [0, 0, 1, 1], discarded=discarded)
+    metrics = look(MonitorCallback(), batch)
+    assert (metrics["rollouts/flat_high"], metrics["rollouts/flat_low"]) == (0.25, 0.25)
+
+
+def test_infinite_rewards_do_not_move_the_range():
+    monitor = MonitorCallback()
+    look(monitor, rollouts([0.0, 1.0, math.inf, -math.inf], [0, 0, 1, 1]))
+    assert monitor.reward_range == (0.0, 1.0)
+    monitor = MonitorCallback()
+    look(monitor, rollouts([math.nan, math.nan], [0, 0]))
+    assert monitor.reward_range == (math.inf, -math.inf)
+
+
+def test_shares_add_up_in_a_run(model_path, dataset, tmp_path):
+    trainer = make(model_path, dataset, tmp_path, rewards=[has_answer], monitor=True, max_steps=6)
+    trainer.train()
+    for entry in trainer.state.log_history[:-1]:
+        shares = [entry[f"rollouts/{name}"] for name in ("informative", "flat_high", "flat_low")]
+        assert sum(shares) == pytest.approx(1)
+
+
+# Time per phase
+
+
+def slow_reward(completions, **kwargs):
+    time.sleep(0.2)
+    return count_vowels(completions)
+
+
+class SlowUpdate(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        time.sleep(0.3)
+
+
+def test_time_goes_to_its_phase(model_path, dataset, tmp_path, monkeypatch):
+    generate = AdaptiveGRPOTrainer._generate
+    monkeypatch.setattr(
+        AdaptiveGRPOTrainer, "_generate", lambda self, prompts: (time.sleep(0.4), generate(self, prompts))[1]
+    )
+    options = {"monitor": True, "callbacks": [SlowUpdate()], "steps_per_generation": 2, "max_steps": 4}
+    trainer = make(model_path, dataset, tmp_path, rewards=[slow_reward], **options)
+    start = time.perf_counter()
+    trainer.train()
+    elapsed = time.perf_counter() - start
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    seconds = {phase: [entry[f"time/{phase}"] for entry in logs] for phase in ("generate", "score", "update")}
+    for step in (0, 2):  # one generation serves two steps
+        assert seconds["generate"][step] >= 0.4
+        assert seconds["score"][step] >= 0.2
+    for step in (1, 3):
+        assert seconds["generate"][step] == seconds["score"][step] == 0
+    assert all(0.3 <= value < 0.3 + elapsed - 4 * 0.3 for value in seconds["update"])
+    assert sum(map(sum, seconds.values())) <= elapsed
+
+
+def test_what_is_timed_is_there_in_trl():
+    assert list(inspect.signature(GRPOTrainer._generate).parameters) == ["self", "prompts"]
+    assert "_calculate_rewards" in vars(GRPOTrainer)
+
+
+# The record
+
+
+def test_record_of_a_run(model_path, dataset, tmp_path):
+    options = {"evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    trainer = make(model_path, dataset, tmp_path, monitor=True, reward_weights=[1.0, 0.5], **options)
+    trainer.train()
+    run, metrics, alarms = record(tmp_path)
+    assert run["status"] == "finished"
+    assert (run["max_steps"], run["num_processes"], run["model"]) == (3, 1, model_path)
+    assert (run["reward_names"], run["reward_weights"]) == (["count_vowels", "has_answer"], [1.0, 0.5])
+    assert run["config"]["learning_rate"] == 0.01
+    assert run["versions"]["torch"] == torch.__version__
+    packages = {"python", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "trl_grpo_ext"}
+    assert run["versions"].keys() == packages
+    assert [(m["step"], "loss" in m, "eval_reward" in m) for m in metrics] == [
+        (1, True, False),
+        (2, True, False),
+        (2, False, True),
+        (3, True, False),
+        (3, False, True),
+    ]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_reward" in entry]
+    for line, entry in zip(metrics, history, strict=True):
+        assert {k: v for k, v in line.items() if k != "time"} == entry
+    assert abs(metrics[-1]["time"] - time.time()) < 600
+    assert alarms == []
+
+
+def test_status_while_it_runs(model_path, dataset, tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((record(tmp_path)[0]["status"], len(record(tmp_path)[1])))
+
+    make(model_path, dataset, tmp_path, monitor=True, callbacks=[Look()]).train()
+    assert seen == [("running", 0), ("running", 1), ("running", 2)]  # a line is there as soon as it is logged
+
+
+def test_secrets_stay_out(model_path, dataset, tmp_path):
+    options = {"hub_token": "hf_secret", "vllm_server_base_url": "http://user:hunter2@host:8000"}
+    options |= {"model_init_kwargs": {"token": "hf_secret", "revision": "main"}}
+    make(model_path, dataset, tmp_path, monitor=True, max_steps=1, **options).train()
+    text = (tmp_path / "monitor" / "run.json").read_text()
+    assert "hf_secret" not in text
+    assert "hunter2" not in text
+    assert "HUB_TOKEN" not in text
+    config = json.loads(text)["config"]
+    assert config["model_init_kwargs"] == {"revision": "main"}
+    assert config["vllm_server_base_url"] == "http://host:8000"
+
+
+def test_values_that_json_lacks():
+    assert without_secrets({"a": math.nan, "b": (1, Path("x")), 3: {"c": None}, "d": True}) == {
+        "a": None,
+        "b": [1, "x"],
+        "3": {"c": None},
+        "d": True,
+    }
+
+
+def none_at_all(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def test_nan_is_null(model_path, dataset, tmp_path):
+    make(model_path, dataset, tmp_path, rewards=[count_vowels, none_at_all], monitor=True, max_steps=1).train()
+    _, (line,), _ = record(tmp_path)
+    assert line["rewards/none_at_all/mean"] is None
+    assert line["reward"] is not None
+
+
+def test_a_new_run_replaces_the_old_record(model_path, dataset, tmp_path):
+    make(model_path, dataset, tmp_path, monitor=True, max_steps=3).train()
+    make(model_path, dataset, tmp_path, monitor=True, max_steps=2).train()
+    run, metrics, _ = record(tmp_path)
+    assert [m["step"] for m in metrics] == [1, 2]
+    assert "resumed_at_steps" not in run
+    assert list((tmp_path / "monitor").glob("*.tmp")) == []
+
+
+def untimed(lines):
+    return [{k: v for k, v in line.items() if "time" not in k} for line in lines]
+
+
+def test_resumed_record_equals_the_uninterrupted_one(model_path, dataset, tmp_path):
+    # Killed at step 5, after a checkpoint at 3; `truncated` is raised at step 5, so it happens twice.
+    options = {"rewards": [has_answer], "monitor": True, "group_size": "variance", "per_device_train_batch_size": 16}
+    options |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    make(model_path, dataset, tmp_path / "whole", **options).train()
+    make(model_path, dataset, tmp_path / "cut", callbacks=[Stop(5)], **options).train()
+    half = '{"step": 6, "reward'
+    with (tmp_path / "cut/monitor/metrics.jsonl").open("a") as file:
+        file.write(half)
+    started = record_run(tmp_path / "cut")["started"]
+    resumed = make(model_path, dataset, tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    run, metrics, alarms = record(tmp_path / "cut")
+    _, expected_metrics, expected_alarms = record(tmp_path / "whole")
+    assert untimed(metrics) == untimed(expected_metrics)
+    assert untimed(alarms) == untimed(expected_alarms)
+    assert [alarm["name"] for alarm in alarms] == ["truncated"]
+    assert run["resumed_at_steps"] == [3]
+    assert run["started"] == started
+    assert run["status"] == "finished"
+
+
+class Stop(TrainerCallback):
+    """A kill: the checkpoint of this step is never written."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def record_run(out):
+    return json.loads((out / "monitor" / "run.json").read_text())
+
+
+def test_resume_without_a_record_begins_one(model_path, dataset, tmp_path):
+    options = {"monitor": True, "group_size": "variance", "max_steps": 4, "per_device_train_batch_size": 16}
+    make(model_path, dataset, tmp_path / "a", callbacks=[Interrupt(2)], **options).train()
+    resumed = make(model_path, dataset, tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    run, metrics, _ = record(tmp_path / "b")
+    assert run["resumed_at_steps"] == [2]
+    assert [m["step"] for m in metrics] == [3, 4]
+
+
+def test_half_written_lines_are_left_out(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert list(read_lines(path)) == [{"step": 1}, {"step": 2}]
+    assert list(read_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_a_disk_that_is_full_for_a_while_costs_lines_and_not_the_run(tmp_path, caplog):
+    record = RunRecord(tmp_path / "monitor")
+    record.begin({}, 0)
+    record.log(1, {"loss": 1.0}, [])
+    size = record.metrics.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))  # nine bytes are left: half a line
+    try:
+        record.log(2, {"loss": 2.0}, [])
+        record.log(3, {"loss": 3.0}, [])
+        record.update(status="finished")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert record.metrics.stat().st_size == size + 9
+    record.log(4, {"loss": 4.0}, [])
+    record.log(5, {"loss": 5.0}, [])
+    assert [entry["step"] for entry in read_lines(record.metrics)] == [1, 4, 5]
+    assert read_run(tmp_path).last_step == 5
+    (line,) = caplog.messages
+    assert "metrics.jsonl could not be written ([Errno 27] File too large): training goes on, and the record" in line
+
+
+def test_a_record_that_cannot_begin_stops_the_run(model_path, dataset, tmp_path):
+    (tmp_path / "monitor").write_text("a file")
+    with pytest.raises(OSError, match="monitor"):
+        make(model_path, dataset, tmp_path, monitor=True, max_steps=1).train()
+
+
+# Alarms in a run
+
+
+def hopeless(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+def test_alarm_is_told_once_and_everywhere(model_path, dataset, tmp_path, caplog):
+    trainer = make(
+        model_path, dataset, tmp_path, rewards=[hopeless], monitor=True, max_steps=12, max_completion_length=40
+    )
+    trainer.train()
+    _, metrics, alarms = record(tmp_path)
+    alarms = [alarm for alarm in alarms if alarm["name"] == "all_wrong"]
+    (alarm,) = alarms
+    assert alarm.keys() == {"step", "time", "name", "state", "evidence", "cause", "remedy", "action"}
+    assert (alarm["step"], alarm["state"], alarm["action"]) == (
+        10,
+        "raised",
+        None,
+    )  # 5 logs of warm-up, then 5 in a row
+    lines = [line for line in caplog.messages if "all_wrong" in line]
+    assert lines == [
+        f"Step 10: all_wrong: rollouts/flat_low is 1. Likely cause: {alarm['cause']}. Remedy: {alarm['remedy']}"
+    ]
+    raised = [entry["step"] for entry in metrics if entry.get("alarms/all_wrong")]
+    assert raised == [10, 11, 12]
+    assert [e["step"] for e in trainer.state.log_history if e.get("alarms/all_wrong")] == raised
+
+
+class Overflow(TrainerCallback):
+    """A gradient that is not finite at step 2, and an optimizer that leaves such a step out."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.hook = next(model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.hook.remove()
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_that_fp16_leaves_out_is_no_lost_gradient(model_path, dataset, tmp_path, monkeypatch, skipped):
+    if skipped:
+        monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    trainer = make(model_path, dataset, tmp_path, monitor=True, max_steps=2, callbacks=[Overflow()])
+    trainer.train()
+    assert not math.isfinite(trainer.state.log_history[1]["grad_norm"])
+    assert [alarm["name"] for alarm in record(tmp_path)[2]] == ([] if skipped else ["nan_loss"])
+
+
+def test_two_monitors_are_refused(model_path, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"two MonitorCallbacks .*: leave monitor unset, or pass none"):
+        make(model_path, dataset, tmp_path, monitor=True, callbacks=[MonitorCallback()])
+
+
+def test_passed_by_hand_it_does_the_same(model_path, dataset, tmp_path):
+    make(model_path, dataset, tmp_path / "a", monitor=True).train()
+    make(model_path, dataset, tmp_path / "b", callbacks=[MonitorCallback]).train()
+    assert untimed(record(tmp_path / "a")[1]) == untimed(record(tmp_path / "b")[1])
+
+
+def test_in_a_stock_trainer_it_is_idle_and_says_so(model_path, dataset, tmp_path, caplog):
+    args = GRPOConfig(**config_kwargs(tmp_path, max_steps=1))
+    trainer = GRPOTrainer(model_path, count_vowels, args, dataset, callbacks=[MonitorCallback()])
+    trainer.train()
+    assert "MonitorCallback is a GRPOCallback, and this trainer does not call its hooks" in caplog.text
+    assert not (tmp_path / "monitor").exists()
+
+
+def test_order_of_the_other_callbacks_stays(model_path, dataset, tmp_path):
+    class Mine(GRPOCallback):
+        pass
+
+    trainer = make(model_path, dataset, tmp_path, monitor=True, reward_clip_range=[0, 1], callbacks=[Mine()])
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert names == ["MonitorCallback", "DefaultFlowCallback", "RewardClipCallback", "Mine", "PrinterCallback"]
+
+
+# The parser
+
+
+def test_on_alarm_from_yaml_and_command_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("monitor: true\non_alarm:\n  kl_spike: cool_lr\n  nan_loss: save_and_stop\n")
+    parser = TrlParser((AdaptiveGRPOConfig,))
+    common = ["--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu"]
+    (args,) = parser.parse_args_and_config(["--config", str(tmp_path / "c.yaml"), *common])
+    assert args.monitor
+    assert args.on_alarm == {"kl_spike": "cool_lr", "nan_loss": "save_and_stop"}
+    parser = TrlParser((AdaptiveGRPOConfig,))
+    (args,) = parser.parse_args_and_config(
+        [*common, "--monitor", "true", "--on_alarm", '{"truncated": "save_and_stop"}']
+    )
+    assert args.on_alarm == {"truncated": "save_and_stop"}
+
+
+# Trackers
+
+
+def launch(model_path, out, processes=1, environment=None, **options):
+    out.mkdir(exist_ok=True)
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
+    env["PYTHONPATH"] = PYTHONPATH
+    result = subprocess.run(
+        [*command, str(HERE / "monitor_run.py"), model_path, str(out), json.dumps(options)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+# What the docs promise: of TRL, of this package, of the monitor.
+EXPECTED = [
+    "loss",
+    "grad_norm",
+    "reward",
+    "reward_std",
+    "entropy",
+    "num_tokens",
+    "group_size/mean",
+    "group_size/min",
+    "group_size/max",
+    "rollouts/total",
+    "rollouts/informative",
+    "reward_clip/frac",
+    "curriculum/position",
+    "rollouts/flat_high",
+    "rollouts/flat_low",
+    "advantage/mean",
+    "advantage/abs_mean",
+    "advantage/nonzero",
+    "time/generate",
+    "time/score",
+    "time/update",
+]
+
+
+FULL = {"group_size": "variance", "curriculum": "staged", "difficulty_column": "difficulty"}
+FULL |= {"reward_clip_quantiles": [0.05, 0.95]}
+
+
+def test_tensorboard_gets_the_metrics(model_path, dataset, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"monitor": True, "on_alarm": {"all_wrong": "adapt_beta"}, "beta": 0.1, "max_steps": 12, **FULL}
+    make(model_path, dataset, tmp_path, rewards=[hopeless], report_to="tensorboard", **options).train()
+    _, metrics, _ = record(tmp_path)
+    (events,) = tmp_path.glob("runs/*/events.out.tfevents.*")
+    accumulator = event_accumulator.EventAccumulator(str(events))
+    accumulator.Reload()
+    for name in [*EXPECTED, "kl", "beta", "actions/beta_scale"]:
+        points = [(e.step, pytest.approx(e.value)) for e in accumulator.Scalars(f"train/{name}")]
+        assert points == [(m["step"], m[name]) for m in metrics]
+    # Already with the log that raised it.
+    assert [(e.step, e.value) for e in accumulator.Scalars("train/alarms/all_wrong")] == [(10, 1), (11, 1), (12, 1)]
+
+
+def test_trackio_gets_the_metrics(model_path, tmp_path):
+    pytest.importorskip("trackio")
+    store = tmp_path / "trackio"
+    environment = {"TRACKIO_DIR": str(store)}
+    options = {
+        "beta": 0.1,
+        "report_to": "trackio",
+        "project": "tiny",
+        "run_name": "first",
+        "max_steps": 6,
+        "monitor": True,
+        **FULL,
+    }
+    (result,) = launch(model_path, tmp_path / "out", environment=environment, **options)
+    with sqlite3.connect(store / "tiny.db") as connection:
+        rows = connection.execute("select metrics from metrics where run_name = 'first'").fetchall()
+    entries = [json.loads(metrics) for (metrics,) in rows]
+    stored = {entry["train/global_step"]: entry for entry in entries if "train/loss" in entry}
+    logs = [entry for entry in result["logs"] if "loss" in entry]
+    assert len(logs) == 6
+    for entry in logs:
+        for name in [*EXPECTED, "kl"]:
+            assert stored[entry["step"]][f"train/{name}"] == pytest.approx(entry[name])
+    assert stored[6]["train/alarms/truncated"] == 1
+
+
+# Two processes
+
+
+def test_ranks_agree_and_one_writes(model_path, tmp_path):
+    options = {"monitor": True, "on_alarm": {"truncated": "cool_lr", "dead_reward": "cap_group_size"}, "beta": 0.1}
+    options |= {"kl_target": 0.01, "kl_horizon": 100, "group_size": "variance", "max_steps": 8}
+    first, second = launch(model_path, tmp_path, processes=2, **options)
+    assert same(first["weights"], second["weights"])
+    assert str(first["states"]) == str(second["states"])
+    assert first["beta"] == second["beta"] != 0.1
+    for one, two in zip(first["logs"], second["logs"], strict=True):
+        assert {k: v for k, v in one.items() if not any(t in k for t in (*TIMES, "time/"))} == {
+            k: v for k, v in two.items() if not any(t in k for t in (*TIMES, "time/"))
+        }
+    assert [entry["actions/lr_scale"] for entry in first["logs"][:-1]] == [1] * 5 + [0.5] * 3
+    run, metrics, alarms = record(tmp_path / "run")
+    assert run["num_processes"] == 2
+    assert [m["step"] for m in metrics] == list(range(1, 9))  # and not twice
+    assert [alarm["name"] for alarm in alarms] == ["truncated"]
+
+
+def test_a_number_that_differs_between_ranks_cannot_part_them(model_path, tmp_path):
+    first, second = launch(model_path, tmp_path, processes=2, rank_metric=True, beta=0.1, max_steps=2)
+    assert [entry.get("rank") for entry in (first["logs"][0], second["logs"][0])] == [0.0, 1.0]
+    # Rank 1 alone would have raised the alarm and changed its β.
+    assert first["beta"] == second["beta"] == 0.1
+    assert str(first["states"]) == str(second["states"])

@@ -1,0 +1,66 @@
+"""Conversations for the tests of rollouts, and a trainer that remembers what it made of them."""
+
+from datasets import Dataset
+from kit import config_kwargs, text_of
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def make_conversations(count: int = 12) -> Dataset:
+    """One to three turns, each about a letter of its own."""
+    letters = [[chr(ord("a") + (3 * i + t) % 26) for t in range(1 + i % 3)] for i in range(count)]
+    rows = [
+        {"prompt": [user(f"say {own[0]}")], "turns": [f"and {a}?" for a in own[1:]], "letter": own} for own in letters
+    ]
+    return Dataset.from_list(rows)
+
+
+def has_letter(completions, letter, **kwargs) -> list[float]:
+    return [float(a in text_of(c)) for c, a in zip(completions, letter, strict=True)]
+
+
+def length_of_text(completions, **kwargs) -> list[float]:
+    """Differs between almost all answers."""
+    return [sum(ord(character) for character in text_of(c)) / 100 for c in completions]
+
+
+class Record(GRPOCallback):
+    """Every finished batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.batches.append(batch)
+
+
+class Recorder(AdaptiveGRPOTrainer):
+    """Remembers the rows and the tensors of every generation."""
+
+    def __init__(self, *args, **kwargs):
+        self.seen = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.seen.append((self.rollout.rows, output))
+        return output
+
+
+def make_trainer(
+    model, out, reward_funcs=length_of_text, dataset=None, callbacks=(), processing_class=None, **options
+) -> Recorder:
+    dataset = make_conversations() if dataset is None else dataset
+    return Recorder(
+        model=model,
+        processing_class=processing_class,
+        reward_funcs=reward_funcs,
+        args=AdaptiveGRPOConfig(**config_kwargs(out, **{"per_device_train_batch_size": 16, **options})),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(4)) if options.get("eval_strategy", "no") != "no" else None,
+        callbacks=list(callbacks),
+    )

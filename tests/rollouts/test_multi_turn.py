@@ -1,0 +1,765 @@
+"""Conversations: rows, tokens and credit of both histories, simulated users, and everything they combine with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import config_kwargs, make_model, make_tokenizer
+from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, user
+from test_resume import Interrupt
+from trl import GRPOConfig, GRPOTrainer, chat_template_utils
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
+from trl_grpo_ext.credit.turns import leave_one_out_advantages, returns
+from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
+from trl_grpo_ext.rollouts.answers import Answer
+from trl_grpo_ext.rollouts.dialogue import RolloutError, read_turns
+from trl_grpo_ext.rollouts.multi_turn import fill_with_conversations
+
+OPTIONS = {"rollout": "multi_turn", "turn_columns": ["letter"]}
+
+# The dataset
+
+
+def test_a_conversation_is_read_from_turns_or_from_missing_answers():
+    system, missing = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": None}
+    expected = ([system, user("a")], [[user("b")], [user("c")]])
+    assert read_turns({"prompt": [system, user("a")], "turns": ["b", user("c")]}) == expected
+    assert read_turns({"prompt": [system, user("a"), missing, user("b"), missing, user("c")]}) == expected
+    assert read_turns({"prompt": [user("a"), {"role": "assistant", "content": ""}]}) == ([user("a")], [])
+    given_answer = {"role": "assistant", "content": "Hello."}
+    assert read_turns({"prompt": [user("a"), given_answer, user("b")], "turns": None})[0][1] == given_answer
+    with pytest.raises(ValueError, match="is no list of messages"):
+        read_turns({"prompt": "a"})
+    with pytest.raises(ValueError, match="the user says nothing"):
+        read_turns({"prompt": [user("a"), missing, missing, user("b")]})
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=27, max_size=36),  # as many as there may be rows for, which is what is drawn
+    st.integers(2, 4),
+    st.integers(1, 3),
+    st.integers(0, 9),
+)
+@settings(deadline=None)
+def test_conversations_fill_the_rows_of_every_process(turns, group_size, num_processes, extra):
+    num_rows = 5 * group_size + extra
+    chosen = fill_with_conversations(turns, num_rows, group_size, num_processes)
+    positions = [position for own in chosen for position, _ in own]
+    assert len(chosen) == num_processes
+    assert len(set(positions)) == len(positions)
+    for own in chosen:
+        assert sum(sum(sizes) for _, sizes in own) == num_rows
+        sizes = [size for _, sizes in own for size in sizes]
+        assert min(sizes) >= group_size
+        assert max(sizes) - min(sizes) <= 1
+        assert all(len(sizes) == turns[position] for position, sizes in own)
+
+
+# Shared history
+
+
+def test_shared_history_is_plain_grpo_on_the_flattened_rows(model_path, tmp_path, monkeypatch):
+    """Stock TRL, given the same prompts and completions with equal groups, makes the same tensors and the same loss."""
+    dataset = make_conversations().filter(lambda row: len(row["letter"]) == 2)
+    options = {**OPTIONS, "max_steps": 1, "beta": 0.1}
+    trainer = make_trainer(model_path, tmp_path, [length_of_text, has_letter], dataset, **options)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([])
+    rows = trainer.rollout.rows
+    answers = [row.answers[0] for row in rows]
+    assert [answer.turn for answer in answers] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
+
+    flat = [{"prompt": a.prompt, "letter": a.columns["letter"]} for a in answers]
+    args = GRPOConfig(**config_kwargs(tmp_path, per_device_train_batch_size=16, beta=0.1))
+    stock = GRPOTrainer(model_path, [length_of_text, has_letter], args, Dataset.from_list(flat))
+    stock.model.load_state_dict(trainer.model.state_dict())
+    monkeypatch.setattr(stock, "_tokenize_prompts", lambda prompts: ([row.prompt_ids for row in rows], None, {}))
+    monkeypatch.setattr(stock, "_generate_single_turn", lambda *args, **kwargs: ([a.ids for a in answers], None))
+    stock.model.train()
+    expected = stock._generate_and_score_completions(flat)
+    assert expected.keys() == output.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name], value, msg=name)
+    assert output["advantages"].abs().sum() > 1
+    losses = []
+    for one, batch in ((trainer, output), (stock, expected)):
+        one.current_gradient_accumulation_steps = 1
+        losses.append(one._compute_loss(one.model, batch))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+    for (name, value), other in zip(trainer.model.named_parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("carry", ["random", "best", lambda history, answers: len(answers) - 1])
+def test_a_turn_is_sampled_from_what_one_answer_carried_on(carry, model_path, tmp_path):
+    callback = MultiTurnCallback(carry=carry, turn_columns=["letter"])
+    record = Record()
+    trainer = make_trainer(model_path, tmp_path, callbacks=[callback, record], per_device_train_batch_size=24)
+    trainer.train()
+    tokenizer, choices = trainer.processing_class, set()
+    for (rows, _), batch in zip(trainer.seen, record.batches, strict=True):
+        assert len(rows) == 24
+        for number, row in enumerate(rows):
+            answer = row.answers[0]
+            if answer.turn == 0:
+                assert row.parent is None
+                continue
+            before = rows[row.parent]
+            # By tokens, nothing tokenised again: prompt, answer, end of turn if it was cut off, and what the user says.
+            said = f"<|im_start|>user {row.answers[0].prompt[-1]['content']}<|im_end|><|im_start|>assistant "
+            end = [] if before.answers[0].ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id]
+            glue = end + tokenizer(said, add_special_tokens=False)["input_ids"]
+            assert row.prompt_ids == before.prompt_ids + before.answers[0].ids + glue
+            assert answer.prompt[:-1] == before.answers[0].prompt + before.answers[0].completion
+            group = batch.group_ids == batch.group_ids[row.parent]
+            choices.add(int(group[: row.parent].sum()))
+            if carry == "best":
+                assert batch.rewards[row.parent] == batch.rewards[group].max()
+            assert batch.parents[number] == row.parent
+        # One history per group.
+        for group in range(batch.num_groups):
+            own = (batch.group_ids == group).nonzero().flatten().tolist()
+            assert len({tuple(rows[i].prompt_ids) for i in own}) == 1
+            assert len(own) >= 4
+    if carry == "random":
+        assert len(choices) > 1
+    elif carry != "best":
+        assert min(choices) >= 3
+
+
+def test_reward_functions_are_told_the_turn(model_path, tmp_path):
+    calls = []
+
+    def spy(prompts, completions, letter, turn, last_turn, **kwargs):
+        calls.extend(zip(prompts, letter, turn, last_turn, strict=True))
+        return [1.0] * len(prompts)
+
+    make_trainer(model_path, tmp_path, spy, **OPTIONS).train()
+    assert len(calls) == 3 * 16
+    lengths = set()
+    for prompt, letter, turn, last_turn in calls:
+        first = ord(prompt[0]["content"][-1]) - ord("a")
+        turns = 1 + first // 3 % 3
+        assert letter == chr(ord("a") + (first + turn - 1) % 26)
+        assert len(prompt) == 2 * turn - 1
+        assert last_turn == (turn == turns)
+        lengths.add(turns)
+    assert lengths == {1, 2, 3}
+
+
+# Independent history
+
+
+def test_conversations_are_one_row_each_and_users_are_never_trained_on(model_path, tmp_path):
+    record = Record()
+    options = {**OPTIONS, "history": "independent", "scale_rewards": "none"}
+    trainer = make_trainer(model_path, tmp_path, callbacks=[record], **options)
+    trainer.train()
+    for (rows, output), batch in zip(trainer.seen, record.batches, strict=True):
+        assert len(rows) == 16
+        following = returns(batch.rewards, batch.parents)
+        torch.testing.assert_close(
+            batch.advantages, leave_one_out_advantages(following, batch.group_ids, batch.num_groups)
+        )
+        number = 0
+        for index, row in enumerate(rows):
+            trained = output["tool_mask"][index] * output["completion_mask"][index] > 0
+            written = [token for answer in row.answers for token in answer.ids]
+            assert output["completion_ids"][index][trained].tolist() == written
+            assert (output["advantages"][index][~trained] == 0).all()
+            credit = [batch.advantages[number + i] for i, a in enumerate(row.answers) for _ in a.ids]
+            assert output["advantages"][index][trained].tolist() == [c.item() for c in credit]
+            text = trainer.processing_class.decode(row.prompt_ids + output["completion_ids"][index].tolist())
+            assert all(answer.prompt[-1]["content"] in text for answer in row.answers)
+            number += len(row.answers)
+        assert output["num_items_in_batch"] == sum(len(a.ids) for row in rows for a in row.answers)
+        assert batch.completion_lengths.tolist() == [len(a.ids) for row in rows for a in row.answers]
+    logs = trainer.state.log_history[0]
+    assert logs["rollouts/total"] == record.batches[0].turns.numel()
+    assert logs["multi_turn/turns"] == pytest.approx(record.batches[0].turns.numel() / 16)
+
+
+def test_a_conversation_is_the_same_by_tokens_and_by_template(model_path, tmp_path):
+    trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
+    trainer.train()
+    compared = 0
+    for rows, _ in trainer.seen:
+        for row in rows:
+            messages = row.prompt + row.completion
+            rendered = trainer.processing_class.apply_chat_template(messages, tokenize=True, return_dict=False)
+            ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
+            # What the model writes may be no text that is tokenised like that, which is why it is not done.
+            own = [[t for t in a.ids if t != trainer.processing_class.eos_token_id] for a in row.answers]
+            retokenised = [trainer.processing_class(a.text)["input_ids"] for a in row.answers]
+            if len(row.answers) > 1 and own == retokenised:
+                compared += 1
+                assert rendered[: len(ids)] == ids
+    assert compared > 5
+
+
+def test_rewards_of_each_turn_are_logged(model_path, tmp_path):
+    record = Record()
+    options = {**OPTIONS, "history": "independent", "eval_strategy": "steps", "eval_steps": 3}
+    options |= {"per_device_eval_batch_size": 8, "log_completions": True}
+    reward = as_reward(length_of_text) + as_reward(has_letter)
+    trainer = make_trainer(model_path, tmp_path, [reward, length_of_text], callbacks=[record], **options)
+    trainer.train()
+    logs, batch = trainer.state.log_history[0], record.batches[0]
+    for turn in range(3):
+        own = batch.raw_rewards_per_func[batch.turns == turn, 1]
+        assert logs[f"rewards/length_of_text/turn_{turn + 1}/mean"] == pytest.approx(own.mean().item())
+    total = batch.rewards.sum().item() / 16
+    assert logs["reward"] == pytest.approx(total, rel=1e-5)
+    evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert evaluated["eval_rewards/length_of_text/turn_3/mean"] > 0
+    assert evaluated["eval_multi_turn/turns"] == pytest.approx((1 + 2 + 3 + 1) / 4)
+    tables = sorted((tmp_path / "completions").iterdir())
+    assert tables
+    import pandas
+
+    table = pandas.read_parquet(tables[0])
+    assert len(table) == 16
+    assert table["advantage"].notna().all()
+    # A part of a composed reward has a value for each turn. Before TRL 1.15, the table holds text, not messages.
+    if not isinstance(table["completion"][0], str):
+        assert [len(values) for values in table["has_letter"]] == [(len(c) + 1) // 2 for c in table["completion"]]
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_rows_of_training_and_evaluation_fit_into_one_table(history, model_path, tmp_path):
+    options = {"history": history, "log_completions": True, "num_completions_to_print": 0, "max_steps": 4}
+    options |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    reward = as_reward(length_of_text) + 0.5 * Length("characters")
+    trainer = make_trainer(model_path, tmp_path, reward, num_generations_eval=1, **OPTIONS, **options)
+    trainer.train()
+    counts = set()
+    for path in sorted((tmp_path / "completions").glob("*.parquet")):
+        table = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
+        for completion, lengths in zip(table["completion"], table["length"], strict=True):
+            counts.add(len(lengths))
+            if not isinstance(completion, str):  # up to TRL 1.14, the table holds the whole conversation as text
+                texts = [message["content"] for message in completion if message["role"] == "assistant"]
+                assert lengths == [float(len(text)) for text in texts]
+    assert counts == {1, 2, 3}
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_a_reward_may_see_the_whole_conversation_at_its_end(history, model_path, tmp_path):
+    seen = []
+
+    def whole(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(prompts)
+
+    record = Record()
+    reward = as_reward(length_of_text) + at_end(whole)
+    trainer = make_trainer(model_path, tmp_path, reward, callbacks=[record], history=history, max_steps=1, **OPTIONS)
+    trainer.train()
+    ends = [a for rows, _ in trainer.seen for row in rows for a in row.answers if a.is_last]
+    assert len(seen) == len(ends)
+    for prompt, completion in seen:
+        assert len(prompt) == 1
+        assert [m["role"] for m in completion] == (["assistant", "user"] * 3)[: len(completion)]
+        assert completion[-1]["role"] == "assistant"
+    assert at_end(Length("characters") > 3).__name__ == "length_at_end>3"
+    said = [{"role": "assistant", "content": "one two"}]
+    ends = {"prompts": [[]], "completions": [said], "completion_ids": [[1, 2]], "last_turn": [True]}
+    assert at_end(Length("words"))(**ends) == [2.0]
+    with pytest.raises(RewardError, match="words"):  # the ids are those of the last answer alone
+        at_end(Length())(**ends)
+
+
+def test_what_a_reward_of_the_whole_conversation_logs_keeps_its_rows():
+    def judge(completions, log_extra, **kwargs):
+        log_extra(column="verdict", values=[completion[-1]["content"] for completion in completions])
+        return [1.0] * len(completions)
+
+    history = [{"role": "user", "content": "Hi"}]
+    said = [[{"role": "assistant", "content": text}] for text in ("a1", "a2", "b1", "b2")]
+    later = [*history, *said[0], *history]
+    columns = {}
+    values = at_end(judge)(
+        prompts=[history, later, history, later],
+        completions=said,
+        turn=[1, 2, 1, 2],
+        last_turn=[False, True, False, True],
+        log_extra=columns.__setitem__,
+    )
+    assert values == [None, 1.0, None, 1.0]
+    assert columns["verdict"] == [None, "a2", None, "b2"]
+
+
+# Simulated users
+
+
+def patient(history):
+    """Goes on until it reads a vowel."""
+    return None if set("aeiou") & set(history[-1]["content"]) else user("more")
+
+
+def first_turns(count: int = 8) -> Dataset:
+    return Dataset.from_list([{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(count)])
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_a_user_ends_the_conversation(history, model_path, tmp_path):
+    callback = MultiTurnCallback(history=history, user=patient, max_turns=3)
+    trainer = make_trainer(model_path, tmp_path, dataset=first_turns(), callbacks=[callback])
+    trainer.train()
+    lengths = set()
+    for rows, output in trainer.seen:
+        assert len(rows) == len(output["completion_ids"]) == 16
+        carried = {row.parent for row in rows}
+        for number, row in enumerate(rows):
+            for turn, answer in enumerate(row.answers):
+                wants_no_more = bool(set("aeiou") & set(answer.text))
+                lengths.add(answer.turn + 1)
+                if history == "independent":
+                    assert answer.turn == turn
+                    assert answer.is_last == (wants_no_more or turn == 2) == (turn + 1 == len(row.answers))
+                elif number in carried:
+                    assert not answer.is_last
+                    assert not wants_no_more
+                    assert answer.turn < 2
+    assert lengths == {1, 2, 3}
+
+
+def test_a_shared_conversation_that_ends_early_begins_again(model_path, tmp_path):
+    """The number of rows is fixed, so the rows of the turns that did not happen hold its first turn once more."""
+    callback = MultiTurnCallback(user=lambda history: None, max_turns=2)
+    dataset = first_turns()
+    record = Record()
+    trainer = make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback, record])
+    trainer.train()
+    batch = record.batches[0]
+    assert batch.turns.tolist() == [0] * 16
+    assert batch.parents.tolist() == [-1] * 16
+    assert batch.num_groups == 4
+    prompts = [row.prompt_ids for row in trainer.seen[0][0]]
+    assert prompts[:4] == prompts[4:8] != prompts[8:12]
+
+
+@pytest.mark.parametrize(
+    ("behave", "message"),
+    [
+        (lambda history: 1 / 0, r"user, row \d+ of the dataset, turn 1: raised ZeroDivisionError"),
+        (lambda history: 7, r"user, row \d+ of the dataset, turn 1: returned 7: return a message of the user"),
+        (lambda history: {"role": "assistant", "content": "no"}, "turn 1: returned .*return a message of the user"),
+    ],
+)
+def test_errors_of_a_user_name_row_and_turn(behave, message, model_path, tmp_path):
+    dataset = first_turns()
+    callback = MultiTurnCallback(user=behave, max_turns=2)
+    with pytest.raises(RolloutError, match=message):
+        make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback]).train()
+    callback = MultiTurnCallback(history="independent", user=behave, max_turns=2)
+    with pytest.raises(RolloutError, match=r"row 0 of the batch, which begins 'say .', turn 1"):
+        make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback]).train()
+
+
+def test_a_choice_that_is_no_position_is_refused(model_path, tmp_path):
+    callback = MultiTurnCallback(carry=lambda history, answers: len(answers), turn_columns=["letter"])
+    with pytest.raises(RolloutError, match=r"carry, row \d+ of the dataset, turn 1: returned 4: return a position"):
+        make_trainer(model_path, tmp_path, callbacks=[callback]).train()
+
+
+# Limits
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_a_conversation_ends_where_the_context_does(history, model_path, tmp_path):
+    """The first answer begins after 12 tokens, the second after up to 32, the third after up to 52; each takes 6."""
+    trainer = make_trainer(model_path, tmp_path, history=history, max_conversation_length=40, max_steps=2, **OPTIONS)
+    trainer.train()
+    turns = {answer.turn for rows, _ in trainer.seen for row in rows for answer in row.answers}
+    assert turns == {0, 1}
+    longest = max(
+        len(row.prompt_ids) + sum(len(a.glue_ids + a.ids) for a in row.answers)
+        for rows, _ in trainer.seen
+        for row in rows
+    )
+    assert longest <= 40
+    assert any(logs.get("multi_turn/overflowed", 0) > 0 for logs in trainer.state.log_history)
+    for rows, _ in trainer.seen:
+        cut = [a for row in rows for a in row.answers if a.turn == 1]
+        assert cut
+        assert all(answer.is_last for answer in cut)
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_a_prompt_that_leaves_no_room_is_not_answered(history, model_path, tmp_path):
+    dataset = Dataset.from_list([{"prompt": [user(text)], "turns": ["go on"]} for text in ("hm", "m" * 60) * 6])
+    options = {"rollout": "multi_turn", "history": history, "max_conversation_length": 60, "max_steps": 2}
+    trainer = make_trainer(model_path, tmp_path, dataset=dataset, **options)
+    trainer.train()
+    shares = []
+    for rows, output in trainer.seen:
+        is_long = torch.tensor([len(row.prompt_ids) + trainer.max_completion_length > 60 for row in rows])
+        shares.append(is_long.float().mean().item())
+        for row, without_room in zip(rows, is_long.tolist(), strict=True):
+            if without_room:
+                assert [answer.ids for answer in row.answers] == [[trainer.processing_class.eos_token_id]]
+            assert row.answers[0].is_scored != without_room
+        assert (output["advantages"][is_long] == 0).all()
+        assert (output["advantages"][~is_long] != 0).any()
+    assert min(shares) > 0
+    assert all(entry["multi_turn/overflowed"] > 0 for entry in trainer.state.log_history[:2])
+
+
+class FakeVLLM:
+    """Answers like vLLM: one completion per prompt, with log-probabilities."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        assert num_generations == 1
+        self.prompts += prompts
+        ids = [[20 + len(prompt) % 30, 40 + i % 30, 3] for i, prompt in enumerate(prompts)]
+        return prompts, ids, [[[-1.0], [-2.0], [-3.0]] for _ in prompts], None
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_vllm_gets_one_prompt_per_answer_and_keeps_its_log_probabilities(history, model_path, tmp_path, monkeypatch):
+    trainer = make_trainer(model_path, tmp_path, history=history, max_steps=1, **OPTIONS)
+    for name, value in {"use_vllm": True, "vllm_mode": "server", "_last_loaded_step": -1}.items():
+        monkeypatch.setattr(trainer, name, value, raising=False)
+    for name in ("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"):
+        monkeypatch.setattr(trainer, name, getattr(trainer.args, name), raising=False)
+    for name in ("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"):
+        monkeypatch.setattr(trainer, name, getattr(trainer.args, name, None), raising=False)
+    monkeypatch.setattr(trainer, "vllm_generation", FakeVLLM(), raising=False)
+    trainer.train()
+    rows, output = trainer.seen[0]
+    asked = [
+        row.prompt_ids + [t for a in row.answers[:i] for t in a.glue_ids + a.ids] + answer.glue_ids
+        for row in rows
+        for i, answer in enumerate(row.answers)
+    ]
+    assert sorted(trainer.vllm_generation.prompts) == sorted(asked)
+    for row, logprobs in zip(rows, output["sampling_per_token_logps"].tolist(), strict=True):
+        expected = [value for a in row.answers for value in [0.0] * len(a.glue_ids) + [-1.0, -2.0, -3.0]]
+        assert logprobs[: len(expected)] == expected
+
+
+# Combinations
+
+COMBINATIONS = {
+    "grpo": {"loss_type": "grpo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"loss_type": "dapo", "mask_truncated_completions": True},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "iterations": {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.1},
+    "clipping": {"reward_clip_range": [0, 4], "reward_clip_quantiles": [0.1, 0.9], "scale_rewards": "batch"},
+    "curriculum": {"curriculum": "online"},
+}
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_every_combination_trains(name, history, model_path, tmp_path):
+    options = {**OPTIONS, "history": history, **COMBINATIONS[name]}
+    if "steps_per_generation" in options:
+        options["per_device_train_batch_size"] = 8
+    if options.get("mask_truncated_completions"):
+        options["max_completion_length"] = 40  # so that some answers end in time
+    trainer = make_trainer(model_path, tmp_path, [length_of_text, has_letter], **options)
+    before = {key: value.clone() for key, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = [key for key, value in trainer.model.named_parameters() if not torch.equal(value, before[key])]
+    assert changed
+    assert all(value.isfinite().all() for value in trainer.model.parameters())
+    assert "train_loss" in trainer.state.log_history[-1]
+
+
+def test_adaptive_group_size_gives_uncertain_conversations_more_rows(model_path, tmp_path):
+    record = Record()
+    options = {**OPTIONS, "history": "independent", "group_size": "variance", "max_steps": 5}
+    trainer = make_trainer(
+        model_path,
+        tmp_path,
+        dataset=make_conversations(4),
+        callbacks=[record],
+        min_group_size=2,
+        max_group_size=8,
+        **options,
+    )
+    trainer.train()
+    sizes = [batch.group_sizes[:4].tolist() for batch in record.batches]
+    assert any(len(set(batch)) > 1 for batch in sizes[1:])
+    assert all(int((batch.turns == 0).sum()) == 16 for batch in record.batches)
+
+
+def test_peft(model_path, tmp_path):
+    from peft import LoraConfig
+    from rollout_helpers import Recorder
+
+    trainer = Recorder(
+        model=model_path,
+        reward_funcs=length_of_text,
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, history="independent", beta=0.1, **OPTIONS)),
+        train_dataset=make_conversations(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert any(value.abs().sum() > 0 for key, value in trainer.model.named_parameters() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("options", [{}, {"rollout": "multi_turn", **OPTIONS}])
+def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_path):
+    class Decay(GRPOCallback):
+        def on_advantages(self, args, state, control, batch, **kwargs):
+            assert batch.turns.shape == batch.rewards.shape
+            longest = int(batch.completion_lengths.max())
+            self.given = batch.advantages[:, None] * 0.5 ** torch.arange(longest)
+            return self.given
+
+    decay, record = Decay(), Record()
+    dataset = make_conversations()
+    trainer = make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[decay, record], max_steps=1, **options)
+    if not options:
+        trainer.rollout = type("None", (), {"rows": None})  # only for the recorder
+        trainer.rollout = None
+        trainer.seen = None
+        trainer.__class__ = type(trainer).__mro__[1]
+    trainer.train()
+    slices = trainer._buffered_inputs
+    got = torch.cat([batch["advantages"] for batch in slices])
+    mask = torch.cat([batch["completion_mask"] for batch in slices])
+    assert got.shape == mask.shape
+    expected = decay.given[:, : mask.size(1)]
+    order = got[:, 0].argsort(), expected[:, 0].argsort()
+    torch.testing.assert_close((got * mask)[order[0]], (expected * mask[order[0]][order[1].argsort()])[order[1]])
+    table = list(trainer._logs["advantages"])
+    is_token = torch.arange(expected.size(1)) < record.batches[0].completion_lengths[:, None]
+    mean = (expected * is_token).sum(1) / record.batches[0].completion_lengths
+    torch.testing.assert_close(torch.tensor(table), mean)
+
+
+def test_advantages_of_another_shape_are_refused(model_path, tmp_path):
+    class Wrong(GRPOCallback):
+        def on_advantages(self, args, state, control, batch, **kwargs):
+            return batch.advantages[:, None].expand(-1, 999)
+
+    trainer = make_trainer(model_path, tmp_path, callbacks=[Wrong()], **OPTIONS)
+    with pytest.raises(
+        ValueError, match=r"Wrong.on_advantages returned shape \(16, 999\): return .*\(16,\) or \(16, 6\)"
+    ):
+        trainer.train()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamic_sampling_rounds": 1}, "replaces groups one by one.*set dynamic_sampling_rounds=0"),
+        ({"group_size": "variance"}, "history='shared' has a group for each turn: set group_size='fixed'"),
+        ({"group_size": "threshold", "history": "independent"}, "use group_size='variance'"),
+        (
+            {"history": "independent", "multi_objective_aggregation": "normalize_then_sum"},
+            "history='independent' sums rewards over turns",
+        ),
+        (
+            {"per_device_train_batch_size": 8},
+            "3 turns with num_generations=4 needs 12 rows on one process, which has 8",
+        ),
+        ({"turn_columns": ["score"]}, "names 'score', which is not a column"),
+        (
+            {"turn_columns": ["prompt"]},
+            r"Row 1 of the training dataset has 2 turns and prompt=.*give a list with one value for each turn",
+        ),
+        ({"rollout": "tree"}, "rollout='tree' is unknown"),
+        ({"history": "none"}, "history='none' is unknown"),
+        ({"carry": "worst"}, "carry='worst' is unknown"),
+        ({"max_conversation_length": 6}, "max_completion_length=6 leaves no room for a prompt in a conversation of 6"),
+        ({"dataset": make_conversations(3)}, "has 3 rows and one generation batch holds 4 prompts"),
+        (
+            {"dataset": make_conversations(3), "history": "independent"},
+            "has 3 rows and one generation batch holds 4 prompts",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message, model_path, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model_path, tmp_path, **{**OPTIONS, **options})
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="user is given, so a conversation may go on for ever: set max_turns"):
+        MultiTurnCallback(user=patient)
+    with pytest.raises(ValueError, match="max_turns=0 leaves no turn"):
+        MultiTurnCallback(max_turns=0)
+    with pytest.raises(ValueError, match="user='bob' cannot be called"):
+        MultiTurnCallback(user="bob", max_turns=2)
+
+
+def test_data_that_do_not_fit_are_refused(model_path, tmp_path):
+    plain = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
+    with pytest.raises(ValueError, match="needs conversational prompts"):
+        make_trainer(model_path, tmp_path, dataset=plain, rollout="multi_turn")
+    single = Dataset.from_list([{"prompt": [user("a")]}] * 4)
+    with pytest.raises(ValueError, match="Every conversation has one turn"):
+        make_trainer(model_path, tmp_path, dataset=single, rollout="multi_turn")
+    named = make_conversations().rename_column("letter", "turn")
+    with pytest.raises(ValueError, match="Column 'turn' of the training dataset is what reward functions are told"):
+        make_trainer(model_path, tmp_path, dataset=named, rollout="multi_turn")
+    with pytest.raises(ValueError, match="both generate: pass one of them"):
+        make_trainer(model_path, tmp_path, callbacks=[MultiTurnCallback()], **OPTIONS)
+
+
+@pytest.mark.parametrize("rollout", ["multi_turn", "hierarchical"])
+def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
+    conversations = make_conversations()
+
+    def build(**eval_datasets):
+        options = {"rollout": rollout, "turn_columns": ["letter"], "per_device_train_batch_size": 20}
+        data = conversations if rollout == "multi_turn" else conversations.remove_columns("turns")
+        args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **options))
+        return AdaptiveGRPOTrainer(model_path, length_of_text, args, data, eval_datasets)
+
+    plain = Dataset.from_dict({"prompt": ["a", "b"]})
+    with pytest.raises(
+        ValueError, match=r"those of eval_dataset\['two'\] are not: make each prompt a list of messages"
+    ):
+        build(one=conversations.select([0]), two=plain)
+    if rollout == "multi_turn":
+        with pytest.raises(ValueError, match=r"'letter', which is not a column of eval_dataset\['one'\], only"):
+            build(one=conversations.remove_columns("letter"))
+    else:
+        with pytest.raises(ValueError, match=r"Row 1 of eval_dataset\['one'\] has 2 turns: a plan is made for"):
+            build(one=conversations)
+    build(one=conversations.select([0, 3]), two=conversations.select([0]).to_iterable_dataset())
+
+
+def test_rows_without_what_is_said_later_are_refused(model_path, tmp_path):
+    with pytest.raises(ValueError, match=r"remove_unused_columns=True takes \['letter', 'turns'\] out of the rows"):
+        make_trainer(model_path, tmp_path, remove_unused_columns=True, **OPTIONS)
+    rows = [{"prompt": [user("a"), {"role": "assistant", "content": ""}, user("b")]}] * 12  # nothing is lost
+    options = {**OPTIONS, "turn_columns": [], "dataset": Dataset.from_list(rows)}
+    make_trainer(model_path, tmp_path, remove_unused_columns=True, **options)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path):
+    from rollout_helpers import Recorder
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template
+    with pytest.raises(ValueError, match="writes earlier turns differently"):
+        Recorder(
+            model=model_path,
+            reward_funcs=length_of_text,
+            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, **{"per_device_train_batch_size": 16, **OPTIONS})),
+            train_dataset=make_conversations(),
+            processing_class=tokenizer,
+        )
+
+
+@pytest.mark.parametrize("closing", ["<|im_end|>", "<|im_end|>\n", "\n", ""])
+def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_an_answer(closing, tmp_path):
+    """As in base models, whose end of text is another token than the end of a turn of their template."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "~"
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", closing)
+    trainer = make_trainer(
+        make_model(tokenizer),
+        tmp_path,
+        history="independent",
+        processing_class=tokenizer,
+        **{**OPTIONS, "max_steps": 2},
+    )
+    trainer.train()
+    compared = 0
+    for row in (row for rows, _ in trainer.seen for row in rows):
+        ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
+        rendered = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=False)
+        own = [[t for t in a.ids if t != tokenizer.eos_token_id] for a in row.answers]
+        if len(row.answers) > 1 and own == [tokenizer(a.text)["input_ids"] for a in row.answers]:
+            compared += 1
+            assert rendered.startswith(tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id]))
+    assert compared > 5
+
+
+def test_an_answer_that_ends_with_another_token_is_closed_too(model_path, tmp_path):
+    trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
+    talk = trainer.grpo_callbacks[0].talk
+    end, other = talk.end_of_turn[0], trainer.processing_class.pad_token_id
+    trainer.eos_token_ids = [end, other]
+    (dialogue,) = talk.begin([{"prompt": [user("a")], "turns": ["b"]}], ["here"])
+    for ids, closed in (([9, end], False), ([9, other], True), ([9], True)):
+        answer = Answer(prompt=dialogue.messages, ids=ids, text="x", logprobs=None, glue_ids=[], turn=0)
+        after = talk.carry_on(dialogue, answer, [user("b")], [])
+        assert (after.glue_ids[0] == end) == closed
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def test_a_template_that_knows_no_tools_is_fine(model_path, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ALTERNATING
+    trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
+    end_of_turn, glue = trainer.grpo_callbacks[0].talk._glue([user("hi")])
+    assert tokenizer.decode(end_of_turn + glue) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6"])
+def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(name, model_path, tmp_path):
+    tokenizer = make_tokenizer()
+    path = Path(chat_template_utils.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip(f"this TRL has no {name}")
+    tokenizer.chat_template = path.read_text()
+    trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
+    talk = trainer.grpo_callbacks[0].talk
+    end_of_turn, glue = talk._glue([user("hi")])
+    assert tokenizer.decode(end_of_turn) == "<|im_end|>"
+    assert tokenizer.decode(glue).startswith("\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+# Resume
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_resume_equals_no_interruption(history, model_path, tmp_path):
+    def run(out, *callbacks, resume=None):
+        record = Record()
+        options = {**OPTIONS, "history": history, "max_steps": 6, "curriculum": "online"}
+        trainer = make_trainer(model_path, out, callbacks=[*callbacks, record], **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, [(b.turns.tolist(), b.parents.tolist(), b.rewards.tolist()) for b in record.batches]
+
+    whole, expected = run(tmp_path / "whole")
+    _, before = run(tmp_path / "cut", Interrupt(3))
+    resumed, after = run(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-3"))
+    assert before + after == expected
+    for (key, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), key
+    assert json.dumps(whole.state.log_history[-2]["reward"]) == json.dumps(resumed.state.log_history[-2]["reward"])
+
+
+def test_every_conversation_of_an_epoch_is_held(model_path, tmp_path):
+    record = Record()
+    dataset = make_conversations(9)  # 18 turns, of which a batch holds 4
+    make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[record], max_steps=6, **OPTIONS).train()
+    first = dict.fromkeys(index for batch in record.batches for index in batch.prompt_index.tolist())
+    assert set(first) == set(range(9))

@@ -1,0 +1,364 @@
+"""Replacing groups: the right rows, padded as TRL pads, the tables row by row true, and every rollout counted."""
+
+from collections import defaultdict, deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import config_kwargs
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, DynamicSamplingCallback, GRPOCallback, RolloutBatch
+from trl_grpo_ext.credit.groups import flat_groups, group_advantages
+from trl_grpo_ext.shape.resampling import (
+    global_positions,
+    put_logs,
+    replace_rows,
+    rows_to_regenerate,
+    take_logs,
+)
+
+PAD = 99
+
+
+# Which rows
+
+
+@st.composite
+def ranks(draw):
+    """Which groups are replaced, group of each row, number of ranks that share the rows."""
+    num_ranks = draw(st.integers(1, 4))
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    sizes[-1] += -sum(sizes) % num_ranks
+    replaced = draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    ids = torch.repeat_interleave(torch.tensor(sizes))
+    return torch.tensor(replaced), ids, num_ranks
+
+
+@given(ranks())
+@settings(deadline=None)
+def test_all_rows_of_replaced_groups_are_regenerated_and_no_others(case):
+    replaced, ids, num_ranks = case
+    positions, count = rows_to_regenerate(replaced, ids, num_ranks)
+    assert count == max(len(own) for own in positions)
+    assert len(positions) == num_ranks
+    where, source = global_positions(positions, len(ids), count)
+    assert where.tolist() == [row for row, group in enumerate(ids.tolist()) if replaced[group]]
+    # What is gathered is `count` rows of rank 0, then `count` of rank 1, ...; each rank's own come first.
+    owner = torch.arange(len(ids)) * num_ranks // len(ids)
+    gathered_owner = torch.arange(num_ranks * count) // max(count, 1)
+    assert torch.equal(gathered_owner[source], owner[where])
+    assert source.unique().numel() == source.numel()
+    for rank, own in enumerate(positions):
+        assert source[owner[where] == rank].tolist() == list(range(rank * count, rank * count + len(own)))
+
+
+def test_rows_by_hand():
+    replaced, ids = torch.tensor([False, True, True]), torch.tensor([0, 0, 1, 1, 1, 2, 2, 0])
+    positions, count = rows_to_regenerate(replaced, ids, 2)
+    assert [own.tolist() for own in positions] == [[2, 3], [0, 1, 2]]
+    assert count == 3
+    where, source = global_positions(positions, 8, count)
+    assert where.tolist() == [2, 3, 4, 5, 6]
+    assert source.tolist() == [0, 1, 3, 4, 5]
+
+
+# Tensors
+
+
+def rollout_batch(rows: int, prompt: int, completion: int, base: float) -> dict[str, torch.Tensor]:
+    """Every key that TRL may return for text, with all masks 1 and each row different from all others."""
+
+    def tokens(length):
+        return (base + torch.arange(rows)[:, None] + torch.zeros(rows, length)).long()
+
+    def floats(length):
+        return base + torch.arange(rows)[:, None] + torch.rand(rows, length)
+
+    return {
+        "prompt_ids": tokens(prompt),
+        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
+        "completion_ids": tokens(completion),
+        "completion_mask": torch.ones(rows, completion, dtype=torch.long),
+        "advantages": base + torch.arange(rows) / 7,
+        "num_items_in_batch": torch.tensor(rows * completion),
+        "old_per_token_logps": floats(completion),
+        "ref_per_token_logps": floats(completion),
+        "sampling_per_token_logps": floats(completion),
+        "importance_sampling_ratio": floats(completion),
+        "tool_mask": torch.ones(rows, completion, dtype=torch.long),
+    }
+
+
+# Side and value with which TRL itself pads these.
+TRL_PADS = dict.fromkeys(rollout_batch(1, 1, 1, 0), ("right", 0))
+TRL_PADS |= {"prompt_ids": ("left", PAD), "prompt_mask": ("left", 0), "completion_ids": ("right", PAD)}
+# A ratio of 1 where there is no token: losses add up its logarithm without a mask.
+TRL_PADS |= {"tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1)}
+
+
+@given(
+    lengths=st.tuples(*[st.integers(1, 4)] * 4),
+    positions=st.lists(st.integers(0, 4), max_size=5, unique=True),
+    spare=st.integers(0, 2),
+)
+@settings(deadline=None)
+def test_rows_are_replaced_and_padded_as_trl_pads(lengths, positions, spare):
+    old_prompt, old_completion, new_prompt, new_completion = lengths
+    old = rollout_batch(5, old_prompt, old_completion, base=0)
+    new = rollout_batch(len(positions) + spare, new_prompt, new_completion, base=50)
+    merged = replace_rows(old, new, torch.tensor(positions, dtype=torch.long), PAD)
+    assert merged.keys() == old.keys()
+    for key, tensor in merged.items():
+        if key == "num_items_in_batch":
+            assert tensor == old[key]
+            continue
+        assert tensor.dtype == old[key].dtype
+        side, value = TRL_PADS[key]
+        for row in range(5):
+            expected = new[key][positions.index(row)] if row in positions else old[key][row]
+            if expected.ndim:
+                length = max(old[key].size(1), new[key].size(1))
+                padding = torch.full((length - len(expected),), value, dtype=expected.dtype)
+                expected = torch.cat([padding, expected] if side == "left" else [expected, padding])
+            assert torch.equal(tensor[row], expected), (key, row)
+
+
+def test_padding_by_hand():
+    old = {
+        "prompt_ids": torch.tensor([[1, 2], [3, 4]]),
+        "prompt_mask": torch.tensor([[0, 1], [1, 1]]),
+        "completion_ids": torch.tensor([[5, 6], [7, PAD]]),
+        "completion_mask": torch.tensor([[1, 1], [1, 0]]),
+        "importance_sampling_ratio": torch.tensor([[0.5], [2.0]]),
+        "advantages": torch.tensor([0.1, 0.2]),
+        "num_items_in_batch": torch.tensor(3),
+    }
+    new = {
+        "prompt_ids": torch.tensor([[8, 8, 8]]),
+        "prompt_mask": torch.tensor([[1, 1, 1]]),
+        "completion_ids": torch.tensor([[9]]),
+        "completion_mask": torch.tensor([[1]]),
+        "importance_sampling_ratio": torch.tensor([[3.0]]),
+        "advantages": torch.tensor([0.3]),
+        "num_items_in_batch": torch.tensor(1),
+    }
+    merged = {key: value.tolist() for key, value in replace_rows(old, new, torch.tensor([1]), PAD).items()}
+    assert merged == {
+        "prompt_ids": [[PAD, 1, 2], [8, 8, 8]],
+        "prompt_mask": [[0, 0, 1], [1, 1, 1]],
+        "completion_ids": [[5, 6], [9, PAD]],
+        "completion_mask": [[1, 1], [1, 0]],
+        "importance_sampling_ratio": [[0.5], [3.0]],
+        "advantages": pytest.approx([0.1, 0.3]),
+        "num_items_in_batch": 3,
+    }
+
+
+def test_old_batch_is_left_alone():
+    old = rollout_batch(3, 2, 2, base=0)
+    before = {key: value.clone() for key, value in old.items()}
+    replace_rows(old, rollout_batch(1, 2, 2, base=50), torch.tensor([0]), PAD)
+    assert all(torch.equal(old[key], before[key]) for key in old)
+
+
+# Tables
+
+
+def make_logs(rows: list[str], functions=("reward",), extras=(), maxlen=4) -> dict:
+    """TRL's completions table: one name per row, columns made from it."""
+    logs = {name: deque(maxlen=maxlen) for name in ("images", "prompt", "completion", "advantages")}
+    logs |= {name: defaultdict(lambda: deque(maxlen=maxlen)) for name in ("rewards", "extra")}
+    append(logs, rows, functions, extras)
+    return logs
+
+
+def append(logs, rows, functions=("reward",), extras=()):
+    for name in ("prompt", "completion", "advantages"):
+        logs[name].extend(f"{name}-{row}" for row in rows)
+    for group, names in (("rewards", functions), ("extra", extras)):
+        for name in names:
+            logs[group][name].extend(f"{name}-{row}" for row in rows)
+
+
+def test_logged_rows_are_replaced_in_place():
+    logs = make_logs(["a", "b", "c", "d"])
+    taken = take_logs(logs)
+    assert all(len(column) == 0 for column in (logs["prompt"], logs["completion"], logs["rewards"]["reward"]))
+    append(logs, ["x", "y", "z"])
+    put_logs(logs, taken, torch.tensor([3, 1]), torch.tensor([0, 2]))
+    for name, column in {**logs, **logs["rewards"]}.items():
+        if name in ("prompt", "completion", "advantages", "reward"):
+            assert list(column) == [f"{name}-{row}" for row in ("a", "z", "c", "x")]
+            assert isinstance(column, deque)
+            assert column.maxlen == 4
+
+
+def test_column_that_only_one_round_logged_is_filled_with_none():
+    logs = make_logs(["a", "b", "c", "d"], extras=["early"])
+    taken = take_logs(logs)
+    append(logs, ["x", "y"], extras=["late"])
+    put_logs(logs, taken, torch.tensor([1, 2]), torch.tensor([1, 0]))
+    assert list(logs["extra"]["early"]) == ["early-a", None, None, "early-d"]
+    assert list(logs["extra"]["late"]) == [None, "late-y", "late-x", None]
+    assert list(logs["prompt"]) == ["prompt-a", "prompt-y", "prompt-x", "prompt-d"]
+
+
+# The callback
+
+
+def test_flat_groups_are_replaced_for_a_bounded_number_of_rounds():
+    callback = DynamicSamplingCallback(max_rounds=2)
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, float("nan"), 0.0])
+    batch = RolloutBatch(0, torch.arange(6) // 2, torch.tensor([2, 2, 2]), None, rewards[:, None], rewards[:, None], [])
+    batch.rewards = rewards
+    for round in (0, 1):
+        assert callback.on_resample(None, None, None, batch=batch, round=round).tolist() == [True, False, True]
+    assert callback.on_resample(None, None, None, batch=batch, round=2) is None
+
+
+def test_vision_language_models_are_refused():
+    with pytest.raises(ValueError, match=r"vision-language models.* set dynamic_sampling_rounds=0"):
+        DynamicSamplingCallback().on_setup(None, None, None, trainer=SimpleNamespace(_is_vlm=True))
+    DynamicSamplingCallback().on_setup(None, None, None, trainer=SimpleNamespace(_is_vlm=False))
+
+
+# Real runs
+
+
+class Rewards:
+    """Always flat for prompts of the first half of the alphabet; counts what it scores."""
+
+    __name__ = "length"
+
+    def __init__(self):
+        self.scored = 0
+        self.calls = []
+
+    @staticmethod
+    def of(prompt, completion):
+        return float(len(completion) % 3) if prompt[-1] > "m" else 1.0
+
+    def __call__(self, prompts, completions, log_extra, **kwargs):
+        self.scored += len(prompts)
+        self.calls.append(len(prompts))
+        log_extra("size", [len(completion) for completion in completions])
+        return [self.of(p, c) for p, c in zip(prompts, completions, strict=True)]
+
+
+class Watch(GRPOCallback):
+    def __init__(self):
+        self.batches = []
+
+    def on_rollouts(self, args, state, control, batch, **kwargs):
+        self.batches.append(batch)
+
+
+def trained(model_path, dataset, out, reward=None, **options):
+    reward, watch = reward or Rewards(), Watch()
+    options = {"dynamic_sampling_rounds": 2, "per_device_train_batch_size": 16, **options}
+    trainer = AdaptiveGRPOTrainer(
+        model_path, reward, AdaptiveGRPOConfig(**config_kwargs(out, **options)), dataset, callbacks=[watch]
+    )
+    outputs = []
+    generate = trainer._generate_and_score_completions
+
+    def spy(inputs):
+        outputs.append(generate(inputs))
+        return outputs[-1]
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    return trainer, reward, watch.batches, outputs
+
+
+def test_counts_in_the_logs_add_up(model_path, dataset, tmp_path):
+    trainer, reward, batches, _ = trained(model_path, dataset, tmp_path)
+    logs = trainer.state.log_history[:3]
+    assert logs[-1]["rollouts/total"] == reward.scored > 3 * 16
+    discarded = sum(entry["dynamic_sampling/discarded"] for entry in logs)
+    assert reward.scored == 3 * 16 + discarded
+    assert sum(entry["dynamic_sampling/rounds"] for entry in logs) == len(reward.calls) - 3
+    assert any(entry["dynamic_sampling/rounds"] == 2 for entry in logs)
+    for entry, batch in zip(logs, batches, strict=True):
+        thrown_away = batch.discarded.group_ids.numel() if batch.discarded else 0
+        assert entry["dynamic_sampling/discarded"] == thrown_away
+        if batch.discarded:
+            part = batch.discarded
+            assert flat_groups(part.rewards, part.group_ids, part.num_groups).all()
+            assert (dataset_rows(part) <= 13).any()
+        assert entry["reward"] == pytest.approx(batch.rewards.mean().item())
+        assert entry["rewards/length/mean"] == pytest.approx(batch.rewards.mean().item())
+        assert entry["reward_std"] == pytest.approx(batch.rewards.std().item())
+        flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)
+        assert entry["frac_reward_zero_std"] == flat.float().mean().item()
+
+
+def dataset_rows(batch) -> torch.Tensor:
+    return batch.prompt_index[batch.group_ids]
+
+
+@pytest.mark.parametrize("group_size", ["fixed", "threshold"])
+def test_trained_rows_and_tables_are_true_row_by_row(group_size, model_path, dataset, tmp_path):
+    trainer, _, batches, outputs = trained(model_path, dataset, tmp_path, group_size=group_size)
+    assert any(batch.discarded for batch in batches)
+    tokenizer, logs = trainer.processing_class, trainer._logs
+    batch, output = batches[-1], outputs[-1]
+    prompts = [dataset[i]["prompt"] for i in dataset_rows(batch).tolist()]
+    assert list(logs["prompt"]) == prompts
+    rewards = [Rewards.of(p, c) for p, c in zip(prompts, logs["completion"], strict=True)]
+    assert list(logs["rewards"]["length"]) == batch.rewards.tolist() == rewards
+    assert list(logs["extra"]["size"]) == [len(completion) for completion in logs["completion"]]
+    expected = group_advantages(torch.tensor(rewards), batch.group_ids, batch.num_groups)
+    assert list(logs["advantages"]) == pytest.approx(expected.tolist(), abs=1e-6)
+    # What the loss gets: tokens and advantages of the same rows.
+    assert torch.equal(output["advantages"], torch.tensor(list(logs["advantages"])))
+    masks = output["prompt_mask"].bool(), output["completion_mask"].bool()
+    for row in range(16):
+        prompt, completion = output["prompt_ids"][row][masks[0][row]], output["completion_ids"][row][masks[1][row]]
+        assert tokenizer.decode(prompt, skip_special_tokens=True) == prompts[row]
+        assert tokenizer.decode(completion, skip_special_tokens=True) == logs["completion"][row]
+    assert output["num_items_in_batch"] == output["completion_mask"].sum()
+    assert torch.equal(batch.completion_lengths, output["completion_mask"].sum(1))
+
+
+def test_logged_lengths_are_those_of_the_trained_rows(model_path, dataset, tmp_path):
+    trainer, _, batches, _ = trained(model_path, dataset, tmp_path, max_completion_length=24)
+    assert any(batch.discarded for batch in batches)
+    for entry, batch in zip(trainer.state.log_history, batches, strict=False):
+        lengths = batch.completion_lengths.float()
+        assert entry["completions/min_length"] == lengths.min()
+        assert entry["completions/max_length"] == lengths.max()
+        assert entry["completions/mean_length"] == pytest.approx(lengths.mean().item())
+
+
+def test_online_curriculum_does_not_redraw_what_was_discarded(model_path, dataset, tmp_path):
+    _, _, batches, _ = trained(model_path, dataset.select(range(13)), tmp_path, curriculum="online")
+    for batch in batches:
+        sampled = torch.cat([batch.prompt_index, batch.discarded.prompt_index])
+        assert sampled.unique().numel() == sampled.numel() == 12  # all flat: 4 prompts, replaced twice
+
+
+@pytest.mark.parametrize("curriculum", ["none", "online"])
+def test_prompts_stay_distinct_when_fresh_ones_run_out(curriculum, model_path, dataset, tmp_path):
+    rows = dataset.select([0, 1, 2, 24, 25])  # 5 prompts for batches of 4
+    _, _, batches, _ = trained(model_path, rows, tmp_path, curriculum=curriculum, max_steps=6)
+    assert any(batch.discarded and batch.discarded.num_groups > 3 for batch in batches)
+    for batch in batches:
+        assert batch.prompt_index.unique().numel() == batch.num_groups == 4
+
+
+def test_nothing_is_resampled_without_flat_groups(model_path, dataset, tmp_path):
+    calls = []
+
+    def alternating(prompts, **kwargs):
+        calls.append(len(prompts))
+        return [float(i % 2) for i in range(len(prompts))]
+
+    trainer, _, batches, _ = trained(model_path, dataset, tmp_path, reward=alternating, max_steps=2)
+    assert calls == [16, 16]
+    assert batches[-1].discarded is None
+    last = trainer.state.log_history[1]
+    assert last["dynamic_sampling/rounds"] == last["dynamic_sampling/discarded"] == 0
+    assert last["rollouts/total"] == 32

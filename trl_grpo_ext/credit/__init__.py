@@ -1,0 +1,1 @@
+"""From rewards to advantages: groups, turns, a critic."""

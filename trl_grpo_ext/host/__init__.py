@@ -1,0 +1,1 @@
+"""The TRL underneath: the seams that are wrapped, checkpoints, state, processes."""

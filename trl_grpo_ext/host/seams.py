@@ -1,0 +1,171 @@
+"""The seams of TRL that this package wraps. Importing it on a TRL that lacks one gives one clear error."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trl
+from packaging.version import Version
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from trl.trainer import utils
+
+from ..rewards.base import is_async
+
+SUPPORTED_TRL = ">=1.13,<1.17"
+
+# Method of GRPOTrainer -> its parameters. `tests/host/test_contract.py` pins these and the attributes that are read.
+SEAMS = {
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "save_model": ["self", "output_dir", "_internal_call"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_remove_unused_columns": ["self", "dataset", "description"],
+    "_get_output_dir": ["self", "trial"],
+    "add_callback": ["self", "callback"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_compute_loss": ["self", "model", "inputs"],
+}
+# Method -> what its parameters may begin with. What follows differs between releases, and is passed on as it came.
+OPEN_SEAMS = {
+    "_generate_single_turn": [["self", "prompt_ids", "images", "multimodal_fields"]],
+    "_get_per_token_logps_and_entropies": [
+        [
+            "self",
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+            "compute_entropy",
+            "compute_aux_loss",
+        ],
+        ["self", "model", "args", "batch_size", "compute_aux_loss", "kwargs"],  # TRL 1.14, for the same arguments
+    ],
+}
+# Module -> what is imported from it.
+HELPERS = {
+    "trl.chat_template_utils": ["get_training_chat_template"],
+    "trl.data_utils": ["is_conversational"],
+    "trl.models": ["unwrap_model_for_generation"],
+    "trl.trainer.utils": ["get_config_model_id", "nanstd", "pad"],
+}
+# Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
+HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
+
+# What models and their `generate` call the keys and values of the tokens so far; renamed in transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# Up to TRL 1.14.1, `_generate_single_turn` reads the number of completions per prompt from the trainer.
+TAKES_NUM_GENERATIONS = "num_generations" in inspect.signature(trl.GRPOTrainer._generate_single_turn).parameters
+
+# Up to TRL 1.13, the loss of Liger is computed past the methods that this package wraps, with the first beta.
+LIGER_GOES_AROUND = Version(trl.__version__) < Version("1.14")
+
+
+def check_seams(trainer_class: type) -> None:
+    """
+    Raise `ImportError` when a seam is missing or takes other arguments, or a helper of TRL is missing.
+
+    Args:
+        trainer_class (`type`):
+            TRL's `GRPOTrainer`.
+
+    Example:
+
+    ```python
+    >>> class Old:
+    ...     def add_callback(self, callback): ...
+    >>> check_seams(Old)
+    Traceback (most recent call last):
+        ...
+    ImportError: trl-grpo-ext wraps GRPOTrainer._calculate_rewards(inputs, prompts, ...), which TRL ...
+
+    ```
+    """
+    for name, parameters in SEAMS.items():
+        if parameters_of(trainer_class, name) != parameters:
+            raise _missing(f"GRPOTrainer.{name}({', '.join(parameters[1:])})")
+    for name, beginnings in OPEN_SEAMS.items():
+        found = parameters_of(trainer_class, name)
+        if not any(found[: len(beginning)] == beginning for beginning in beginnings):
+            raise _missing(f"GRPOTrainer.{name}({', '.join(beginnings[0][1:])}, ...)")
+    for name, helpers in HELPERS.items():
+        for helper in helpers:
+            if not hasattr(importlib.import_module(name), helper):
+                raise _missing(f"{name}.{helper}")
+
+
+def parameters_of(trainer_class: type, name: str) -> list[str]:
+    """Names of the parameters of a method, none if there is no such method."""
+    method = getattr(trainer_class, name, None)
+    return [] if method is None else list(inspect.signature(method).parameters)
+
+
+def _missing(what: str) -> ImportError:
+    return ImportError(
+        f'trl-grpo-ext wraps {what}, which TRL {trl.__version__} lacks: pip install "trl{SUPPORTED_TRL}"'
+    )
+
+
+def check_liger(args: Any) -> None:
+    """Raise `ValueError` for options that would have no effect on the loss of Liger, in a TRL where that is so."""
+    if not (LIGER_GOES_AROUND and args.use_liger_kernel):
+        return
+    on_alarm = args.on_alarm if isinstance(args.on_alarm, dict) else {}
+    idle = [name for name in ("skip_zero_advantage", "kl_target") if getattr(args, name)]
+    idle += ["on_alarm='adapt_beta'"] * ("adapt_beta" in on_alarm.values())
+    if idle:
+        raise ValueError(
+            f"{idle[0]} has no effect with use_liger_kernel=True in TRL {trl.__version__}, which computes that loss "
+            "past it: use TRL 1.14 or later, or leave one of them out"
+        )
+
+
+@contextmanager
+def asking_for(trainer: Any, num_generations: int | None) -> Iterator[None]:
+    """While open, the trainer says `num_generations` where TRL reads it from there."""
+    if TAKES_NUM_GENERATIONS or num_generations is None:
+        yield
+        return
+    before = trainer.num_generations, trainer.num_generations_eval
+    trainer.num_generations = trainer.num_generations_eval = num_generations
+    try:
+        yield
+    finally:
+        trainer.num_generations, trainer.num_generations_eval = before
+
+
+def eos_token_ids_of(trainer: Any) -> list[int]:
+    """Tokens of which each ends a completion; up to TRL 1.14.0, only the tokenizer's does."""
+    return getattr(trainer, "eos_token_ids", None) or [trainer._tokenizer.eos_token_id]
+
+
+def as_awaited(reward_funcs: Any) -> Any:
+    """
+    Reward functions of which TRL awaits the async ones.
+
+    TRL 1.13 takes an object with an async `__call__` for a sync function, so it gets a function in its place.
+    """
+    if hasattr(utils, "is_async_callable") or reward_funcs is None:
+        return reward_funcs
+
+    def awaited(reward: Any) -> Any:
+        if not is_async(reward) or inspect.iscoroutinefunction(reward):
+            return reward
+
+        @functools.wraps(reward)
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await reward(*args, **kwargs)
+
+        return call
+
+    return [awaited(reward) for reward in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+
+
+check_seams(trl.GRPOTrainer)

@@ -1,0 +1,1 @@
+"""See the run and steer it: monitor, alarms, KL, live view, report."""

@@ -1,0 +1,391 @@
+"""A live view of a run: a table that updates in place, or one readable line per log where there is no terminal."""
+
+import atexit
+import logging
+import math
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+from typing import Any
+
+import transformers.trainer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .report.escaping import one_line
+from .report.reader import ALARMS, MONITOR, duration, read_alarms
+from .report.summary import NOISE, large, number, slope
+
+HISTORY = 24  # logs in a sparkline and in a trend
+MAX = 1e100  # of a value in them, so that differences and squares stay finite
+BARS = "▁▂▃▄▅▆▇█"
+# Metric -> (label, format). What the reward consists of goes before, group sizes and counts after.
+FIELDS = {
+    "kl": ("kl", "{:.3g}"),
+    "beta": ("β", "{:.3g}"),
+    "grad_norm": ("grad", "{:.2f}"),
+    "rollouts/informative": ("informative", "{:.0%}"),
+    "reward_clip/frac": ("clipped", "{:.0%}"),
+    "curriculum/position": ("curriculum", "{:.0%}"),
+    "curriculum/difficulty": ("difficulty", "{:.2f}"),
+}
+# What the table has room for besides.
+MORE_FIELDS = {
+    "entropy": ("entropy", "{:.3f}"),
+    "learning_rate": ("learning rate", "{:.2e}"),
+    "completions/mean_length": ("length (tokens)", "{:.0f}"),
+    "completions/clipped_ratio": ("truncated", "{:.0%}"),
+}
+
+
+def reward_parts(logs: dict[str, Any]) -> dict[str, float]:
+    """Name and mean of what the reward consists of: its components, and reward functions if there are several."""
+    means = [name for name in logs if name.startswith("rewards/") and name.endswith("/mean") and logs[name] is not None]
+    names = [name.removeprefix("rewards/").removesuffix("/mean") for name in means]
+    functions = [name for name in names if f"rewards/{name}/std" in logs]
+    whole = functions[0] if len(functions) == 1 and len(names) > 1 else None  # TRL's name for the whole
+    labels = {
+        name: name.removeprefix(f"{whole}/").replace("/turn_", " turn ").replace("turn_", "turn ") for name in names
+    }
+    return {labels[name]: float(logs[f"rewards/{name}/mean"]) for name in names if name != whole}
+
+
+def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
+    """
+    One line for the metrics of a training step or an evaluation.
+
+    Args:
+        logs (`dict[str, float]`):
+            What the trainer logs.
+        step (`int`):
+            Optimizer steps done.
+        max_steps (`int`):
+            Optimizer steps in all.
+
+    Returns:
+        `str`:
+            The line.
+
+    Example:
+
+    ```python
+    >>> readable({"reward": 0.5, "rewards/length/mean": 31.0, "group_size/min": 2, "group_size/max": 8}, 3, 16)
+    'step  3/16 · reward 0.500 · length 31 · groups 2-8'
+
+    ```
+    """
+    parts = [f"step {step:>{len(str(max_steps))}}/{max_steps}"]
+    for name, label in (("reward", "reward"), ("eval_reward", "held-out reward")):
+        if logs.get(name) is not None:
+            parts.append(f"{label} {logs[name]:.3f}")
+    for name, value in reward_parts(logs).items():
+        parts.append(f"{one_line(name, 40)} {short(value)}")
+    for name, (label, form) in FIELDS.items():
+        if logs.get(name) is not None:
+            parts.append(f"{label} {form.format(float(logs[name]))}")
+    if logs.get("group_size/min") is not None:
+        parts.append(f"groups {logs['group_size/min']:.0f}-{logs['group_size/max']:.0f}")
+    if logs.get("dynamic_sampling/discarded"):
+        parts.append(f"replaced {logs['dynamic_sampling/discarded']:.0f} rows")
+    parts += [f"alarm {one_line(name, 40)}" for name in open_alarms(logs)]
+    return " · ".join(parts)
+
+
+def short(value: float) -> str:
+    """
+    The mean of a reward: three decimals of a score, none of a length.
+
+    Example:
+
+    ```python
+    >>> short(0.5), short(31.4), short(1e300)
+    ('0.500', '31', '1.00e+300')
+
+    ```
+    """
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}" if abs(value) < 1e6 else number(value)
+
+
+def open_alarms(logs: dict[str, Any]) -> list[str]:
+    """Names of the alarms that [`MonitorCallback`] logs as raised."""
+    return [name.removeprefix("alarms/") for name, value in logs.items() if name.startswith("alarms/") and value]
+
+
+def sparkline(values: list[float]) -> str:
+    """
+    Values as bars, from the smallest to the largest of them.
+
+    Example:
+
+    ```python
+    >>> sparkline([0.0, 1.0, 2.0, 7.0])
+    '▁▂▃█'
+
+    ```
+    """
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    span = high - low
+    # A share first: one over a span of nearly nothing is infinite, and so is a span of nearly everything.
+    shares = [(value - low) / span if 0 < span < math.inf else 0.0 for value in values]
+    return "".join(BARS[round(share * (len(BARS) - 1))] for share in shares)
+
+
+def trend(values: list[float]) -> str:
+    """`"↑"` or `"↓"` if the values rise or fall by more than their noise, `"→"` if not, nothing for too few."""
+    if len(values) < 5:
+        return ""
+    rise, error = slope(values)
+    if not abs(rise) > max(NOISE * error, 1e-12):
+        return "→"
+    return "↑" if rise > 0 else "↓"
+
+
+class LiveView:
+    """
+    What the table shows: the newest logs, a short history of each metric, and the speed.
+
+    Args:
+        max_steps (`int`):
+            Optimizer steps in all.
+        step (`int`, *optional*, defaults to 0):
+            Optimizer steps done.
+    """
+
+    def __init__(self, max_steps: int, step: int = 0):
+        self.max_steps, self.step = max_steps, step
+        self.logs: dict[str, Any] = {}
+        self.history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=HISTORY))
+        self.remedies: dict[str, str] = {}
+        self.started = time.monotonic()
+        self.times: deque[tuple[int, float]] = deque([(step, self.started)], maxlen=HISTORY)
+
+    def step_to(self, step: int) -> None:
+        self.step = step
+        self.times.append((step, time.monotonic()))
+
+    def log(self, logs: dict[str, Any]) -> None:
+        """Take over what was logged; what an evaluation does not log stays."""
+        if "loss" in logs:  # a training log has all open alarms
+            self.logs = {name: value for name, value in self.logs.items() if not name.startswith("alarms/")}
+        self.logs |= logs
+        for name, value in logs.items():
+            if isinstance(value, int | float) and abs(value) < MAX:  # which NaN is not either
+                self.history[name].append(float(value))
+
+    def render(self, width: int, fancy: bool = True) -> RenderableType:
+        """The table for a terminal of `width` columns; `fancy` with characters beyond ASCII."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True, overflow="ellipsis", max_width=max(10, width // 3))
+        grid.add_column(no_wrap=True, justify="right")
+        grid.add_column(no_wrap=True)
+        for label, value, name in self._rows():
+            past = list(self.history[name]) if name else []
+            bars = "" if not fancy or width < 60 or len(past) < 2 else f" {sparkline(past)}"
+            arrow = trend(past) if fancy else ""
+            grid.add_row(Text(label, style="bold" if name == "reward" else ""), value, f"{arrow}{bars}")
+        parts: list[RenderableType] = [self._progress(width, fancy), grid]
+        for name in open_alarms(self.logs):
+            remedy = self.remedies.get(name, "")
+            text = f"alarm {one_line(name, 60)}" + (f": {one_line(remedy, 300)}" if remedy else "")
+            parts.append(Text(text, style="bold red"))
+        return Group(*parts)
+
+    def _progress(self, width: int, fancy: bool) -> RenderableType:
+        share = self.step / self.max_steps if self.max_steps > 0 else 0.0
+        length = min(20, max(0, width - 60))
+        full = round(share * length)
+        bar = f"[{'#' * full}{'.' * (length - full)}] " if not fancy else "━" * full + "╌" * (length - full) + " "
+        parts = [f"step {self.step}/{self.max_steps}", f"{bar if length else ''}{share:.0%}"]
+        (first, began), (last, ended) = self.times[0], self.times[-1]
+        if last > first:
+            seconds = (ended - began) / (last - first)
+            parts.append(f"{number(seconds)} s/step")
+            parts.append(f"{duration((self.max_steps - self.step) * seconds)} left")
+        parts.append(f"{duration(time.monotonic() - self.started)} so far")
+        return Text("  ".join(parts), style="cyan")
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """(label, value, metric behind the trend) of each row."""
+        logs = {name: value for name, value in self.logs.items() if value is not None}
+        rows = []
+        if "reward" in logs:
+            spread = f" ± {logs['reward_std']:.3f}" if "reward_std" in logs else ""
+            rows.append(("reward", f"{logs['reward']:.3f}{spread}", "reward"))
+        for name, value in reward_parts(logs).items():
+            rows.append(
+                (
+                    f"  {one_line(name, 80)}",
+                    short(value),
+                    f"rewards/{name}/mean",
+                )
+            )
+        if "eval_reward" in logs:
+            rows.append(("held-out reward", f"{logs['eval_reward']:.3f}", "eval_reward"))
+        for name, (label, form) in (FIELDS | MORE_FIELDS).items():
+            if name in logs:
+                rows.append((label, form.format(float(logs[name])), name))
+        if {"group_size/min", "group_size/max", "group_size/mean"} <= logs.keys():
+            low, mean, high = (logs[f"group_size/{stat}"] for stat in ("min", "mean", "max"))
+            rows.append(("group size", f"{low:.0f} to {high:.0f}, mean {mean:.1f}", ""))
+        if logs.get("dynamic_sampling/discarded"):
+            rows.append(
+                ("replaced rollouts", f"{logs['dynamic_sampling/discarded']:.0f}", "dynamic_sampling/discarded")
+            )
+        for name, label in (("rollouts/total", "rollouts"), ("num_tokens", "tokens")):
+            if name in logs:
+                rows.append((label, large(logs[name]), ""))
+        return rows
+
+
+class LiveCallback(TrainerCallback):
+    """
+    Shows a run in the terminal, in place of transformers' `ProgressCallback`; only the main process shows anything.
+
+    On a terminal, a table stays at the bottom and is updated in place, and what else is printed scrolls by above it.
+    Where there is none (CI, Slurm, a pipe, a notebook), every log is printed as one line. The terminal is left as it
+    was found however training ends: the cursor is never hidden, and a thread notices within a second that an exception
+    or Ctrl-C has left the training.
+
+    Args:
+        console (`rich.console.Console`, *optional*):
+            Where to; defaults to the standard output.
+
+    Example:
+
+    ```python
+    >>> from transformers import ProgressCallback
+    >>> trainer.remove_callback(ProgressCallback)  # doctest: +SKIP
+    >>> trainer.add_callback(LiveCallback)  # doctest: +SKIP
+
+    ```
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console
+        self.view: LiveView | None = None
+        self._live: Live | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+        if not state.is_world_process_zero:
+            return
+        self.view = LiveView(state.max_steps, state.global_step)
+        self._alarms = Path(args.output_dir) / MONITOR / ALARMS
+        if self._is_terminal():
+            self._start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.view is not None:
+            self.view.step_to(state.global_step)
+            self._refresh()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.view is None or not logs or not ("loss" in logs or "eval_reward" in logs):
+            return
+        self.view.log(logs)
+        if {*open_alarms(logs)} - self.view.remedies.keys():  # the file of a long run may be long
+            self.view.remedies |= {
+                alarm["name"]: alarm["remedy"] for alarm in read_alarms(self._alarms, self._alarms.parent)[0]
+            }
+        if self._live is None:
+            line = readable(logs, state.global_step, state.max_steps)
+            file = sys.stdout if self.console is None else self.console.file
+            # A character that the output cannot write must not end the training.
+            encoding = getattr(file, "encoding", None) or "utf-8"
+            print(line.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+        self._refresh()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+        self.view = None
+
+    def _is_terminal(self) -> bool:
+        if self.console is not None:
+            return self.console.is_terminal and not self.console.is_dumb_terminal
+        # Not rich's opinion, which FORCE_COLOR sways: colours in a CI log are welcome, cursor movements are not.
+        own = Console()
+        return sys.stdout is not None and sys.stdout.isatty() and own.is_terminal and not own.is_dumb_terminal
+
+    def _start(self) -> None:
+        console = self.console or Console()
+        view = self.view
+        assert view is not None
+        streams = {id(sys.stdout): "stdout", id(sys.stderr): "stderr"}
+        self._live = Live(
+            console=console,
+            auto_refresh=False,
+            get_renderable=lambda: view.render(console.width, not console.options.ascii_only),
+            # What the user sends to a file stays in the file.
+            redirect_stdout=console.file is sys.stdout or console.file.isatty(),
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+        )
+        self._live.start(refresh=True)
+        console.show_cursor(True)  # so that nothing is left to repair when the process is killed
+        self._handlers = []
+        for handler in _stream_handlers():
+            # They keep the stream that they found when they were made, and would write into the table.
+            name = streams.get(id(handler.stream))
+            if name is not None:
+                self._handlers.append((handler, handler.stream))
+                handler.stream = getattr(sys, name)
+        self._stopped = threading.Event()
+        self._place = (threading.get_ident(), _training_frame())
+        atexit.register(self._stop)
+        threading.Thread(target=self._watch, args=(self._stopped,), daemon=True).start()
+
+    def _watch(self, stopped: threading.Event) -> None:
+        """Keep the clock going, and stop when training is left without a word: by an exception."""
+        while not stopped.wait(1.0):
+            thread, training = self._place
+            frame = sys._current_frames().get(thread)
+            while frame is not None and id(frame) != training:
+                frame = frame.f_back
+            if frame is None and training is not None:
+                self._stop()
+            else:
+                self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.refresh()
+
+    def _stop(self) -> None:
+        live, self._live = self._live, None
+        if live is None:
+            return
+        self._stopped.set()
+        atexit.unregister(self._stop)
+        for handler, stream in self._handlers:
+            handler.stream = stream
+        live.stop()
+
+
+def _training_frame() -> int | None:
+    """Identity of the innermost frame of transformers' training loop, which called us."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != transformers.trainer.__file__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else id(frame)
+
+
+def _stream_handlers() -> "list[logging.StreamHandler[Any]]":  # Python 3.10 cannot subscript it
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    handlers = {handler for log in loggers for handler in getattr(log, "handlers", [])}
+    # That of last resort looks its stream up each time.
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)]

@@ -1,0 +1,388 @@
+"""Which plots a report has, as plain data that the page and the PNG files are drawn from."""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .escaping import file_name, one_line
+from .reader import Run, average
+
+# Colours that colour-blind readers tell apart (Okabe and Ito, 2008); the total is drawn in black.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+DASHES = ("solid", "dashed", "dotted")  # for the seventh line and beyond
+MAX = 1e100  # of a coordinate in a plot
+MAX_POINTS = 400  # per line; longer runs are averaged
+MAX_LINES = 12
+
+# (title, unit, lines as metric -> label, metrics of a band around the first line, values that the axis must show)
+Spec: TypeAlias = tuple[str, str, dict[str, str], tuple[str, str] | None, tuple[float, ...] | None]
+STATIC: tuple[Spec, ...] = (
+    (
+        "Spread of the rewards",
+        "standard deviation (reward)",
+        {"reward_std": "over the batch"},
+        None,
+        None,
+    ),
+    (
+        "Group size",
+        "completions per prompt",
+        {"group_size/mean": "mean"},
+        ("group_size/min", "group_size/max"),
+        (0,),
+    ),
+    (
+        "Informative share",
+        "share (0 to 1)",
+        {
+            "rollouts/informative": "rollouts in groups with different rewards",
+            "advantage/nonzero": "advantages that are not zero",
+        },
+        None,
+        (0, 1),
+    ),
+    (
+        "Flat groups",
+        "share (0 to 1)",
+        {
+            "frac_reward_zero_std": "groups with equal rewards",
+            "rollouts/flat_high": "rollouts in those with high rewards",
+            "rollouts/flat_low": "rollouts in those with low rewards",
+        },
+        None,
+        (0, 1),
+    ),
+    ("Advantages", "advantage", {"advantage/mean": "mean", "advantage/abs_mean": "mean of |A|"}, None, (-0.05, 0.05)),
+    ("KL to the reference", "KL per token (nats)", {"kl": "KL", "kl_target": "target"}, None, None),
+    ("KL coefficient β", "β (weight of the KL term)", {"beta": "β"}, None, None),
+    ("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}, None, None),
+    ("Loss", "loss", {"loss": "loss", "policy_loss": "policy loss"}, None, None),
+    ("Entropy", "entropy per token (nats)", {"entropy": "entropy"}, None, None),
+    ("Curriculum position", "0 easy to 1 hard", {"curriculum/position": "position"}, None, (0, 1)),
+    (
+        "Difficulty of the prompts",
+        "difficulty",
+        {"curriculum/difficulty": "sampled", "curriculum/target": "target"},
+        None,
+        None,
+    ),
+    (
+        "Completion length",
+        "tokens",
+        {"completions/mean_length": "mean", "completions/mean_terminated_length": "mean of those that end"},
+        ("completions/min_length", "completions/max_length"),
+        (0,),
+    ),
+    (
+        "Truncation and clipping",
+        "share (0 to 1)",
+        {
+            "completions/clipped_ratio": "truncated completions",
+            "reward_clip/frac": "clipped rewards",
+            "clip_ratio/region_mean": "tokens with a clipped ratio",
+        },
+        None,
+        (0, 0.1),
+    ),
+    (
+        "Replaced rollouts (dynamic sampling)",
+        "rollouts per batch",
+        {"dynamic_sampling/discarded": "discarded"},
+        None,
+        None,
+    ),
+    ("Learning rate", "learning rate", {"learning_rate": "learning rate"}, None, None),
+)
+
+
+@dataclass
+class Line:
+    """One line: a label, the run it belongs to, its values, and a band around it where there is one."""
+
+    label: str
+    run: int
+    color: int  # -1: black (white on a dark page)
+    y: list[float | None]
+    low: list[float | None] | None = None
+    high: list[float | None] | None = None
+
+
+@dataclass
+class Panel:
+    """One plot."""
+
+    title: str
+    unit: str
+    lines: list[Line]
+    limits: tuple[float, ...] | None = None
+    log: bool = False
+    is_extra: bool = False  # a metric without a plot of its own: folded away on the page, and no file
+
+    @property
+    def file(self) -> str:
+        return f"{file_name(self.title)}.png"
+
+
+@dataclass
+class Axis:
+    """What the lines of a run are drawn against, and where its alarms were raised."""
+
+    name: str
+    x: dict[str, list[float | None]]
+    averaged: int
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+
+
+def axes_of(runs: list[Run]) -> list[Axis]:
+    """Steps, rollouts and hours of each run, as far as it logs them, and its alarms (the newest 200)."""
+    found = []
+    for run, name in zip(runs, run_names(runs), strict=True):
+        size = bucket_size(run)
+        rollouts: list[float | None] = []
+        for total in run.column("rollouts/total"):
+            # A step that trains on rollouts sampled before logs no new total.
+            rollouts.append(rollouts[-1] if total is None and rollouts else total)
+        x: dict[str, list[float | None]] = {"step": run.column("step"), "rollouts": rollouts}
+        times = run.column("time")
+        start = next((value for value in times if value is not None), 0.0)
+        x["hours"] = [None if value is None else (value - start) / 3600 for value in times]
+        kept = {key: _buckets(values, size)[0] for key, values in x.items() if any(v is not None for v in values)}
+        alarms = [{"name": alarm["name"], "step": alarm["step"]} for alarm in run.alarms[-200:]]
+        found.append(Axis(name, kept or {"step": []}, size, alarms))
+    return found
+
+
+def run_names(runs: list[Run]) -> list[str]:
+    """Names of the folders, with the parent where two are called alike."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{run.folder.resolve().parent.name}/{run.name}" for run in runs]
+    return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def panels_of(runs: list[Run]) -> list[Panel]:
+    """
+    The plots of one run, or those of several in the same axes: then a plot for each line, coloured by the run.
+
+    Args:
+        runs (`list[Run]`):
+            The runs.
+
+    Returns:
+        `list[Panel]`:
+            Only plots with a line. Metrics that belong to none come last, as `is_extra`.
+    """
+    specs = [*_reward_specs(runs), *STATIC, *_time_specs(runs)]
+    used = {name for _, _, lines, band, _ in specs for name in (*lines, *(band or ()))} | {"reward", "rollouts/total"}
+    names = list(dict.fromkeys(name for run in runs for name in run.metric_names))
+    extras = [name for name in names if name not in used and not name.startswith(("alarms/", "train_", "total_flos"))]
+    found = []
+    for spec in specs:
+        title, unit, lines, band, limits = spec
+        if len(runs) > 1 and (len(lines) > 1 or spec not in STATIC):
+            found += [_panel(runs, f"{title}: {label}", unit, {m: label}, None, limits) for m, label in lines.items()]
+        else:
+            found.append(_panel(runs, title, unit, lines, band, limits))
+    for name in extras[:60]:
+        panel = _panel(runs, one_line(name, 60), "value", {name: name}, None, None)
+        panel.is_extra = True
+        found.append(panel)
+    return [panel for panel in found if panel.lines]
+
+
+def _reward_specs(runs: list[Run]) -> list[Spec]:
+    """The total and its components; components of another magnitude (a length, say) in a plot of their own."""
+    names = list(dict.fromkeys(name for run in runs for name in run.reward_names))
+    # A single reward function is the total.
+    names = [name for name in names if not any([name] == run.function_names for run in runs)][:MAX_LINES]
+    largest = {name: max((_largest(run, f"rewards/{name}/mean") for run in runs), default=0.0) for name in names}
+    reach = 3 * max([1.0, *(_largest(run, "reward") for run in runs)])
+    near = {f"rewards/{name}/mean": name for name in names if largest[name] <= reach}
+    far = {f"rewards/{name}/mean": name for name in names if largest[name] > reach}
+    held_out = {"eval_reward": "held-out total"}
+    total = {"reward": "total"}
+    return [
+        ("Reward", "mean reward (raw)", {**total, **held_out, **near}, None, None),
+        ("Large reward components", "mean (raw)", far, None, None),
+    ]
+
+
+def _time_specs(runs: list[Run]) -> list[Spec]:
+    names = dict.fromkeys(name for run in runs for name in run.metric_names if name.startswith("time/"))
+    lines = {name: name.removeprefix("time/") for name in list(names)[:MAX_LINES]}
+    return [("Time per phase", "seconds", {**lines, "step_time": "whole step"}, None, (0,))]
+
+
+def _largest(run: Run, name: str) -> float:
+    return max((abs(value) for value in run.column(name) if value is not None), default=0.0)
+
+
+def _panel(
+    runs: list[Run],
+    title: str,
+    unit: str,
+    metrics: dict[str, str],
+    band: tuple[str, str] | None,
+    limits: tuple[float, ...] | None,
+) -> Panel:
+    lines = []
+    color = 0
+    for metric, label in metrics.items():
+        for index, run in enumerate(runs):
+            values = run.column(metric)
+            if all(value is None for value in values):
+                continue
+            shade = index if len(runs) > 1 else -1 if metric == "reward" else color
+            line = _line(run, index, label, shade, values, band if metric == next(iter(metrics)) else None)
+            color += shade >= 0
+            lines.append(line)
+    return Panel(title, unit, lines, limits, log=limits is None and _needs_log(lines))
+
+
+def _line(
+    run: Run, index: int, label: str, color: int, values: list[float | None], band: tuple[str, str] | None
+) -> Line:
+    size = bucket_size(run)
+    mean, low, high = _buckets(values, size)
+    if band is not None:
+        low, high = _buckets(run.column(band[0]), size)[1], _buckets(run.column(band[1]), size)[2]
+    if (band is None and size == 1) or all(value is None for value in [*low, *high]):
+        return Line(label, index, color, mean)
+    return Line(label, index, color, mean, low, high)
+
+
+def bucket_size(run: Run) -> int:
+    """How many logs are averaged into one point."""
+    return -(-len(run.metrics) // MAX_POINTS) or 1
+
+
+def _buckets(
+    values: list[float | None], size: int
+) -> tuple[list[float | None], list[float | None], list[float | None]]:
+    """Mean, smallest and largest value of every `size` values."""
+    mean: list[float | None] = []
+    low: list[float | None] = []
+    high: list[float | None] = []
+    for start in range(0, len(values), size):
+        present = [value for value in values[start : start + size] if value is not None]
+        mean.append(average(present) if present else None)
+        low.append(min(present, default=None))
+        high.append(max(present, default=None))
+    return mean, low, high
+
+
+def _needs_log(lines: list[Line]) -> bool:
+    """Whether a few values would press the others flat: all are positive, and the largest is 50 times the median."""
+    values = sorted(v for line in lines for v in [*line.y, *(line.high or []), *(line.low or [])] if v is not None)
+    return bool(values) and values[0] > 0 and values[-1] > 50 * values[len(values) // 2]
+
+
+def write_pngs(panels: list[Panel], axes: list[Axis], folder: str | Path) -> list[Path]:
+    """
+    Draw every plot (those of metrics without a place aside) into a PNG file.
+
+    Args:
+        panels (`list[Panel]`):
+            From [`panels_of`].
+        axes (`list[Axis]`):
+            From [`axes_of`].
+        folder (`str` or `Path`):
+            Where to; it is made.
+
+    Returns:
+        `list[Path]`:
+            The files.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, and plots would go where it leads: delete it, or choose another output")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Runs are compared at the same number of rollouts where both count them.
+    kind = "rollouts" if len(axes) > 1 and all("rollouts" in axis.x for axis in axes) else "step"
+    files = []
+    # Names are text: no formulas in dollar signs, and characters without a glyph are no concern.
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        for panel in panels:
+            if panel.is_extra or not any(_drawn(axes[line.run].x[kind], line.y) for line in panel.lines):
+                continue
+            figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+            FigureCanvasAgg(figure)
+            _draw(figure.subplots(), panel, axes, kind)
+            files.append(folder / panel.file)
+            files[-1].unlink(missing_ok=True)  # it may be a link
+            figure.savefig(files[-1], dpi=120)
+    return files
+
+
+def _draw(plot: Any, panel: Panel, axes: list[Axis], kind: str) -> None:
+    several = len(axes) > 1
+    handles, labels = [], []
+    for line in panel.lines:
+        x = axes[line.run].x[kind]
+        color = "black" if line.color < 0 else COLORS[line.color % len(COLORS)]
+        points = _drawn(x, line.y)
+        if not points:
+            continue
+        if line.low is not None and line.high is not None and (band := _drawn(x, line.low, line.high)):
+            plot.fill_between(*map(list, zip(*band, strict=True)), color=color, alpha=0.2, linewidth=0)
+        (handle,) = plot.plot(
+            *map(list, zip(*points, strict=True)),
+            color=color,
+            linestyle=DASHES[max(line.color, 0) // len(COLORS) % len(DASHES)],
+            linewidth=2 if line.color < 0 else 1.5,
+            marker="o" if len(points) < 20 else None,
+            markersize=3.5,
+        )
+        handles.append(handle)
+        labels.append(one_line(axes[line.run].name if several else line.label, 50))
+    if panel.limits:
+        # Unseen points that the axis makes room for.
+        plot.update_datalim([(plot.dataLim.x0, value) for value in panel.limits])
+        plot.autoscale_view()
+    if panel.log:
+        plot.set_yscale("log")
+        plot.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        plot.yaxis.set_minor_formatter(lambda value, position: "")
+    for index, axis in enumerate(axes):
+        steps = axis.x["step"]
+        where = [_position(alarm["step"], steps, axis.x[kind]) for alarm in axis.alarms]
+        marks = [x for x in where if x is not None]
+        if marks:
+            (handle,) = plot.plot(
+                marks,
+                [0.02 + 0.05 * index] * len(marks),  # those of a second run above those of the first
+                "^",
+                color=COLORS[index] if several else COLORS[5],
+                markersize=7,
+                transform=plot.get_xaxis_transform(),
+            )
+            handles.append(handle)
+            labels.append(one_line(f"alarms of {axis.name}", 50) if several else "alarm raised")
+    unit = panel.unit + (", logarithmic" if panel.log else "")
+    plot.set(title=panel.title, xlabel="rollouts sampled" if kind == "rollouts" else "optimizer step", ylabel=unit)
+    plot.grid(alpha=0.3)
+    plot.spines[["top", "right"]].set_visible(False)
+    # A label that starts with an underscore would be left out.
+    labels = [f" {label}" if label.startswith("_") else label for label in labels]
+    columns = 1 if max(map(len, labels)) > 32 else 2 if max(map(len, labels)) > 18 else 4
+    plot.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
+def _drawn(*columns: list[float | None]) -> list[tuple[float, ...]]:
+    """The points that matplotlib can draw: with all coordinates, none of them beyond what its axes can hold."""
+    rows = zip(*columns, strict=True)
+    return [tuple(p for p in row if p is not None) for row in rows if all(p is not None and abs(p) < MAX for p in row)]
+
+
+def _position(step: float, steps: list[float | None], x: list[float | None]) -> float | None:
+    """Where a step is on another axis: at the first point that is not before it."""
+    for at, value in zip(steps, x, strict=True):
+        if at is not None and at >= step:
+            return value
+    return None

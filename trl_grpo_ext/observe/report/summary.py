@@ -1,0 +1,284 @@
+"""What a person wants to know first: does the run learn, what is wrong, when is it done."""
+
+import dataclasses
+import itertools
+import math
+import warnings
+from typing import Any
+
+from ..monitor import without_secrets
+from .reader import Run, average, duration, seconds_between_logs, state_of
+
+MAX_SHOWN = 4000  # characters of an option
+NOISE = 2.0  # a difference counts when it is this many times its standard error
+
+
+def change(values: list[float]) -> tuple[float, float, float]:
+    """
+    Mean of the first and of the last tenth, and the standard error of the difference.
+
+    A tenth is three values at least, and half of them at most.
+
+    Example:
+
+    ```python
+    >>> change([0.0, 0.0, 1.0, 1.0])
+    (0.0, 1.0, 0.0)
+
+    ```
+    """
+    count = min(max(3, len(values) // 10), max(1, len(values) // 2))
+    first, last = values[:count], values[-count:]
+    error = math.sqrt((_variance(first) + _variance(last)) / count)
+    return average(first), average(last), error
+
+
+def slope(values: list[float]) -> tuple[float, float]:
+    """
+    By how much a line through `values` rises from the first to the last, and the standard error of that.
+
+    Example:
+
+    ```python
+    >>> slope([1.0, 2.0, 3.0, 4.0])
+    (3.0, 0.0)
+
+    ```
+    """
+    n = len(values)
+    if n < 3:
+        return 0.0, math.inf
+    center, mean = (n - 1) / 2, average(values)
+    spread = sum((i - center) * (i - center) for i in range(n))
+    per_step = sum((i - center) * (value - mean) for i, value in enumerate(values)) / spread
+    # Products, because a power of a large float raises an error where a product is infinite.
+    residuals = [value - mean - per_step * (i - center) for i, value in enumerate(values)]
+    residual = sum(value * value for value in residuals)
+    return per_step * (n - 1), math.sqrt(residual / (n - 2) / spread) * (n - 1)
+
+
+def _variance(values: list[float]) -> float:
+    """From the differences of neighbours, so that a trend does not count as noise (von Neumann, 1941)."""
+    gaps = [after - before for before, after in itertools.pairwise(values)]
+    return sum(gap * gap for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
+
+
+def _direction(difference: float, error: float) -> str:
+    if not abs(difference) > max(NOISE * error, 1e-12):  # NaN too, of differences beyond what a float can hold
+        return "flat"
+    return "up" if difference > 0 else "down"
+
+
+def verdict(run: Run) -> tuple[str, str]:
+    """Whether the reward rises, as a tone (`"good"`, `"bad"`, `"neutral"`) and a sentence. Held-out prompts decide."""
+    tone, sentence = _training_verdict(run)
+    held_out = _present(run, "eval_reward")
+    if len(held_out) < 2:
+        return tone, sentence
+    first, last = held_out[0], held_out[-1]
+    moved = "risen" if last > first else "fallen" if last < first else "stayed"
+    tone = {"risen": "good", "fallen": "bad", "stayed": "neutral"}[moved]
+    return tone, f"The held-out reward has {moved} from {number(first)} to {number(last)}. In training: {sentence}"
+
+
+def _training_verdict(run: Run) -> tuple[str, str]:
+    rewards = _present(run, "reward")
+    if not rewards:
+        return "neutral", "No reward is logged yet." if not run.metrics else "This run logs no reward."
+    if len(rewards) < 4:
+        return "neutral", f"Too early to say: {len(rewards)} logs with a reward."
+    first, last, error = change(rewards)
+    overall = _direction(last - first, error)
+    trend = _direction(*slope(rewards[-max(4, len(rewards) // 3) :]))
+    lately = {"up": "still rising", "flat": "level", "down": "falling"}[trend] + " over the last third"
+    numbers = f"from {number(first)} to {number(last)}"
+    if overall == "up":
+        tone = "bad" if trend == "down" else "good"
+        return tone, f"The reward has risen {numbers}; {lately}."
+    if overall == "down":
+        lately = lately.replace("still rising", "rising")
+        return "neutral" if trend == "up" else "bad", f"The reward has fallen {numbers}; {lately}."
+    lately = lately.replace("still rising", "rising")
+    return "neutral", f"The reward is where it began ({numbers}, within the noise); {lately}."
+
+
+def headline(run: Run, now: float | None = None) -> dict[str, Any]:
+    """The top of the page: verdict, state of the run, open alarms and a few numbers, `[label, value, detail]` each."""
+    state, sentence = state_of(run, now)
+    tone, text = verdict(run)
+    spoiled = [name for name in ("loss", "grad_norm", "reward") if _lost(run, name)]
+    if spoiled:
+        tone, text = "bad", f"{text} The last log has no finite {' and no finite '.join(spoiled)}."
+    if (
+        _training_verdict(run)[0] != "good"
+        and "curriculum/position" in run.metric_names
+        and len(_present(run, "reward")) >= 4
+    ):
+        text += " The curriculum makes prompts harder meanwhile, so a level reward can hide progress."
+    numbers = [["Step", _steps(run), sentence]]
+    rewards = _present(run, "reward")
+    if rewards:
+        first, last, error = change(rewards)
+        numbers.append(
+            ["Reward now", number(last), f"{_signed(last - first)} since the start (± {number(NOISE * error)})"]
+        )
+    for label, name in (("Held-out reward", "eval_reward"), ("KL to the reference", "kl")):
+        values = _present(run, name)
+        if values:
+            numbers.append([label, number(values[-1]), f"at first {number(values[0])}"])
+    informative = _present(run, "rollouts/informative")
+    flat = _present(run, "frac_reward_zero_std")
+    if informative or flat:
+        values = informative or [1 - value for value in flat]
+        first, last, _ = change(values)
+        what = "rollouts in groups with different rewards" if informative else "groups with different rewards"
+        numbers.append(["Informative", f"{last:.0%}", f"{what}; at first {first:.0%}"])
+    rollouts, tokens = _present(run, "rollouts/total"), _present(run, "num_tokens")
+    if rollouts or tokens:
+        label = "Rollouts" if rollouts else "Tokens"
+        detail = f"{large(tokens[-1])} tokens" if rollouts and tokens else ""
+        numbers.append([label, large((rollouts or tokens)[-1]), detail])
+    numbers += _times(run, state)
+    alarms = [{key: alarm[key] for key in ("name", "step", "evidence", "remedy")} for alarm in run.open_alarms]
+    return {"tone": tone, "text": text, "state": state, "numbers": numbers, "alarms": alarms}
+
+
+def _steps(run: Run) -> str:
+    return f"{run.last_step}" + (f" of {run.max_steps}" if run.max_steps else "")
+
+
+def _times(run: Run, state: str) -> list[list[str]]:
+    times = [entry for entry in run.metrics if entry.get("time") is not None]
+    runtime = _present(run, "train_runtime")
+    found = []
+    if len(times) > 1:
+        # Waiting between an interruption and a resume is no work: a gap counts as far as it is a usual one.
+        usual = 20 * (seconds_between_logs(run) or 0)
+        gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(times)]
+        spent = sum(min(gap, usual) for gap in gaps if gap > 0)
+        recent = times[-20:]
+        seconds = sum(min(gap, usual) for gap in gaps[-19:]) / max(1, recent[-1]["step"] - recent[0]["step"])
+        found.append(["Time", duration(spent), f"{number(seconds)} s per step; from the first log to the last"])
+        if state == "running" and run.max_steps:
+            left = (run.max_steps - run.last_step) * seconds
+            found.append(["Time left", duration(left), "at the speed of the last logs"])
+    elif runtime:
+        found.append(["Time", duration(runtime[-1]), "training"])
+    elif step_times := _present(run, "step_time"):
+        found.append(["Time", f"{number(step_times[-1])} s", "per step"])
+    return found
+
+
+def _lost(run: Run, name: str) -> bool:
+    """Whether a metric that used to have a value was logged without one (NaN) the last time."""
+    logged = [entry[name] for entry in run.metrics if name in entry]
+    return bool(logged) and logged[-1] is None and any(value is not None for value in logged)
+
+
+def _present(run: Run, name: str) -> list[float]:
+    return [value for value in run.column(name) if value is not None]
+
+
+def number(value: float) -> str:
+    """
+    Three significant digits, without exponents where that stays short.
+
+    Example:
+
+    ```python
+    >>> number(0.01234), number(1234.5), number(0.5), number(-3e-7), number(0.0)
+    ('0.0123', '1234', '0.500', '-3.00e-07', '0')
+
+    ```
+    """
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e5:
+        digits = max(0, 2 - math.floor(math.log10(abs(value))))
+        return f"{value:.{digits}f}"
+    return f"{value:.2e}"
+
+
+def large(value: float) -> str:
+    """
+    A count with thousands separated.
+
+    Example:
+
+    ```python
+    >>> large(1234567.0)
+    '1 234 567'
+
+    ```
+    """
+    return f"{value:,.0f}".replace(",", " ")
+
+
+def _signed(value: float) -> str:
+    return ("+" if value >= 0 else "") + number(value)
+
+
+def configuration(run: Run) -> tuple[list[list[str]], list[list[str]]]:
+    """The options that differ from TRL's defaults, and all the others: `[name, value, default]` each."""
+    given = _config(run)
+    if not given:
+        return [], []
+    import torch
+
+    from ...config import AdaptiveGRPOConfig
+
+    class OnPaper(AdaptiveGRPOConfig):
+        """
+        A configuration that asks for no device: that would start a process group where the variables of a launcher are
+        set, and take the one of a training that is going on in this process from it.
+        """
+
+        distributed_state = None
+        _n_gpu = 0
+        _setup_devices = torch.device("cpu")
+
+    # What an option is when nobody sets it: its default, or what the configuration makes of that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about defaults that TRL itself sets
+        made = OnPaper(output_dir=str(given.get("output_dir", "")), bf16=False, use_cpu=True).to_dict()
+    made["accelerator_config"].pop("use_configured_state", None)  # which is gone once a device was asked for
+    changed: list[list[str]] = []
+    others: list[list[str]] = []
+    for option in dataclasses.fields(AdaptiveGRPOConfig):
+        if option.name not in given:
+            continue
+        factory = option.default_factory
+        default = option.default if factory is dataclasses.MISSING else factory()
+        value = given[option.name]
+        usual = [shown(default), shown(made.get(option.name))]
+        row = [option.name, shown(value), "" if default is dataclasses.MISSING else usual[0]]
+        (others if shown(value) in usual else changed).append(row)
+    known = {option.name for option in dataclasses.fields(AdaptiveGRPOConfig)}
+    changed += [[str(name), shown(value), "not set"] for name, value in given.items() if name not in known]
+    return changed, others
+
+
+def _config(run: Run) -> dict[str, Any]:
+    given = run.info.get("config")
+    return without_secrets(given) if isinstance(given, dict) else {}  # whoever wrote it
+
+
+def compare_configurations(one: Run, other: Run) -> list[list[str]]:
+    """The options in which two runs differ: `[name, value of one, value of the other]` each."""
+    first, second = _config(one), _config(other)
+    rows = []
+    for name in dict.fromkeys([*first, *second]):
+        values = [shown(given[name]) if name in given else "not set" for given in (first, second)]
+        if values[0] != values[1]:
+            rows.append([str(name), *values])
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A value of the configuration as text."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)  # JSON does not tell 1 from 1.0
+    if isinstance(value, tuple):
+        value = list(value)
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}… [{len(text) - MAX_SHOWN} more characters]"

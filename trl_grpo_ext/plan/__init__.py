@@ -1,0 +1,1 @@
+"""Which prompts, and how many completions each."""

@@ -1,0 +1,1 @@
+"""Rewards before credit: clipping, and groups that are replaced."""

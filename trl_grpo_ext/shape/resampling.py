@@ -1,0 +1,207 @@
+"""Dynamic sampling: replace groups that came out flat by fresh prompts, for a bounded number of rounds."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerControl, TrainerState
+
+from ..credit.groups import flat_groups
+from ..hooks.callback import GRPOCallback, RolloutBatch
+
+if TYPE_CHECKING:
+    from ..config import AdaptiveGRPOConfig
+    from ..trainer.adaptive import AdaptiveGRPOTrainer
+
+# How each entry of TRL's rollout batch is padded when rows of different length meet: side, value.
+PADDING = {"prompt_ids": ("left", None), "prompt_mask": ("left", 0), "completion_ids": ("right", None)}
+PADDING |= {"completion_mask": ("right", 0), "tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1)}
+
+
+class DynamicSamplingCallback(GRPOCallback):
+    """
+    Replace flat groups (all rewards equal) by fresh prompts (dynamic sampling of DAPO, arXiv 2503.14476).
+
+    Flatness is judged on the gathered rewards and every rank runs every round, so no rank skips a collective. What is
+    thrown away is counted in `rollouts/total` and `dynamic_sampling/discarded`. Groups that are still flat after the
+    last round stay.
+
+    Args:
+        max_rounds (`int`, *optional*, defaults to `1`):
+            Largest number of rounds per generation batch.
+    """
+
+    def __init__(self, max_rounds: int = 1):
+        self.max_rounds = max_rounds
+
+    def on_setup(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        trainer: "AdaptiveGRPOTrainer",
+        **kwargs: Any,
+    ) -> None:
+        if trainer._is_vlm:
+            raise ValueError(
+                "dynamic_sampling_rounds does not support vision-language models, whose image tensors cannot be "
+                "replaced row by row: set dynamic_sampling_rounds=0"
+            )
+
+    def on_resample(
+        self,
+        args: "AdaptiveGRPOConfig",
+        state: TrainerState,
+        control: TrainerControl,
+        batch: RolloutBatch,
+        round: int,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        if round < self.max_rounds:
+            return flat_groups(batch.rewards, batch.group_ids, batch.num_groups)
+        return None
+
+
+def rows_to_regenerate(replaced: Tensor, group_ids: Tensor, num_processes: int) -> tuple[list[Tensor], int]:
+    """
+    Which rows each rank has to generate anew, and how many every rank must generate so that all do the same work.
+
+    Args:
+        replaced (`torch.Tensor` of shape `(P,)`):
+            `True` for a group that is replaced.
+        group_ids (`torch.Tensor` of shape `(N,)`):
+            Group of each row, all ranks in order.
+        num_processes (`int`):
+            Number of ranks; rank `r` holds rows `[r * N / W, (r + 1) * N / W)`.
+
+    Returns:
+        `tuple[list[torch.Tensor], int]`:
+            For each rank the positions among its own rows, and the largest count. Ranks with fewer generate throw-away
+            rows up to that count, because a collective that one rank skips hangs all.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> rows, count = rows_to_regenerate(torch.tensor([True, False]), torch.tensor([0, 0, 0, 1]), num_processes=2)
+    >>> [r.tolist() for r in rows], count
+    ([[0, 1], [0]], 2)
+
+    ```
+    """
+    per_rank = replaced[group_ids].view(num_processes, -1)
+    positions = [rank.nonzero().flatten() for rank in per_rank]
+    return positions, max(p.numel() for p in positions)
+
+
+def replace_rows(
+    batch: dict[str, Tensor], fresh: dict[str, Tensor], positions: Tensor, pad_token_id: int
+) -> dict[str, Tensor]:
+    """
+    Put the first rows of a fresh rollout batch into given rows of another, padding both to one length.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Rollout batch as TRL returns it: entries of shape `(B,)`, `(B, 1)` or `(B, T)`, and scalars, which are kept.
+        fresh (`dict[str, torch.Tensor]`):
+            Rollout batch with the same keys and at least as many rows as `positions`.
+        positions (`torch.Tensor` of shape `(M,)`):
+            Rows of `batch` to replace.
+        pad_token_id (`int`):
+            What token ids are padded with.
+
+    Returns:
+        `dict[str, torch.Tensor]`:
+            The merged batch.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> batch = {"completion_ids": torch.tensor([[5, 6], [7, 8]])}
+    >>> fresh = {"completion_ids": torch.tensor([[1, 2, 3]])}
+    >>> replace_rows(batch, fresh, torch.tensor([1]), pad_token_id=0)["completion_ids"].tolist()
+    [[5, 6, 0], [1, 2, 3]]
+
+    ```
+    """
+    merged = {}
+    for key, old in batch.items():
+        if old.ndim == 0:
+            merged[key] = old
+            continue
+        new = fresh[key][: positions.numel()]
+        if old.ndim == 2 and old.size(1) != new.size(1):
+            side, value = PADDING.get(key, ("right", 0))
+            length = max(old.size(1), new.size(1))
+            fill = pad_token_id if value is None else value
+            old, new = _pad(old, length, side, fill), _pad(new, length, side, fill)
+        merged[key] = old.index_copy(0, positions.to(old.device), new.to(old.dtype))
+    return merged
+
+
+def _pad(values: Tensor, length: int, side: str, fill: float) -> Tensor:
+    missing = length - values.size(1)
+    return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)
+
+
+def take_logs(logs: dict[str, Any]) -> dict[str, list[Any]]:
+    """Empty the columns of TRL's completions table and return what was in them."""
+    taken = {}
+    for name, column in _columns(logs).items():
+        taken[name] = list(column)
+        column.clear()
+    return taken
+
+
+def put_logs(logs: dict[str, Any], taken: dict[str, list[Any]], where: Tensor, source: Tensor) -> None:
+    """
+    Put the columns back, with the rows `where` replaced by the rows `source` of what was logged in between.
+
+    A column that only one of the two has is filled with `None`, because the columns of a table have one length.
+    """
+    fresh = {name: list(column) for name, column in _columns(logs).items()}
+    for name, column in _columns(logs).items():
+        merged = taken.get(name) or [None] * len(taken["prompt"])
+        for to, origin in zip(where.tolist(), source.tolist(), strict=True):
+            merged[to] = fresh[name][origin] if fresh[name] else None
+        column.clear()
+        column.extend(merged)
+
+
+def _columns(logs: dict[str, Any]) -> dict[str, Any]:
+    columns = {name: logs[name] for name in ("prompt", "completion", "advantages")}
+    columns |= {f"rewards/{name}": column for name, column in logs["rewards"].items()}
+    return columns | {f"extra/{name}": column for name, column in logs["extra"].items()}
+
+
+def global_positions(positions: list[Tensor], num_rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """
+    Where the regenerated rows of all ranks go, and where they come from.
+
+    Args:
+        positions (`list[torch.Tensor]`):
+            For each rank, the rows to regenerate among its own.
+        num_rows (`int`):
+            Number of rows of all ranks `N`.
+        count (`int`):
+            Number of rows that each rank generated.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`:
+            Rows of the batch, and rows of what was gathered from the ranks.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> where, source = global_positions([torch.tensor([0, 1]), torch.tensor([0])], num_rows=4, count=2)
+    >>> where.tolist(), source.tolist()
+    ([0, 1, 2], [0, 1, 2])
+
+    ```
+    """
+    per_rank = num_rows // len(positions)
+    where = torch.cat([own + rank * per_rank for rank, own in enumerate(positions)])
+    source = torch.cat([torch.arange(own.numel()) + rank * count for rank, own in enumerate(positions)])
+    return where, source
