@@ -28,7 +28,7 @@ from sympy import Number
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe.script import DataArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Length, as_reward
 from trl_grpo_ext.rewards.text import text_of
 

@@ -27,8 +27,8 @@ from transformers import PrinterCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe.script import DataArguments, init_kwargs, parse_arguments, train_and_compare
-from trl_grpo_ext.recipe.sources import resolve_model
+from trl_grpo_ext.host.sources import resolve_model
+from trl_grpo_ext.recipe import DataArguments, init_kwargs, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe.script import DataArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, RewardModel
 
 

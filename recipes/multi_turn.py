@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
+from trl_grpo_ext.recipe import DataArguments, finish, make_trainer, parse_arguments
 from trl_grpo_ext.recipe.evaluation import evaluate_conversations, print_comparison
-from trl_grpo_ext.recipe.script import DataArguments, finish, make_trainer, parse_arguments
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, at_end
 
 

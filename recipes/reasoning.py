@@ -25,7 +25,7 @@ from reasoning_gym.utils import extract_answer
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe.script import parse_arguments, train_and_compare
+from trl_grpo_ext.recipe import parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import as_reward
 from trl_grpo_ext.rewards.text import text_of
 

@@ -1,19 +1,34 @@
-"""[`AdaptiveGRPOConfig`]: what a YAML file or a command line can set."""
+"""[`AdaptiveGRPOConfig`]: every option of this package and its rules. A leaf, which imports nothing of ours."""
 
+import dataclasses
+import inspect
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig
 
-from .observe.actions import check_on_alarm
-from .observe.alarms import make_alarms
-from .observe.kl import check_kl
-from .shape.clipping import check_clipping
-
 GROUP_SIZES = ("fixed", "threshold", "variance")
 CURRICULA = ("none", "staged", "online", "target")
 ROLLOUTS = ("single", "multi_turn", "hierarchical")
+ALARMS = (
+    "all_correct",
+    "all_wrong",
+    "reward_std_spike",
+    "reward_hacking",
+    "kl_spike",
+    "gradient_spike",
+    "entropy_collapse",
+    "ratio_clipping",
+    "reward_clipping",
+    "truncated",
+    "nan_loss",
+    "dead_reward",
+    "advantage_bias",
+)
+ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 
 
 @dataclass
@@ -21,77 +36,8 @@ class AdaptiveGRPOConfig(GRPOConfig):
     """
     Configuration of [`AdaptiveGRPOTrainer`].
 
-    Holds only what [`~trl.GRPOConfig`] does not have; all of that is accepted too. With nothing set, training is bit
-    for bit that of TRL. Finer knobs are arguments of the callbacks, which can be passed to the trainer instead.
-
-    Parameters:
-        group_size (`str`, *optional*, defaults to `"fixed"`):
-            How many completions a prompt gets: `"fixed"` gives each `num_generations`; `"threshold"` one more at its
-            next visit if its rewards varied by more than `group_std_threshold`, else one fewer; `"variance"` gives
-            uncertain prompts more of the same number of rows, from a decayed posterior per prompt.
-        min_group_size (`int`, *optional*):
-            Smallest group. Defaults to half of `num_generations`, at least 2.
-        max_group_size (`int`, *optional*):
-            Largest group. Defaults to twice `num_generations`.
-        group_std_threshold (`float`, *optional*, defaults to `0.1`):
-            For `group_size="threshold"`: the standard deviation above which a group grows, in units of the reward.
-        dynamic_sampling_rounds (`int`, *optional*, defaults to `0`):
-            Largest number of rounds in which groups with equal rewards are replaced by fresh prompts.
-        reward_clip_range (`list[float]`, *optional*):
-            Smallest and largest reward, such as `[-10, 10]`.
-        reward_clip_quantiles (`list[float]`, *optional*):
-            Quantiles of the batch to clip rewards to, such as `[0.05, 0.95]`. Applied after `reward_clip_range`.
-        reward_clip_on (`str`, *optional*, defaults to `"each"`):
-            What is clipped: `"each"` reward function, or the `"total"`.
-        curriculum (`str`, *optional*, defaults to `"none"`):
-            Which prompts: `"none"` walks the dataset in shuffled epochs; `"staged"` goes from easy to hard by
-            `difficulty_column`; `"online"` draws prompts whose rewards vary now; `"target"` draws prompts near a
-            difficulty that rises with the reward.
-        difficulty_column (`str`, *optional*):
-            Dataset column with the difficulty, as numbers or level names.
-        difficulty_levels (`list[str]`, *optional*, defaults to `["easy", "medium", "hard"]`):
-            Level names from easy to hard. Numbers are cut into as many levels.
-        curriculum_goal (`float`, *optional*, defaults to `0.5`):
-            For `curriculum="target"`: the mean reward at which the target difficulty rests.
-        curriculum_exploration (`float`, *optional*, defaults to `0.1`):
-            Share of the prompts that any curriculum draws from the whole dataset.
-        share_prompts (`bool`, *optional*, defaults to `False`):
-            Whether to compute a prompt once for all its completions, in the forward passes of the update and in
-            generation with transformers. The gradient is the same up to rounding.
-        skip_zero_advantage (`bool`, *optional*, defaults to `False`):
-            Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs `beta=0`.
-        merge_adapter (`bool`, *optional*, defaults to `False`):
-            Whether to generate from a copy of the weights into which the LoRA adapter is merged, with transformers. It
-            saves two small matrix products per layer and token, and takes room for the adapted weights once more.
-        rollout (`str`, *optional*, defaults to `"single"`):
-            What is sampled for a prompt: `"single"` answers, `"multi_turn"` conversations, or `"hierarchical"` plans
-            and implementations of each.
-        history (`str`, *optional*, defaults to `"shared"`):
-            For `rollout="multi_turn"`: `"shared"` compares answers to one history at each turn; `"independent"`
-            compares whole conversations.
-        carry (`str`, *optional*, defaults to `"random"`):
-            For `history="shared"`: which answer carries the conversation on, `"random"` or `"best"`.
-        turn_columns (`list[str]`, *optional*):
-            For `rollout="multi_turn"`: dataset columns with a list of one value per turn, of which reward functions get
-            that of the turn.
-        num_plans (`int`, *optional*, defaults to `4`):
-            For `rollout="hierarchical"`: plans for each prompt.
-        num_implementations (`int`, *optional*, defaults to `4`):
-            For `rollout="hierarchical"`: implementations of each plan.
-        plan_template (`str`, *optional*):
-            For `rollout="hierarchical"`: what the user says to get a plan, with `{prompt}` in it.
-        implementation_template (`str`, *optional*):
-            For `rollout="hierarchical"`: what the user says after the plan.
-        max_conversation_length (`int`, *optional*):
-            For a rollout of several turns: most tokens of a conversation. Defaults to what the model can hold.
-        kl_target (`float`, *optional*):
-            KL to the reference model that `beta` is adapted to hold, in nats per token. Needs `beta` above 0.
-        kl_horizon (`float`, *optional*, defaults to `10000.0`):
-            Time constant of that adaptation, in completions.
-        monitor (`bool`, *optional*, defaults to `False`):
-            Whether to log what TRL does not, keep a record of the run in `<output_dir>/monitor`, and raise alarms.
-        on_alarm (`dict[str, str]` or `str`, *optional*):
-            For `monitor`: what an alarm does, such as `{"kl_spike": "adapt_beta"}`; a JSON string on the command line.
+    Takes every option of [`~trl.GRPOConfig`], and those below. With nothing set, training is bit for bit that of TRL.
+    Finer settings are arguments of the callbacks, which can be passed to the trainer instead.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "on_alarm"]  # noqa: RUF012 (transformers' idiom)
@@ -99,159 +45,219 @@ class AdaptiveGRPOConfig(GRPOConfig):
     group_size: str = field(
         default="fixed",
         metadata={
-            "help": "How many completions a prompt gets: 'fixed' (num_generations), 'threshold' (one more or one fewer "
-            "at its next visit, by the standard deviation of its rewards) or 'variance' (uncertain prompts get more of "
-            "the same number of rows).",
+            "help": (
+                "How many completions a prompt gets: 'fixed' gives each num_generations; 'threshold' one more at its "
+                "next visit if its rewards varied by more than group_std_threshold, else one fewer; 'variance' gives "
+                "uncertain prompts more of the same number of rows, from a decayed posterior per prompt."
+            ),
             "choices": list(GROUP_SIZES),
         },
     )
     min_group_size: int | None = field(
         default=None,
-        metadata={"help": "Smallest group. Defaults to half of num_generations, at least 2."},
+        metadata={
+            "help": ("Smallest group. Defaults to half of num_generations, at least 2."),
+        },
     )
     max_group_size: int | None = field(
         default=None,
-        metadata={"help": "Largest group. Defaults to twice num_generations."},
+        metadata={
+            "help": ("Largest group. Defaults to twice num_generations."),
+        },
     )
     group_std_threshold: float = field(
         default=0.1,
         metadata={
-            "help": "For group_size='threshold': the standard deviation above which a group grows, in units of the "
-            "reward."
+            "help": (
+                "For group_size='threshold': the standard deviation above which a group grows, in units of the reward."
+            ),
         },
     )
     dynamic_sampling_rounds: int = field(
         default=0,
-        metadata={"help": "Largest number of rounds in which groups with equal rewards are replaced by fresh prompts."},
+        metadata={
+            "help": ("Largest number of rounds in which groups with equal rewards are replaced by fresh prompts."),
+        },
     )
     reward_clip_range: list[float] | None = field(
         default=None,
-        metadata={"help": "Smallest and largest reward, such as -10 10."},
+        metadata={
+            "help": ("Smallest and largest reward, such as [-10, 10]."),
+        },
     )
     reward_clip_quantiles: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Quantiles of the batch to clip rewards to, such as 0.05 0.95. Applied after reward_clip_range."
+            "help": (
+                "Quantiles of the batch to clip rewards to, such as [0.05, 0.95]. Applied after reward_clip_range."
+            ),
         },
     )
     reward_clip_on: str = field(
         default="each",
-        metadata={"help": "What is clipped: 'each' reward function, or the 'total'.", "choices": ["each", "total"]},
+        metadata={
+            "help": ("What is clipped: 'each' reward function, or the 'total'."),
+            "choices": ["each", "total"],
+        },
     )
     curriculum: str = field(
         default="none",
         metadata={
-            "help": "Which prompts: 'none' (shuffled epochs), 'staged' (easy to hard by difficulty_column), 'online' "
-            "(prompts whose rewards vary now) or 'target' (prompts near a difficulty that rises with the reward).",
+            "help": (
+                "Which prompts: 'none' walks the dataset in shuffled epochs; 'staged' goes from easy to hard by "
+                "difficulty_column; 'online' draws prompts whose rewards vary now; 'target' draws prompts near a "
+                "difficulty that rises with the reward."
+            ),
             "choices": list(CURRICULA),
         },
     )
     difficulty_column: str | None = field(
         default=None,
-        metadata={"help": "Dataset column with the difficulty, as numbers or level names."},
+        metadata={
+            "help": ("Dataset column with the difficulty, as numbers or level names."),
+        },
     )
     difficulty_levels: list[str] = field(
         default_factory=lambda: ["easy", "medium", "hard"],
-        metadata={"help": "Level names from easy to hard. Numbers are cut into as many levels."},
+        metadata={
+            "help": ("Level names from easy to hard. Numbers are cut into as many levels."),
+        },
     )
     curriculum_goal: float = field(
         default=0.5,
-        metadata={"help": "For curriculum='target': the mean reward at which the target difficulty rests."},
+        metadata={
+            "help": ("For curriculum='target': the mean reward at which the target difficulty rests."),
+        },
     )
     curriculum_exploration: float = field(
         default=0.1,
-        metadata={"help": "Share of the prompts that any curriculum draws from the whole dataset."},
+        metadata={
+            "help": ("Share of the prompts that any curriculum draws from the whole dataset."),
+        },
     )
     share_prompts: bool = field(
         default=False,
         metadata={
-            "help": "Whether to compute a prompt once for all its completions, in the update and in generation with "
-            "transformers. The gradient is the same up to rounding."
+            "help": (
+                "Whether to compute a prompt once for all its completions, in the forward passes of the update and in "
+                "generation with transformers. The gradient is the same up to rounding."
+            ),
         },
     )
     skip_zero_advantage: bool = field(
         default=False,
         metadata={
-            "help": "Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs "
-            "beta=0."
+            "help": (
+                "Whether to leave rows whose advantage is zero out of the update. The gradient is the same; needs "
+                "beta=0."
+            ),
         },
     )
     merge_adapter: bool = field(
         default=False,
         metadata={
-            "help": "Whether to generate from a copy of the weights into which the LoRA adapter is merged, with "
-            "transformers. It takes room for the adapted weights once more."
+            "help": (
+                "Whether to generate from a copy of the weights into which the LoRA adapter is merged, with "
+                "transformers. It saves two small matrix products per layer and token, and takes room for the adapted "
+                "weights once more."
+            ),
         },
     )
     rollout: str = field(
         default="single",
         metadata={
-            "help": "What is sampled for a prompt: 'single' answers, 'multi_turn' conversations, or 'hierarchical' "
-            "plans and implementations of each.",
+            "help": (
+                "What is sampled for a prompt: 'single' answers, 'multi_turn' conversations, or 'hierarchical' plans "
+                "and implementations of each."
+            ),
             "choices": list(ROLLOUTS),
         },
     )
     history: str = field(
         default="shared",
         metadata={
-            "help": "For rollout='multi_turn': 'shared' compares answers to one history at each turn, 'independent' "
-            "compares whole conversations.",
+            "help": (
+                "For rollout='multi_turn': 'shared' compares answers to one history at each turn; 'independent' "
+                "compares whole conversations."
+            ),
             "choices": ["shared", "independent"],
         },
     )
     carry: str = field(
         default="random",
         metadata={
-            "help": "For history='shared': which answer carries the conversation on.",
+            "help": ("For history='shared': which answer carries the conversation on, 'random' or 'best'."),
             "choices": ["random", "best"],
         },
     )
     turn_columns: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "For rollout='multi_turn': dataset columns with a list of one value per turn, of which reward "
-            "functions get that of the turn."
+            "help": (
+                "For rollout='multi_turn': dataset columns with a list of one value per turn, of which reward "
+                "functions get that of the turn."
+            ),
         },
     )
-    num_plans: int = field(default=4, metadata={"help": "For rollout='hierarchical': plans for each prompt."})
+    num_plans: int = field(
+        default=4,
+        metadata={
+            "help": ("For rollout='hierarchical': plans for each prompt."),
+        },
+    )
     num_implementations: int = field(
-        default=4, metadata={"help": "For rollout='hierarchical': implementations of each plan."}
+        default=4,
+        metadata={
+            "help": ("For rollout='hierarchical': implementations of each plan."),
+        },
     )
     plan_template: str | None = field(
         default=None,
-        metadata={"help": "For rollout='hierarchical': what the user says to get a plan, with {prompt} in it."},
+        metadata={
+            "help": ("For rollout='hierarchical': what the user says to get a plan, with {prompt} in it."),
+        },
     )
     implementation_template: str | None = field(
-        default=None, metadata={"help": "For rollout='hierarchical': what the user says after the plan."}
+        default=None,
+        metadata={
+            "help": ("For rollout='hierarchical': what the user says after the plan."),
+        },
     )
     max_conversation_length: int | None = field(
         default=None,
         metadata={
-            "help": "For a rollout of several turns: most tokens of a conversation. Defaults to what the model holds."
+            "help": (
+                "For a rollout of several turns: most tokens of a conversation. Defaults to what the model can hold."
+            ),
         },
     )
     kl_target: float | None = field(
         default=None,
         metadata={
-            "help": "KL to the reference model that beta is adapted to hold, in nats per token. Needs beta above 0."
+            "help": ("KL to the reference model that beta is adapted to hold, in nats per token. Needs beta above 0."),
         },
     )
     kl_horizon: float = field(
-        default=10_000.0,
-        metadata={"help": "For kl_target: time constant of the adaptation, in completions."},
+        default=10000.0,
+        metadata={
+            "help": ("Time constant of that adaptation, in completions."),
+        },
     )
     monitor: bool = field(
         default=False,
         metadata={
-            "help": "Whether to log what TRL does not, keep a record of the run in <output_dir>/monitor, and raise "
-            "alarms."
+            "help": (
+                "Whether to log what TRL does not, keep a record of the run in <output_dir>/monitor, and raise alarms."
+            ),
         },
     )
     on_alarm: dict[str, str] | str | None = field(
         default=None,
         metadata={
-            "help": "For monitor: what an alarm does (adapt_beta, cool_lr, cap_group_size or save_and_stop), such as "
-            '{"kl_spike": "adapt_beta"}.'
+            "help": (
+                "For monitor: what an alarm does, such as {'kl_spike': 'adapt_beta'}; a JSON string on the command "
+                "line."
+            ),
         },
     )
 
@@ -262,18 +268,11 @@ class AdaptiveGRPOConfig(GRPOConfig):
         _check_choice("rollout", self.rollout, ROLLOUTS)
         check_clipping(self.reward_clip_range, self.reward_clip_quantiles, self.reward_clip_on)
 
-        if self.min_group_size is None:
-            self.min_group_size = max(2, self.num_generations // 2)
-        if self.max_group_size is None:
-            self.max_group_size = 2 * self.num_generations
-        if self.min_group_size < 2:
-            raise ValueError(
-                f"min_group_size={self.min_group_size} is below 2: a group of one has no baseline, use at least 2"
-            )
-        if self.min_group_size > self.max_group_size:
-            raise ValueError(
-                f"min_group_size={self.min_group_size} exceeds max_group_size={self.max_group_size}: lower one of them"
-            )
+        smallest, largest = self.group_size_bounds
+        if smallest < 2:
+            raise ValueError(f"min_group_size={smallest} is below 2: a group of one has no baseline, use at least 2")
+        if smallest > largest:
+            raise ValueError(f"min_group_size={smallest} exceeds max_group_size={largest}: lower one of them")
         if self.group_size != "fixed":
             self.check_group_sizes()
         if self.group_size == "variance":
@@ -298,7 +297,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
         if self.kl_target is not None:
             check_kl(self.kl_target, self.kl_horizon, self.beta)
         if self.on_alarm is not None:
-            check_on_alarm(self.on_alarm, [alarm.name for alarm in make_alarms()])
+            check_on_alarm(self.on_alarm)
             if not self.monitor:
                 raise ValueError(f"on_alarm={self.on_alarm} needs monitor=True, which raises the alarms: set it")
             if self.logging_strategy == IntervalStrategy.NO:
@@ -324,9 +323,8 @@ class AdaptiveGRPOConfig(GRPOConfig):
     @property
     def group_size_bounds(self) -> tuple[int, int]:
         """Completions of the smallest and of the largest group."""
-        assert self.min_group_size is not None  # __post_init__ has set both
-        assert self.max_group_size is not None
-        return self.min_group_size, self.max_group_size
+        smallest = max(2, self.num_generations // 2) if self.min_group_size is None else self.min_group_size
+        return smallest, 2 * self.num_generations if self.max_group_size is None else self.max_group_size
 
     def check_group_sizes(self) -> None:
         """Raise `ValueError` when groups of different sizes cannot fill a generation batch."""
@@ -365,3 +363,56 @@ class AdaptiveGRPOConfig(GRPOConfig):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, choices))}")
+
+
+def check_clipping(clip_range: Sequence[float] | None, quantiles: Sequence[float] | None, on: str) -> None:
+    """Raise `ValueError` with value, rule and remedy for clipping options that make no sense."""
+    if clip_range is not None and not (len(clip_range) == 2 and clip_range[0] < clip_range[1]):
+        raise ValueError(f"reward_clip_range={list(clip_range)} must be [low, high] with low < high, such as [-10, 10]")
+    if quantiles is not None and not (len(quantiles) == 2 and 0 <= quantiles[0] < quantiles[1] <= 1):
+        raise ValueError(
+            f"reward_clip_quantiles={list(quantiles)} must be [low, high] with 0 <= low < high <= 1, "
+            "such as [0.05, 0.95]"
+        )
+    if on not in ("each", "total"):
+        raise ValueError(f"reward_clip_on={on!r} is unknown: use 'each' or 'total'")
+
+
+def check_kl(kl_target: float, kl_horizon: float, beta: float | None = None) -> None:
+    """Raise `ValueError` with value, rule and remedy for options of adaptive KL that cannot work."""
+    if not (0 < kl_target < math.inf):
+        raise ValueError(f"kl_target={kl_target} must be positive and finite: try 0.05 (nats per token)")
+    if not (0 < kl_horizon < math.inf):
+        raise ValueError(f"kl_horizon={kl_horizon} must be positive and finite: try 10000 (rollouts)")
+    if beta is not None and not beta > 0:
+        raise ValueError(
+            f"kl_target={kl_target} needs beta above 0, and beta={beta}: the rule multiplies β, so it can never leave "
+            "0, and TRL loads no reference model for it. Set beta, for example to 0.04, or leave kl_target unset"
+        )
+
+
+def check_on_alarm(on_alarm: Any, alarm_names: Sequence[str] = ALARMS) -> None:
+    """Raise `ValueError` with value, rule and remedy unless `on_alarm` maps names of alarms to names of actions."""
+    if not isinstance(on_alarm, Mapping):
+        raise ValueError(
+            f'on_alarm={on_alarm!r} must map alarms to actions, such as {{"kl_spike": "cool_lr"}} (JSON on the command '
+            "line)"
+        )
+    for alarm, action in on_alarm.items():
+        if alarm not in alarm_names:
+            raise ValueError(f"on_alarm has no alarm {alarm!r}: use one of {', '.join(map(repr, alarm_names))}")
+        if action not in ACTIONS:
+            raise ValueError(f"on_alarm asks for {action!r} on {alarm!r}: use one of {', '.join(map(repr, ACTIONS))}")
+
+
+def _with_parameters(config: type) -> str:
+    """The docstring of the class, with what each option's `help` says as its parameters."""
+    lines = [inspect.cleandoc(config.__doc__ or ""), "", "Parameters:"]
+    for option in dataclasses.fields(config):
+        if option.name not in GRPOConfig.__dataclass_fields__:
+            kind = getattr(option.type, "__name__", option.type) if isinstance(option.type, type) else option.type
+            lines += [f"    {option.name} (`{kind}`):", f"        {option.metadata['help']}"]
+    return "\n".join(lines) + "\n"
+
+
+AdaptiveGRPOConfig.__doc__ = _with_parameters(AdaptiveGRPOConfig)

@@ -36,7 +36,7 @@ def main(options: Options) -> None:
     callbacks = [VarianceGroupSizeCallback(), OnlineCurriculumCallback()]
     trainer: Any = SimpleNamespace(train_dataset=dataset)
     for callback in callbacks:
-        callback.on_setup(args, None, None, trainer=trainer)
+        callback.on_setup(args=args, state=TrainerState(), control=TrainerControl(), trainer=trainer)
     planner = Planner(args, dataset)
     milliseconds = []
     for _ in range(options.batches + 1):

@@ -34,7 +34,7 @@ from trl_grpo_ext.observe.report.page import page_data, render
 from trl_grpo_ext.plan.group_size import PromptPosterior
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.rewards import Length, RewardError, as_reward
-from trl_grpo_ext.rollouts.answers import Answer, RolloutRow
+from trl_grpo_ext.rollouts.answers import Answer, RolloutSequence
 from trl_grpo_ext.rollouts.dialogue import read_turns
 from trl_grpo_ext.trainer.features import callbacks_of
 
@@ -242,7 +242,7 @@ def test_completions_of_nothing_train(completion, model_path, dataset, tmp_path,
 
 class Silent(GRPOCallback):
     def on_generate(self, args, state, control, rows, **kwargs):
-        return [RolloutRow([5], [Answer(row["prompt"], ids=[], text="")]) for row in rows]
+        return [RolloutSequence([5], [Answer(row["prompt"], ids=[], text="")]) for row in rows]
 
 
 def test_answers_without_a_token_are_refused(model_path, conversational, tmp_path):

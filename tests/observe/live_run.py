@@ -1,4 +1,4 @@
-"""Started by tests/observe/test_live.py in a terminal: a run that is disturbed, and leaves training as it is told to."""
+"""Started by test_live.py in a terminal: a run that is disturbed, and leaves training as it is told to."""
 
 import logging
 import os

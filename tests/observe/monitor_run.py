@@ -1,4 +1,4 @@
-"""Started by tests/observe/test_monitor.py: a run in a process of its own, with trackers, or one of several under torchrun."""
+"""Started by test_monitor.py: a run in a process of its own, with trackers, or one of several under torchrun."""
 
 import json
 import sys

@@ -331,7 +331,8 @@ def test_the_configuration_is_read_without_a_process_group_and_beside_a_training
     run_with(tmp_path, "", config={"beta": 0.04})
     code = (
         "import sys; from accelerate import Accelerator; from accelerate.state import AcceleratorState;"
-        "from trl_grpo_ext.observe.report import read_run; from trl_grpo_ext.observe.report.summary import configuration;"
+        "from trl_grpo_ext.observe.report import read_run;"
+        "from trl_grpo_ext.observe.report.summary import configuration;"
         "accelerator = Accelerator(cpu=True) if sys.argv[2] else None;"
         "print(configuration(read_run(sys.argv[1]))[0]);"
         "print(accelerator and (accelerator.num_processes, accelerator.device.type))"

@@ -20,8 +20,8 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trl_grpo_ext.recipe import sources as models
-from trl_grpo_ext.recipe.sources import SMOLLM2, ModelSource, resolve_model
+from trl_grpo_ext.host import sources as models
+from trl_grpo_ext.host.sources import SMOLLM2, ModelSource, resolve_model
 
 
 def python(code: str, **env: str) -> subprocess.Popen:

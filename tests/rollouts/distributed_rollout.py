@@ -1,4 +1,4 @@
-"""Started by tests/rollouts/test_distributed_rollouts.py under torchrun: one run of several turns, what it saw in a file."""
+"""Started by test_distributed_rollouts.py under torchrun: one run of several turns, what it saw in a file."""
 
 import json
 import sys

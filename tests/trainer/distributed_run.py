@@ -1,4 +1,4 @@
-"""Started by tests/trainer/test_distributed.py under torchrun: one training run, its plans and weights written to a file."""
+"""Started by test_distributed.py under torchrun: one training run, its plans and weights written to a file."""
 
 import json
 import sys

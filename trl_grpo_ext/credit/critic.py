@@ -2,21 +2,20 @@
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from transformers import TrainerControl, TrainerState
 
-from ..hooks.callback import GRPOCallback, RolloutBatch
+from ..config import AdaptiveGRPOConfig
+from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
+from ..hooks.ground import HookedTrainer
+from ..hooks.records import RolloutBatch, RolloutPlan
 from ..host.state import check_state
-from ..plan.sampler import RolloutPlan
-from .groups import EPS, gae
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from .gae import gae
+from .groups import EPS
 
 MAX_GRAD_NORM = 1.0  # of the value model
 
@@ -57,9 +56,9 @@ class CriticBaseline(GRPOCallback):
     """
     Proximal policy optimisation (arXiv 1707.06347): one completion per prompt, and a value model in place of the group.
 
-    Each token's advantage is its generalised advantage estimate ([`~trl_grpo_ext.credit.groups.gae`]) under a value model
-    that starts as a copy of the policy and learns beside it. Clipping and KL are those of TRL's loss. The advantages of
-    a batch are shifted to mean 0 and divided by their standard deviation, as PPO implementations do; with
+    Each token's advantage is its generalised advantage estimate ([`~trl_grpo_ext.credit.gae.gae`]) under a value model.
+    The value model starts as a copy of the policy and learns beside it. Clipping and KL are those of TRL's loss. The
+    advantages of a batch are shifted to mean 0 and divided by their standard deviation, as PPO implementations do; with
     `scale_rewards="none"` they are not divided.
 
     Every process holds the whole value model and averages its gradients with the others.
@@ -91,6 +90,18 @@ class CriticBaseline(GRPOCallback):
     """
 
     plans_single_rows = True
+    is_unique = True
+
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        groups = "CriticBaseline samples one completion per prompt, and {other} lays out groups: pass one of them"
+        reads = "CriticBaseline reads what the model wrote: use a text model without tools and rollout_func"
+        copies = "CriticBaseline copies the policy, of which DeepSpeed's stage 3 holds parts: use stage 2"
+        return (
+            *(Conflict(hook, groups) for hook in ("on_generate", "on_group_sizes", "on_resample", "on_plan")),
+            *(Conflict(fact, reads) for fact in ("vision-language models", "tools", "rollout_func")),
+            Conflict("DeepSpeed ZeRO-3", copies),
+        )
 
     def __init__(self, learning_rate: float | None = None, gamma: float = 1.0, lam: float = 0.95, epochs: int = 4):
         if learning_rate is not None and not 0 < learning_rate < math.inf:
@@ -103,28 +114,7 @@ class CriticBaseline(GRPOCallback):
             raise ValueError(f"epochs={epochs} never trains the value model: use at least 1")
         self.learning_rate, self.gamma, self.lam, self.epochs = learning_rate, gamma, lam, epochs
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        hooks = ("on_group_sizes", "on_generate", "on_resample", "on_plan")
-        others = [callback for callback in trainer.grpo_callbacks if callback is not self]
-        clash = next((c for c in others if any(c.overrides(hook) for hook in hooks)), None)
-        if clash is not None:
-            raise ValueError(
-                f"CriticBaseline samples one completion per prompt, and {type(clash).__name__} lays out groups: pass "
-                "one of them"
-            )
-        if trainer._is_vlm or trainer.tools or trainer.rollout_func is not None:
-            raise ValueError(
-                "CriticBaseline reads what the model wrote: use a text model without tools and rollout_func"
-            )
-        if trainer.is_deepspeed_enabled and args.hf_deepspeed_config.is_zero3():
-            raise ValueError("CriticBaseline copies the policy, of which DeepSpeed's stage 3 holds parts: use stage 2")
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.accelerator = trainer.accelerator
         self.rows_per_step = args.per_device_train_batch_size
         # Under DeepSpeed, and with bf16_full_eval, the policy is not on its device yet.
@@ -136,27 +126,11 @@ class CriticBaseline(GRPOCallback):
             weight_decay=0.0,
         )
 
-    def on_plan(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        prompt_index: Tensor,
-        num_rows: int,
-        num_processes: int,
-        **kwargs: Any,
-    ) -> RolloutPlan:
+    def on_plan(self, prompt_index: Tensor, num_rows: int, **kwargs: Any) -> RolloutPlan:
         index = prompt_index[torch.arange(num_rows) % prompt_index.numel()]
         return RolloutPlan(torch.ones(num_rows, dtype=torch.long), index)
 
-    def on_advantages(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> Tensor:
+    def on_advantages(self, args: AdaptiveGRPOConfig, batch: RolloutBatch, **kwargs: Any) -> Tensor:
         lengths, count = batch.completion_lengths, int(batch.completion_lengths.max())
         # A row without a reward says nothing of its tokens.
         lengths = lengths.where(batch.rewards.isfinite(), torch.zeros_like(lengths))

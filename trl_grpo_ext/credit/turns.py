@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from .groups import EPS, group_advantages, group_mean_std
+from ..hooks.segments import group_mean_std
+from .groups import EPS, group_advantages
 
 
 def returns(rewards: Tensor, parents: Tensor) -> Tensor:

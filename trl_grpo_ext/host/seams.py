@@ -4,15 +4,16 @@ import functools
 import importlib
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import trl
 from packaging.version import Version
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.trainer import utils
 
-from ..rewards.base import is_async
+from .calls import is_async
 
 SUPPORTED_TRL = ">=1.13,<1.17"
 
@@ -127,18 +128,43 @@ def check_liger(args: Any) -> None:
         )
 
 
+def plain_rewards(trainer: Any, rows: list[Any], prompts: list[Any], completions: list[Any], ids: list[Any]) -> Tensor:
+    """TRL's own calculation of rewards `(N, K)`, which gathers those of all processes."""
+    rewards: Tensor = trl.GRPOTrainer._calculate_rewards(trainer, rows, prompts, completions, ids)
+    return rewards
+
+
+def pending_columns(trainer: Any) -> dict[str, list[Any]]:
+    """Columns that reward functions gave the completions table, and that TRL has not gathered yet."""
+    columns: dict[str, list[Any]] = trainer._pending_extra_logs
+    return columns
+
+
+def drop_pending_logs(trainer: Any) -> None:
+    """Forget what reward functions logged since TRL gathered it last."""
+    trainer._pending_extra_logs.clear()
+    trainer._pending_metrics.clear()
+
+
 @contextmanager
-def asking_for(trainer: Any, num_generations: int | None) -> Iterator[None]:
-    """While open, the trainer says `num_generations` where TRL reads it from there."""
-    if TAKES_NUM_GENERATIONS or num_generations is None:
-        yield
-        return
-    before = trainer.num_generations, trainer.num_generations_eval
-    trainer.num_generations = trainer.num_generations_eval = num_generations
+def num_generations_set(trainer: Any, num_generations: int, in_evaluation: bool = False) -> Iterator[None]:
+    """While open, the trainer samples so many completions for each prompt; with `in_evaluation`, there too."""
+    names = ("num_generations", "num_generations_eval") if in_evaluation else ("num_generations",)
+    before = {name: getattr(trainer, name) for name in names}
+    for name in names:
+        setattr(trainer, name, num_generations)
     try:
         yield
     finally:
-        trainer.num_generations, trainer.num_generations_eval = before
+        for name, value in before.items():
+            setattr(trainer, name, value)
+
+
+def asking_for(trainer: Any, num_generations: int | None) -> AbstractContextManager[None]:
+    """While open, the trainer says `num_generations` where TRL reads it from there."""
+    if TAKES_NUM_GENERATIONS or num_generations is None:
+        return nullcontext()
+    return num_generations_set(trainer, num_generations, in_evaluation=True)
 
 
 def eos_token_ids_of(trainer: Any) -> list[int]:

@@ -1,20 +1,17 @@
 """What an alarm can do: adapt β, cool the learning rate, cap the group size, save and stop."""
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..config import AdaptiveGRPOConfig
 from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
+from ..hooks.ground import HookedTrainer
 from ..host.state import check_state
-from ..plan.sampler import fit_group_sizes, num_groups_that_fit
-from .kl import AdaptiveKLCallback
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from ..plan.sizes import fit_group_sizes, num_groups_that_fit
 
 BETA_FACTOR = 2.0  # β is multiplied by this each time
 BETA_MAX_SCALE = 8.0  # and never goes above this multiple of `beta`
@@ -31,14 +28,9 @@ class Action(GRPOCallback):
     raised any more, on every rank. What follows from that happens in the hooks, like those of any callback.
     """
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    is_unique = True
+
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.trainer = trainer
 
     def fire(self, alarm: str, control: TrainerControl) -> str:
@@ -50,7 +42,7 @@ class Action(GRPOCallback):
 
     def _log(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self.trainer._metrics["train"][name].append(value)
+            self.trainer.log_metric(name, value)
 
 
 class AdaptBeta(Action):
@@ -60,27 +52,19 @@ class AdaptBeta(Action):
     After the alarm, it halves every 10 steps until it is `beta` again. Logs `beta` and `actions/beta_scale`.
     """
 
-    def __init__(self) -> None:
-        self.scale = 1.0
-        self.is_held = False
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        message = "on_alarm asks for 'adapt_beta', and kl_target moves beta already: leave one of them out"
+        return (Conflict("AdaptiveKLCallback", message),)
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        super().on_setup(args, state, control, trainer)
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
+        super().on_setup(args, trainer)
         if args.beta == 0:
             raise ValueError(
                 "on_alarm asks for 'adapt_beta', and with beta=0 there is no KL term and no reference model: set beta, "
                 "for example to 0.04, or use 'cool_lr'"
             )
-        if any(isinstance(callback, AdaptiveKLCallback) for callback in trainer.grpo_callbacks):
-            raise ValueError("on_alarm asks for 'adapt_beta', and kl_target moves beta already: leave one of them out")
-        self.start = args.beta
+        self.start, self.scale, self.is_held = args.beta, 1.0, False
 
     def fire(self, alarm: str, control: TrainerControl) -> str:
         before = self.trainer.beta
@@ -119,24 +103,18 @@ class CoolLearningRate(Action):
     any scheduler works. `learning_rate` in the logs is the scheduler's; the factor is logged as `actions/lr_scale`.
     """
 
-    def __init__(self) -> None:
-        self.num_left = 0
-        self._rates: list[Any] = []
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        message = (
+            "on_alarm asks for 'cool_lr', and DeepSpeed steps its optimizer inside of the backward pass, where a "
+            "callback cannot reach the learning rate: use 'save_and_stop'"
+        )
+        return (Conflict("DeepSpeed", message),)
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        super().on_setup(args, state, control, trainer)
-        if trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "on_alarm asks for 'cool_lr', and DeepSpeed steps its optimizer inside of the backward pass, where a "
-                "callback cannot reach the learning rate: use 'save_and_stop'"
-            )
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
+        super().on_setup(args, trainer)
+        self.num_left = 0
+        self._rates: list[float] = []
 
     def fire(self, alarm: str, control: TrainerControl) -> str:
         self.num_left = LR_STEPS
@@ -186,24 +164,15 @@ class CapGroupSize(Action):
     `actions/max_group_size`.
     """
 
-    def __init__(self) -> None:
-        self.is_capped = False
-
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        super().on_setup(args, state, control, trainer)
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
+        super().on_setup(args, trainer)
         others = [callback for callback in trainer.grpo_callbacks if callback is not self]
         if not any(callback.overrides("on_group_sizes") for callback in others):
             raise ValueError(
                 f"on_alarm asks for 'cap_group_size', and group_size={args.group_size!r} gives every prompt "
                 "num_generations: set group_size='variance' or 'threshold', or use 'cool_lr'"
             )
+        self.is_capped = False
         self.smallest, self.largest = args.group_size_bounds
         self.cap = max(args.num_generations, self.largest // 2)
         if self.cap >= self.largest:
@@ -220,15 +189,7 @@ class CapGroupSize(Action):
         self.is_capped = False
 
     def on_group_sizes(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        prompt_index: Tensor,
-        num_rows: int,
-        *,
-        sizes: Tensor,
-        **kwargs: Any,
+        self, args: AdaptiveGRPOConfig, prompt_index: Tensor, num_rows: int, sizes: Tensor, **kwargs: Any
     ) -> Tensor | None:
         if self.is_capped:
             if sizes.numel() * self.cap < num_rows:  # fewer and larger groups were asked for: let in more prompts
@@ -257,9 +218,8 @@ class SaveAndStop(Action):
     could push a good one out of `save_total_limit`.
     """
 
-    def __init__(self) -> None:
-        self.is_pending = False  # the checkpoint is still to be written
-        self.is_broken = False
+    is_pending = False  # the checkpoint is still to be written
+    is_broken = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -297,23 +257,10 @@ class SaveAndStop(Action):
             control.should_save = control.should_evaluate = False
 
 
-ACTIONS: dict[str, type[Action]] = {
+# Keys: `ACTIONS` of the configuration.
+CLASSES: dict[str, type[Action]] = {
     "adapt_beta": AdaptBeta,
     "cool_lr": CoolLearningRate,
     "cap_group_size": CapGroupSize,
     "save_and_stop": SaveAndStop,
 }
-
-
-def check_on_alarm(on_alarm: Any, alarm_names: Collection[str]) -> None:
-    """Raise `ValueError` with value, rule and remedy unless `on_alarm` maps names of alarms to names of actions."""
-    if not isinstance(on_alarm, Mapping):
-        raise ValueError(
-            f'on_alarm={on_alarm!r} must map alarms to actions, such as {{"kl_spike": "cool_lr"}} (JSON on the command '
-            "line)"
-        )
-    for alarm, action in on_alarm.items():
-        if alarm not in alarm_names:
-            raise ValueError(f"on_alarm has no alarm {alarm!r}: use one of {', '.join(map(repr, alarm_names))}")
-        if action not in ACTIONS:
-            raise ValueError(f"on_alarm asks for {action!r} on {alarm!r}: use one of {', '.join(map(repr, ACTIONS))}")

@@ -1,16 +1,14 @@
 """Adaptive KL: move β so that the policy keeps a chosen distance to the reference model."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..config import AdaptiveGRPOConfig, check_kl
 from ..hooks.callback import GRPOCallback
+from ..hooks.ground import HookedTrainer
 from ..host.state import check_state
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
 
 MAX_ERROR = 0.2  # the relative error is clipped to this (arXiv 1909.08593, section 2.2)
 BETA_RANGE = 1e4  # β stays within this factor of its start: 0 is a fixed point, and TRL stops measuring the KL there
@@ -73,20 +71,14 @@ class AdaptiveKLCallback(GRPOCallback):
         `ValueError`: for a target or horizon that is not positive, `beta=0`, and a horizon shorter than one step.
     """
 
+    is_unique = True
+
     def __init__(self, kl_target: float, kl_horizon: float = 10_000.0):
         check_kl(kl_target, kl_horizon)
         self.kl_target = kl_target
         self.kl_horizon = kl_horizon
-        self._num_read = 0  # entries of TRL's list that were taken in; the list starts anew after each log
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         check_kl(self.kl_target, self.kl_horizon, args.beta)
         # Of a generation batch that serves several steps, each step counts its share.
         steps_per_batch = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
@@ -102,19 +94,12 @@ class AdaptiveKLCallback(GRPOCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_attached:
             return
-        metrics = self.trainer._metrics["train"]
-        values = metrics["kl"][self._num_read :]
-        metrics["beta"].append(self.trainer.beta)
-        metrics["kl_target"].append(self.kl_target)
-        self._num_read = len(metrics["kl"])
-        valid = [value for value in values if not math.isnan(value)]
+        self.trainer.log_metric("beta", self.trainer.beta)
+        self.trainer.log_metric("kl_target", self.kl_target)
+        valid = [value for value in self.trainer.metrics_of_step("kl") if not math.isnan(value)]
         kl = sum(valid) / len(valid) if valid else math.nan
         beta = adapt_beta(self.trainer.beta, kl, self.kl_target, self.num_rollouts, self.kl_horizon)
         self.trainer.beta = min(max(beta, self.bounds[0]), self.bounds[1])
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.is_attached and self.trainer.model.training:
-            self._num_read = 0  # TRL empties its lists of training metrics right after
 
     def state_dict(self) -> dict[str, Any]:
         return {"beta": self.trainer.beta}
@@ -124,16 +109,3 @@ class AdaptiveKLCallback(GRPOCallback):
         if not state_dict["beta"] > 0:
             raise ValueError(f"'beta' is {state_dict['beta']}: not above 0")
         self.trainer.beta = state_dict["beta"]
-
-
-def check_kl(kl_target: float, kl_horizon: float, beta: float | None = None) -> None:
-    """Raise `ValueError` with value, rule and remedy for options of adaptive KL that cannot work."""
-    if not (0 < kl_target < math.inf):
-        raise ValueError(f"kl_target={kl_target} must be positive and finite: try 0.05 (nats per token)")
-    if not (0 < kl_horizon < math.inf):
-        raise ValueError(f"kl_horizon={kl_horizon} must be positive and finite: try 10000 (rollouts)")
-    if beta is not None and not beta > 0:
-        raise ValueError(
-            f"kl_target={kl_target} needs beta above 0, and beta={beta}: the rule multiplies β, so it can never leave "
-            "0, and TRL loads no reference model for it. Set beta, for example to 0.04, or leave kl_target unset"
-        )

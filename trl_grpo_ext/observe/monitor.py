@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,16 +20,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import get_config_model_id
 
-from ..credit.groups import flat_groups
-from ..hooks.callback import GRPOCallback, RolloutBatch
+from ..config import check_on_alarm
+from ..hooks.callback import GRPOCallback
+from ..hooks.ground import HookedTrainer
+from ..hooks.records import RolloutBatch
 from ..host.checkpoints import read_object, write_whole
 from ..host.state import check_state
-from .actions import ACTIONS, Action, check_on_alarm
+from .actions import CLASSES, Action
 from .alarms import Alarm, AlarmDetector, Event, make_alarms
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,30 +59,23 @@ class MonitorCallback(GRPOCallback):
         `ValueError`: for unknown alarms and actions, and for actions that cannot work with the configuration.
     """
 
+    is_unique = True
+    _record: "RunRecord | None" = None
+
     def __init__(self, on_alarm: Mapping[str, str] | None = None, alarms: Sequence[Alarm] | None = None):
-        self.detector = AlarmDetector(make_alarms() if alarms is None else alarms)
-        check_on_alarm(on_alarm or {}, [alarm.name for alarm in self.detector.alarms])
+        self.alarms = make_alarms() if alarms is None else alarms
+        check_on_alarm(on_alarm or {}, [alarm.name for alarm in self.alarms])
         self.on_alarm = dict(on_alarm or {})
-        self.actions: dict[str, Action] = {name: ACTIONS[name]() for name in dict.fromkeys(self.on_alarm.values())}
+
+    def on_setup(self, trainer: HookedTrainer, **kwargs: Any) -> None:
+        callbacks = trainer.callback_handler.callbacks
+        self.trainer = trainer
+        self.detector = AlarmDetector(self.alarms)
+        self.actions: dict[str, Action] = {name: CLASSES[name]() for name in dict.fromkeys(self.on_alarm.values())}
         self.reward_range = (math.inf, -math.inf)  # of all rewards so far
         self._seconds = dict.fromkeys(PHASES.values(), 0.0)
         self._step_start = 0.0
-        self._record: RunRecord | None = None
-
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        callbacks = trainer.callback_handler.callbacks
-        if any(isinstance(callback, MonitorCallback) and callback is not self for callback in callbacks):
-            raise ValueError(
-                "There are two MonitorCallbacks and one record of the run: leave monitor unset, or pass none"
-            )
-        self.trainer = trainer
+        self._record = None
         # First in line, so that the trackers behind it get the alarms with the log that raised them.
         callbacks.remove(self)
         callbacks.insert(0, self)
@@ -99,7 +90,7 @@ class MonitorCallback(GRPOCallback):
         super().on_train_begin(args, state, control)
         if self.is_attached and state.is_world_process_zero:
             self._record = RunRecord(Path(args.output_dir) / FOLDER)  # which must be possible now
-            self._record.begin(describe(self.trainer, state), state.global_step)
+            self._record.start(description_of(self.trainer, state), state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,15 +98,8 @@ class MonitorCallback(GRPOCallback):
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._step_start = time.perf_counter()
 
-    def on_rollouts(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> None:
-        parts = [part for part in (batch, batch.discarded) if part is not None]
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
+        parts = batch.parts
         finite = torch.cat([part.rewards for part in parts])
         finite = finite[finite.isfinite()]
         if finite.numel() > 0:
@@ -127,11 +111,8 @@ class MonitorCallback(GRPOCallback):
         num_rows = sum(part.group_ids.numel() for part in parts)
         batch.metrics["rollouts/flat_high"] = high / num_rows
         batch.metrics["rollouts/flat_low"] = low / num_rows
-        advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
-        counts = torch.ones_like(advantages, dtype=torch.bool)
-        if batch.advantages.dim() == 2:  # one per token: what lies beyond the end of a completion is not used
-            counts = torch.arange(advantages.size(1)) < batch.completion_lengths[:, None]
-        advantages = torch.where(counts, advantages, 0.0)
+        advantages = batch.token_advantages
+        counts = batch.token_mask if batch.advantages.dim() == 2 else torch.ones_like(advantages, dtype=torch.bool)
         num_counted = counts.sum().clamp(min=1)
         batch.metrics["advantage/mean"] = (advantages.sum() / num_counted).item()
         batch.metrics["advantage/abs_mean"] = (advantages.abs().sum() / num_counted).item()
@@ -140,10 +121,9 @@ class MonitorCallback(GRPOCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_attached:
             return
-        metrics = self.trainer._metrics["train"]
-        metrics["time/generate"].append(self._seconds["generate"])
-        metrics["time/score"].append(self._seconds["score"])
-        metrics["time/update"].append(time.perf_counter() - self._step_start - sum(self._seconds.values()))
+        updating = time.perf_counter() - self._step_start - sum(self._seconds.values())
+        for phase, seconds in {**self._seconds, "update": updating}.items():
+            self.trainer.log_metric(f"time/{phase}", seconds)
 
     def on_log(
         self,
@@ -191,7 +171,7 @@ class MonitorCallback(GRPOCallback):
 
     def _count_flat(self, batch: RolloutBatch) -> tuple[int, int]:
         """Rows in flat groups in the upper half of the rewards of this run so far, and in the lower half."""
-        flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
+        flat = batch.flat_groups()[batch.group_ids]
         is_alone = (batch.group_sizes == 1)[batch.group_ids]
         if is_alone.any():  # which teaches all the same where a critic stands in for the others
             flat = flat & ~(is_alone & (batch.advantages.reshape(len(flat), -1) != 0).any(1))
@@ -243,7 +223,7 @@ class RunRecord:
         self._cut: set[Path] = set()  # files whose last line may be half written
         self._has_warned = False
 
-    def begin(self, description: dict[str, Any], step: int) -> None:
+    def start(self, description: dict[str, Any], step: int) -> None:
         """Start anew at step 0. At a later one, go on with the record that is there, as it was at that step."""
         self.run.parent.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics, self.alarms):
@@ -292,7 +272,7 @@ class RunRecord:
                 logger.warning(f"{path} could not be written ({error}): training goes on, and the record has a gap")
 
 
-def describe(trainer: Any, state: Any) -> dict[str, Any]:
+def description_of(trainer: Any, state: Any) -> dict[str, Any]:
     """What is being run, safe to write as JSON and without secrets."""
     packages = {name: name for name in ("transformers", "trl", "accelerate", "peft", "datasets")}
     versions = {name: _version(package) for name, package in (packages | {"trl_grpo_ext": "trl-grpo-ext"}).items()}

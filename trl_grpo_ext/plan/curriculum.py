@@ -2,20 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerState
 
-from ..hooks.callback import GRPOCallback, RolloutBatch
+from ..config import AdaptiveGRPOConfig
+from ..hooks.callback import GRPOCallback
+from ..hooks.ground import HookedTrainer
+from ..hooks.records import RolloutBatch
 from ..host.state import check_state
 from .difficulty import as_levels, as_numbers, check_levels, read_difficulty
-from .group_size import posterior_of
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from .posterior import posterior_of
 
 
 def staged_weights(levels: Tensor, num_levels: int, progress: float, smoothing: float = 0.5) -> Tensor:
@@ -132,6 +131,7 @@ def with_exploration(weights: Tensor, exploration: float) -> Tensor:
 class _Curriculum(GRPOCallback):
     """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
 
+    is_unique = True
     exploration: float
     difficulty: Tensor = torch.empty(0)  # (D,), where there is a difficulty column
 
@@ -142,14 +142,7 @@ class _Curriculum(GRPOCallback):
                 "try 0.1"
             )
 
-    def on_rollouts(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> None:
+    def _log_difficulty(self, batch: RolloutBatch) -> None:
         if self.difficulty.numel() > 0:
             drawn = self.difficulty[batch.prompt_index].float()
             batch.metrics["curriculum/difficulty"] = drawn.mean().item()
@@ -189,33 +182,17 @@ class StagedCurriculumCallback(_Curriculum):
         if smoothing < 0:
             raise ValueError(f"smoothing={smoothing} must not be negative: use 0 to switch levels at once")
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    def on_setup(self, trainer: HookedTrainer, **kwargs: Any) -> None:
         values = read_difficulty(trainer.train_dataset, self.column, self.levels)
         self.difficulty = as_levels(values, self.levels)
 
-    def on_prompt_weights(
-        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def on_prompt_weights(self, state: TrainerState, weights: Tensor, **kwargs: Any) -> Tensor:
         progress = state.global_step / state.max_steps
         mine = staged_weights(self.difficulty, len(self.levels), progress, self.smoothing)
         return weights * with_exploration(mine, self.exploration)
 
-    def on_rollouts(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> None:
-        super().on_rollouts(args, state, control, batch, **kwargs)
+    def on_rollouts(self, state: TrainerState, batch: RolloutBatch, **kwargs: Any) -> None:
+        self._log_difficulty(batch)
         last = len(self.levels) - 1
         position = (state.global_step / state.max_steps * (last + 1) - 0.5) / last
         batch.metrics["curriculum/position"] = min(max(position, 0.0), 1.0)
@@ -252,33 +229,17 @@ class OnlineCurriculumCallback(_Curriculum):
         self.prior = prior
         self._check()
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
 
-    def on_prompt_weights(
-        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def on_prompt_weights(self, weights: Tensor, **kwargs: Any) -> Tensor:
         variance = self.posterior.variance()
         # In units of the largest, so that no power of it leaves the range of float32.
         mine = with_exploration(variance.div_(variance.max()).pow_(self.power), self.exploration)
         self._effective = 1 / mine.square().sum().item()
         return mine.mul_(weights)
 
-    def on_rollouts(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         self.posterior.observe(batch)
         batch.metrics["curriculum/effective_prompts"] = self._effective
 
@@ -331,43 +292,26 @@ class TargetCurriculumCallback(_Curriculum):
         self.sensitivity = sensitivity
         self.width = width
         self.exploration = exploration
-        self.target = 0.0
         self._check()
         check_levels(self.levels)
         if width <= 0:
             raise ValueError(f"width={width} must be positive: try 0.15")
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    def on_setup(self, trainer: HookedTrainer, **kwargs: Any) -> None:
         values = read_difficulty(trainer.train_dataset, self.column, self.levels)
         numbers = as_numbers(values, self.levels)
         spread = (numbers.max() - numbers.min()).item()
         self.difficulty = ((numbers - numbers.min()) / spread).float()
+        self.target = 0.0
 
-    def on_prompt_weights(
-        self, args: "AdaptiveGRPOConfig", state: TrainerState, control: TrainerControl, weights: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def on_prompt_weights(self, weights: Tensor, **kwargs: Any) -> Tensor:
         mine = torch.exp(-0.5 * ((self.difficulty - self.target) / self.width) ** 2)
         return weights * with_exploration(mine, self.exploration)
 
-    def on_rollouts(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> None:
-        super().on_rollouts(args, state, control, batch, **kwargs)
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
+        self._log_difficulty(batch)
         # Of all that was sampled: groups that are replaced are the ones that pull the mean to an end.
-        rewards = [part.rewards for part in (batch, batch.discarded) if part is not None]
-        reward = torch.cat(rewards).nanmean().item()
+        reward = torch.cat([part.rewards for part in batch.parts]).nanmean().item()
         if not math.isnan(reward):
             self.target = move_target(
                 self.target, reward, self.goal, self.step_size, self.sensitivity, low=0.0, high=1.0

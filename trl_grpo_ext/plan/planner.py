@@ -8,8 +8,11 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState
 
 from ..config import AdaptiveGRPOConfig
-from ..hooks.callback import GRPOCallback, check_shape
-from .sampler import PromptSampler, RolloutPlan, fit_group_sizes, num_groups_that_fit
+from ..hooks.callback import GRPOCallback
+from ..hooks.checks import check_shape
+from ..hooks.records import RolloutPlan
+from .sampler import PromptSampler
+from .sizes import fit_group_sizes, num_groups_that_fit
 
 
 class Planner:
@@ -34,6 +37,7 @@ class Planner:
     def plan(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> RolloutPlan:
         """The plan of the next generation batch."""
         num_rows = self.args.generation_batch_size
+        common: dict[str, Any] = {"args": self.args, "state": state, "control": control}
         chooses_sizes = any(callback.overrides("on_group_sizes") for callback in callbacks)
         fewest = self.bounds[0] if chooses_sizes else self.args.num_generations
         fewest = 1 if any(callback.plans_single_rows for callback in callbacks) else fewest
@@ -41,7 +45,7 @@ class Planner:
         candidates = self.sampler.draw(count, self._weights(callbacks, state, control))
         for callback in callbacks:
             processes = {"num_rows": num_rows, "num_processes": self.args.world_size}
-            laid_out = callback.on_plan(self.args, state, control, prompt_index=candidates, **processes)
+            laid_out = callback.on_plan(**common, prompt_index=candidates, **processes)
             if laid_out is not None:
                 used = _check_plan(callback, laid_out, candidates, num_rows)
                 self.sampler.put_back(candidates[~torch.isin(candidates, used)])
@@ -50,9 +54,7 @@ class Planner:
             return RolloutPlan(RolloutPlan.equal(num_rows, fewest).group_sizes, candidates)
         wishes = torch.full((num_rows // self.args.num_generations,), float(self.args.num_generations))
         for callback in callbacks:
-            sizes = callback.on_group_sizes(
-                self.args, state, control, prompt_index=candidates, num_rows=num_rows, sizes=wishes
-            )
+            sizes = callback.on_group_sizes(**common, prompt_index=candidates, num_rows=num_rows, sizes=wishes)
             is_tensor = isinstance(sizes, Tensor)
             if sizes is not None and not (is_tensor and sizes.dim() == 1 and len(sizes) <= candidates.numel()):
                 returned = f"shape {tuple(sizes.shape)}" if is_tensor else f"a {type(sizes).__name__}"
@@ -84,14 +86,15 @@ class Planner:
         return RolloutPlan(plan.group_sizes, plan.prompt_index.masked_scatter(replaced, fresh))
 
     def _weights(self, callbacks: list[GRPOCallback], state: TrainerState, control: TrainerControl) -> Tensor | None:
-        choosers = [callback for callback in callbacks if callback.overrides("on_prompt_weights")]
-        if not choosers:
-            return None
-        weights = torch.ones(self.sampler.num_prompts)
-        for callback in choosers:
-            new = callback.on_prompt_weights(self.args, state, control, weights=weights)
+        """Weights `(D,)` of the prompts; `None` where no callback gives any."""
+        weights: Tensor | None = None
+        for callback in callbacks:
+            if not callback.overrides("on_prompt_weights"):
+                continue
+            before = torch.ones(self.sampler.num_prompts) if weights is None else weights
+            new = callback.on_prompt_weights(args=self.args, state=state, control=control, weights=before)
             if new is not None:
-                check_shape(callback, "on_prompt_weights", new, weights.shape)
+                check_shape(callback, "on_prompt_weights", new, before.shape)
                 lowest, largest = new.aminmax()
                 if not (lowest >= 0 and largest < torch.inf):
                     raise ValueError(

@@ -15,9 +15,7 @@ from .layouts import HUB_LAYOUTS, LAYOUTS, Layout
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = {
-    name: files("trl_grpo_ext.recipe") / "data" / f"{name}.jsonl" for name in ("harmless", "helpful", "multi_turn")
-}
+SHIPPED = {name: files(__package__) / "data" / f"{name}.jsonl" for name in ("harmless", "helpful", "multi_turn")}
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # a list of messages, as text
 HOLD_OUT_EVERY = 10

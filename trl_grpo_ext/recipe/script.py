@@ -16,13 +16,13 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import AdaptiveGRPOConfig
 from ..host.processes import leave
+from ..host.sources import resolve_model
 from ..observe.live import LiveCallback
 from ..observe.report import write_report
 from ..rewards import Reward
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
 from .evaluation import HeldOutCallback, print_comparison
-from .sources import resolve_model
 
 
 @dataclass
@@ -121,7 +121,7 @@ def make_trainer(
             Reward.
         training_args ([`AdaptiveGRPOConfig`]), model_args ([`~trl.ModelConfig`]):
             As of [`parse_arguments`]. Where the hub does not answer, the model comes from
-            [`~trl_grpo_ext.recipe.sources.resolve_model`].
+            [`~trl_grpo_ext.host.sources.resolve_model`].
     """
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)

@@ -4,14 +4,13 @@ Operators and methods build composites (`composites.py`) over leaves (`leaves.py
 and `repr` in `describe.py`, what guards a leaf against slowness and failure in `guards.py`.
 """
 
-import functools
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
+from ..host.calls import is_async
 from . import ops
 from .guards import Guard
 from .schedules import Constant, Schedule
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 Value: TypeAlias = float | None
 Operand: TypeAlias = "Reward | Schedule"
 Term: TypeAlias = "Operand | Real | float | Callable[..., Any]"  # what the operators take
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling `function` gives a coroutine, as TRL's `is_async_callable` does (without needing TRL)."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 @dataclass(frozen=True)

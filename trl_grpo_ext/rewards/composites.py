@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..host.calls import is_async
 from . import ops
-from .base import Operand, Reward, Value, compose, is_async
+from .base import Operand, Reward, Value, compose
 from .describe import describe, weights
 from .schedules import Constant, Schedule, training_progress
 from .scoring import RewardError, number_or_problem

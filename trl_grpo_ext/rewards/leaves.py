@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .base import Reward, Value, is_async
+from ..host.calls import is_async
+from .base import Reward, Value
 from .guards import Guard, run, run_async
 from .processes import Workers
 from .scoring import Memory, begin, settle

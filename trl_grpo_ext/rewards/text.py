@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..recipe.sources import check_installed
+from ..host.sources import check_installed
 from .leaves import Leaf
 from .models import classifier_logits, load_classifier, load_tokenizer
 from .scoring import Memory

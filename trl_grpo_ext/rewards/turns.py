@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Reward, Value, is_async
+from ..host.calls import is_async
+from .base import Reward, Value
 from .guards import run_async
 from .leaves import Leaf, as_reward
 from .scoring import begin, settle

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trl.chat_template_utils import get_training_chat_template
 
+from ..hooks.ground import HookedTrainer
+from ..hooks.records import Answer, RolloutSequence
 from ..host.processes import gather_values
-from .answers import Answer, RolloutRow
-
-if TYPE_CHECKING:
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
 
 Message = dict[str, Any]
 
@@ -117,13 +115,13 @@ class Talk:
     Generates answers and carries conversations on, with the trainer's generation backend.
 
     Args:
-        trainer ([`AdaptiveGRPOTrainer`]):
+        trainer ([`HookedTrainer`]):
             Trainer.
         max_conversation_length (`int`, *optional*):
             Most tokens of a conversation, prompt and answers included. Defaults to what the model or vLLM can hold.
     """
 
-    def __init__(self, trainer: "AdaptiveGRPOTrainer", max_conversation_length: int | None = None) -> None:
+    def __init__(self, trainer: HookedTrainer, max_conversation_length: int | None = None) -> None:
         self.trainer = trainer
         limits = [max_conversation_length, getattr(trainer.model.config, "max_position_embeddings", None)]
         if trainer.use_vllm and trainer.vllm_mode == "colocate":
@@ -145,10 +143,10 @@ class Talk:
                 self.template = self.template or get_training_chat_template(trainer.processing_class)
             self.end_of_turn, _ = self._glue(said)
 
-    def begin(self, rows: list[dict[str, Any]], where: list[str]) -> list[Dialogue]:
+    def open(self, rows: list[dict[str, Any]], where: list[str]) -> list[Dialogue]:
         """The conversations of dataset rows, before the first answer."""
         turns = [read_turns(row) for row in rows]
-        prompt_ids = self.trainer._tokenize_prompts([opening for opening, _ in turns])[0] if rows else []
+        prompt_ids = self.trainer.tokenize([opening for opening, _ in turns]) if rows else []
         return [
             Dialogue(row, place, opening, ids, script)
             for row, place, (opening, script), ids in zip(rows, where, turns, prompt_ids, strict=True)
@@ -167,7 +165,7 @@ class Talk:
         """What stands where no answer can be generated, because rows have a fixed number and at least one token."""
         return Answer(
             prompt=dialogue.messages,
-            ids=[self.trainer._tokenizer.eos_token_id],
+            ids=[self.trainer.tokenizer.eos_token_id],
             text="",
             logprobs=[0.0] if self.trainer.use_vllm else None,
             glue_ids=dialogue.glue_ids,
@@ -181,10 +179,10 @@ class Talk:
         most = max(gather_values(len(dialogues)))
         if most == 0:
             return []
-        filler = dialogues[0].ids if dialogues else [self.trainer._tokenizer.eos_token_id]
+        filler = dialogues[0].ids if dialogues else [self.trainer.tokenizer.eos_token_id]
         contexts = [dialogue.ids for dialogue in dialogues] + [filler] * (most - len(dialogues))
-        ids, logprobs = self.trainer._generate_single_turn(contexts, None, {}, num_generations=1)
-        texts = self.trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ids, logprobs = self.trainer.generate(contexts)
+        texts = self.trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [
             Answer(
                 prompt=dialogue.messages,
@@ -243,7 +241,7 @@ class Talk:
         before, after = render(dummy, False), render(dummy + messages, True)
         # What the model generates ends with the end of the turn; a template may write more, such as a line break.
         ends = [i for i, token in enumerate(before) if token in trainer.eos_token_ids]
-        if ends and trainer._tokenizer.decode(before[ends[-1] + 1 :]).strip():
+        if ends and trainer.tokenizer.decode(before[ends[-1] + 1 :]).strip():
             ends = []  # that of an earlier turn: this template does not end the assistant's
         if ends:
             end_of_turn, before, closing = before[ends[-1] : ends[-1] + 1], before[: ends[-1] + 1], before[:0]
@@ -259,13 +257,13 @@ class Talk:
         return end_of_turn, closing + after[len(before) :]
 
 
-def roll_out_rows(
+def roll_out(
     talk: Talk,
     dialogues: list[Dialogue],
     next_turn: Callable[[Dialogue, Answer], Dialogue | None],
-) -> list[RolloutRow]:
+) -> list[RolloutSequence]:
     """
-    One row for each conversation, with an answer for each turn until `next_turn` ends it.
+    One sequence for each conversation, with an answer for each turn until `next_turn` ends it.
 
     Args:
         talk ([`Talk`]):
@@ -275,7 +273,7 @@ def roll_out_rows(
         next_turn (`Callable[[Dialogue, Answer], Dialogue | None]`):
             Carries a conversation on; `None` ends it.
     """
-    rows = [RolloutRow(dialogue.ids, []) for dialogue in dialogues]
+    rows = [RolloutSequence(dialogue.ids, []) for dialogue in dialogues]
     waiting = dict(enumerate(dialogues))
     while max(gather_values(len(waiting))) > 0:
         answers = talk.answer(list(waiting.values()))

@@ -1,23 +1,20 @@
 """Plans and their implementations: a tree with two levels, each with credit of its own."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
 
+from ..config import AdaptiveGRPOConfig
 from ..credit.turns import plan_share, returns, tree_advantages
-from ..hooks.callback import GRPOCallback, RolloutBatch
-from ..plan.sampler import RolloutPlan
+from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
+from ..hooks.ground import HookedTrainer
+from ..hooks.records import Answer, RolloutBatch, RolloutPlan, RolloutSequence
 from .adapter import eval_datasets
-from .answers import Answer, RolloutRow
-from .dialogue import Dialogue, Talk, read_turns, roll_out_rows
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from .dialogue import Dialogue, Talk, read_turns, roll_out
 
 PLAN_TEMPLATE = "{prompt}\n\nFirst write a short plan of how you will answer. Do not answer yet."
 IMPLEMENTATION_TEMPLATE = "Now answer, following your plan."
@@ -74,16 +71,25 @@ class HierarchicalCallback(GRPOCallback):
         """Rows of one prompt."""
         return self.num_plans * (1 + self.num_implementations)
 
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        return (
+            *super().conflicts,
+            Conflict(
+                "normalize_then_sum",
+                "A plan is worth the mean total reward of its implementations, which multi_objective_aggregation="
+                "'normalize_then_sum' does not have: use 'sum_then_normalize'",
+            ),
+            Conflict(
+                "on_group_sizes",
+                "{other} changes the size of groups, and a tree has num_plans and num_implementations for all prompts: "
+                "set group_size='fixed'",
+            ),
+        )
+
     # Hooks
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.trainer = trainer
         self.talk = Talk(trainer, self.max_conversation_length)
         own_rows = args.generation_batch_size // args.world_size
@@ -99,45 +105,18 @@ class HierarchicalCallback(GRPOCallback):
                 f"num_generations={args.num_generations} has no effect on trees, but is too large to draw {num_trees} "
                 f"prompts: set num_generations={self.num_implementations}"
             )
-        if trainer.multi_objective_aggregation == "normalize_then_sum":
-            raise ValueError(
-                "A plan is worth the mean total reward of its implementations, which multi_objective_aggregation="
-                "'normalize_then_sum' does not have: use 'sum_then_normalize'"
-            )
-        sizing = next((c for c in trainer.grpo_callbacks if c.overrides("on_group_sizes")), None)
-        if sizing is not None:
-            raise ValueError(
-                f"{type(sizing).__name__} changes the size of groups, and a tree has num_plans and "
-                "num_implementations for all prompts: set group_size='fixed'"
-            )
         for place, dataset in {"the training dataset": trainer.train_dataset, **eval_datasets(trainer)}.items():
             if isinstance(dataset, Dataset):
                 _check_prompts(dataset, place)
 
-    def on_plan(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        prompt_index: Tensor,
-        num_rows: int,
-        num_processes: int,
-        **kwargs: Any,
-    ) -> RolloutPlan:
+    def on_plan(self, prompt_index: Tensor, num_rows: int, **kwargs: Any) -> RolloutPlan:
         prompts = prompt_index[: num_rows // self.num_rows]
         sizes = torch.tensor([self.num_plans] + [self.num_implementations] * self.num_plans)
         return RolloutPlan(sizes.repeat(prompts.numel()), prompts.repeat_interleave(sizes.numel()))
 
-    def on_generate(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        rows: list[dict[str, Any]],
-        **kwargs: Any,
-    ) -> list[RolloutRow]:
+    def on_generate(self, rows: list[dict[str, Any]], **kwargs: Any) -> list[RolloutSequence]:
         if not self.trainer.model.training:
-            rolled = roll_out_rows(self.talk, self._begin(rows), self._next)
+            rolled = roll_out(self.talk, self._begin(rows), self._next)
             without = sum(len(row.answers) == 1 for row in rolled) / len(rolled)
         else:
             rolled, without = self._grow(self._begin(rows[:: self.num_rows]))
@@ -146,39 +125,18 @@ class HierarchicalCallback(GRPOCallback):
             for answer in row.answers:
                 answer.is_scored = answer.is_scored and answer.turn == 1
                 answer.columns = {"plan": before.text, "plan_ids": before.ids}
-        self.trainer._log_metric("hierarchical/overflowed", without)
+        self.trainer.log_metric("hierarchical/overflowed", without)
         return rolled
 
-    def on_total_rewards(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> Tensor:
+    def on_total_rewards(self, batch: RolloutBatch, **kwargs: Any) -> Tensor:
         return returns(batch.rewards, batch.parents)
 
-    def on_advantages(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> Tensor:
+    def on_advantages(self, batch: RolloutBatch, **kwargs: Any) -> Tensor:
         return tree_advantages(
             batch.rewards, batch.turns, batch.group_ids, batch.num_groups, self.trainer.scale_rewards
         )
 
-    def on_rollouts(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         is_plan = torch.eq(batch.turns, 0)
         number = is_plan.long().cumsum(0) - 1
         plan_ids = number[batch.parents[~is_plan]]
@@ -196,7 +154,7 @@ class HierarchicalCallback(GRPOCallback):
             *before, last = read_turns(row)[0]
             said = {**last, "content": self.plan_template.replace("{prompt}", last["content"])}
             asking.append({**row, "prompt": [*before, said], "question": last["content"]})
-        return self.talk.begin(asking, [f"row {i} of the batch" for i in range(len(rows))])
+        return self.talk.open(asking, [f"row {i} of the batch" for i in range(len(rows))])
 
     def _next(self, dialogue: Dialogue, answer: Answer) -> Dialogue | None:
         """Asks for the implementation of a plan, if there is room for one."""
@@ -206,32 +164,32 @@ class HierarchicalCallback(GRPOCallback):
         following = self.talk.carry_on(dialogue, answer, [{"role": "user", "content": asked}], [])
         return following if self.talk.has_room(following) else None
 
-    def _grow(self, prompts: list[Dialogue]) -> tuple[list[RolloutRow], float]:
+    def _grow(self, prompts: list[Dialogue]) -> tuple[list[RolloutSequence], float]:
         """All plans in one call, all implementations in another: the rows of each prompt, plans first."""
         asked = [dialogue for dialogue in prompts for _ in range(self.num_plans)]
         plans = self.talk.answer(asked)
         waiting = [self._next(dialogue, plan) for dialogue, plan in zip(asked, plans, strict=True)]
         going = [dialogue for dialogue in waiting if dialogue is not None]
         implemented = iter(self.talk.answer([dialogue for dialogue in going for _ in range(self.num_implementations)]))
-        rolled: list[RolloutRow] = []
+        rolled: list[RolloutSequence] = []
         for first in range(0, len(plans), self.num_plans):
             tree = range(first, first + self.num_plans)
             start = len(rolled)
-            rolled += [RolloutRow(asked[i].ids, [plans[i]]) for i in tree]
+            rolled += [RolloutSequence(asked[i].ids, [plans[i]]) for i in tree]
             for i in tree:
                 for _ in range(self.num_implementations):
                     following = waiting[i]
                     if following is not None:
                         answer = replace(next(implemented), glue_ids=[], is_last=True)
-                        rolled.append(RolloutRow(following.ids, [answer], parent=start + i - first))
+                        rolled.append(RolloutSequence(following.ids, [answer], parent=start + i - first))
                     else:
                         rolled.append(self._nothing(asked[i], plans[i], start + i - first))
         return rolled, 1 - len(going) / len(plans)
 
-    def _nothing(self, dialogue: Dialogue, plan: Answer, parent: int) -> RolloutRow:
+    def _nothing(self, dialogue: Dialogue, plan: Answer, parent: int) -> RolloutSequence:
         # Without a reward, this row gets no advantage and is in no baseline.
         prompt = dialogue.messages + plan.completion + [{"role": "user", "content": self.implementation_template}]
-        return RolloutRow(dialogue.ids, [replace(self.talk.nothing(dialogue), prompt=prompt, turn=1)], parent)
+        return RolloutSequence(dialogue.ids, [replace(self.talk.nothing(dialogue), prompt=prompt, turn=1)], parent)
 
 
 def _check_prompts(dataset: Dataset, place: str) -> None:

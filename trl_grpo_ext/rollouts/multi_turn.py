@@ -2,26 +2,21 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
 
-from ..credit.groups import total_rewards
+from ..config import AdaptiveGRPOConfig
 from ..credit.turns import leave_one_out_advantages, returns
-from ..hooks.callback import GRPOCallback, RolloutBatch
+from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
+from ..hooks.ground import HookedTrainer
+from ..hooks.records import Answer, RolloutBatch, RolloutPlan, RolloutSequence
 from ..host.state import check_state
-from ..plan.group_size import ThresholdGroupSizeCallback
-from ..plan.sampler import RolloutPlan
 from .adapter import eval_datasets
-from .answers import Answer, RolloutRow
-from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out_rows
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out
 
 HISTORIES = ("shared", "independent")
 CARRIES = ("random", "best")
@@ -94,18 +89,36 @@ class MultiTurnCallback(GRPOCallback):
         self.max_turns = max_turns
         self.turn_columns = tuple(turn_columns)
         self.max_conversation_length = max_conversation_length
-        self.num_batches = 0
+
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        if self.history == "shared":
+            return (
+                *super().conflicts,
+                Conflict(
+                    "on_group_sizes",
+                    "{other} sizes groups by prompt, and history='shared' has a group for each turn: set "
+                    "group_size='fixed', or history='independent'",
+                ),
+            )
+        return (
+            *super().conflicts,
+            Conflict(
+                "ThresholdGroupSizeCallback",
+                "group_size='threshold' moves the size of a prompt by one group, and a conversation has one for each "
+                "turn: use group_size='variance'",
+            ),
+            Conflict(
+                "normalize_then_sum",
+                "history='independent' sums rewards over turns before it compares them, which "
+                "multi_objective_aggregation='normalize_then_sum' does not: use 'sum_then_normalize', or "
+                "history='shared'",
+            ),
+        )
 
     # Hooks
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.trainer = trainer
         self.talk = Talk(trainer, self.max_conversation_length)
         self.num_turns = self._read(trainer.train_dataset)
@@ -123,7 +136,7 @@ class MultiTurnCallback(GRPOCallback):
         for place, dataset in eval_datasets(trainer).items():
             if isinstance(dataset, Dataset):
                 self._read(dataset, place)
-        sizing = next((c for c in trainer.grpo_callbacks if c.overrides("on_group_sizes")), None)
+        self.num_batches = 0
         if self.history == "shared":
             own_rows = args.generation_batch_size // args.world_size
             longest = int(self.num_turns.max())
@@ -133,33 +146,9 @@ class MultiTurnCallback(GRPOCallback):
                     f"{longest * args.num_generations} rows on one process, which has {own_rows}: raise "
                     "per_device_train_batch_size or steps_per_generation, or lower num_generations or max_turns"
                 )
-            if sizing is not None:
-                raise ValueError(
-                    f"{type(sizing).__name__} sizes groups by prompt, and history='shared' has a group for each turn: "
-                    "set group_size='fixed', or history='independent'"
-                )
-        else:
-            if isinstance(sizing, ThresholdGroupSizeCallback):
-                raise ValueError(
-                    "group_size='threshold' moves the size of a prompt by one group, and a conversation has one for "
-                    "each turn: use group_size='variance'"
-                )
-            if trainer.multi_objective_aggregation == "normalize_then_sum":
-                raise ValueError(
-                    "history='independent' sums rewards over turns before it compares them, which "
-                    "multi_objective_aggregation='normalize_then_sum' does not: use 'sum_then_normalize', or "
-                    "history='shared'"
-                )
 
     def on_plan(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        prompt_index: Tensor,
-        num_rows: int,
-        num_processes: int,
-        **kwargs: Any,
+        self, args: AdaptiveGRPOConfig, prompt_index: Tensor, num_rows: int, num_processes: int, **kwargs: Any
     ) -> RolloutPlan | None:
         if self.history == "independent":
             return None
@@ -170,14 +159,7 @@ class MultiTurnCallback(GRPOCallback):
         indices, sizes = torch.tensor(groups).T
         return RolloutPlan(group_sizes=sizes, prompt_index=indices)
 
-    def on_generate(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        rows: list[dict[str, Any]],
-        **kwargs: Any,
-    ) -> list[RolloutRow]:
+    def on_generate(self, args: AdaptiveGRPOConfig, rows: list[dict[str, Any]], **kwargs: Any) -> list[RolloutSequence]:
         self._lengths: list[int] = []
         self._num_overflows = 0
         if self.trainer.model.training and self.history == "shared":
@@ -185,23 +167,16 @@ class MultiTurnCallback(GRPOCallback):
             self.num_batches += 1
         else:
             where = [f"row {i} of the batch, which begins {_beginning(row)}" for i, row in enumerate(rows)]
-            rolled = roll_out_rows(self.talk, self.talk.begin(rows, where), self._next)
+            rolled = roll_out(self.talk, self.talk.open(rows, where), self._next)
             self._lengths = [len(row.answers) for row in rolled]
             for row, inputs in zip(rolled, rows, strict=True):
                 for answer in row.answers:
                     answer.columns = self._columns_of(inputs, answer.turn)
-        self.trainer._log_metric("multi_turn/turns", sum(self._lengths) / len(self._lengths))
-        self.trainer._log_metric("multi_turn/overflowed", self._num_overflows / len(self._lengths))
+        self.trainer.log_metric("multi_turn/turns", sum(self._lengths) / len(self._lengths))
+        self.trainer.log_metric("multi_turn/overflowed", self._num_overflows / len(self._lengths))
         return rolled
 
-    def on_advantages(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> Tensor | None:
+    def on_advantages(self, batch: RolloutBatch, **kwargs: Any) -> Tensor | None:
         if self.history == "independent":
             following = returns(batch.rewards, batch.parents)
             return leave_one_out_advantages(following, batch.group_ids, batch.num_groups, self.trainer.scale_rewards)
@@ -216,14 +191,14 @@ class MultiTurnCallback(GRPOCallback):
 
     # Rollout
 
-    def _share_history(self, rows: list[dict[str, Any]], seed: int) -> list[RolloutRow]:
+    def _share_history(self, rows: list[dict[str, Any]], seed: int) -> list[RolloutSequence]:
         process = self.trainer.accelerator.process_index
         own = self._layout[process]
         firsts = [sum(sum(sizes) for _, sizes in own[:slot]) for slot in range(len(own))]
-        fresh = self.talk.begin([rows[first] for first in firsts], [f"row {index} of the dataset" for index, _ in own])
+        fresh = self.talk.open([rows[first] for first in firsts], [f"row {index} of the dataset" for index, _ in own])
         waiting: list[Dialogue] = list(fresh)
         carried: list[int | None] = [None] * len(own)
-        rolled: list[RolloutRow] = []
+        rolled: list[RolloutSequence] = []
         order: list[int] = []  # where each rolled row belongs
         spare: list[tuple[dict[str, Any], Answer]] = []  # each process has an answer in the first step at least
         # As many generation calls on every process as the longest conversation of all of them has turns.
@@ -244,7 +219,7 @@ class MultiTurnCallback(GRPOCallback):
                 group = [answers[i] for i in where]
                 for number, answer in enumerate(group):
                     answer.glue_ids = []  # the row's prompt holds it
-                    rolled.append(RolloutRow(waiting[slot].ids, [answer], carried[slot]))
+                    rolled.append(RolloutSequence(waiting[slot].ids, [answer], carried[slot]))
                     order.append(firsts[slot] + start + number)
                 draw = random.Random(f"{seed} {self.num_batches} {process} {slot} {step}")
                 choice = self._choose(waiting[slot], group, rewards[where], draw)
@@ -316,14 +291,8 @@ class MultiTurnCallback(GRPOCallback):
         """Total reward of each of this process's answers, if the choice needs it."""
         if self.carry != "best":
             return torch.zeros(len(answers))
-        trainer = self.trainer
-        assert trainer.rollout is not None  # because this callback generates
-        rewards, own = trainer.rollout.score(answers, spare)
-        total = total_rewards(rewards, trainer.reward_weights.to(rewards.device)).cpu()
         # What reward functions log is for the answers as a whole, which are scored once more.
-        trainer._pending_extra_logs.clear()
-        trainer._pending_metrics.clear()
-        return total[own]
+        return self.trainer.score(answers, spare)
 
     def _columns_of(self, row: dict[str, Any], turn: int) -> dict[str, Any]:
         return {name: row[name][turn] if turn < len(row[name] or []) else None for name in self.turn_columns}
@@ -414,7 +383,7 @@ def fill_with_conversations(
     return chosen
 
 
-def _in_order(rolled: list[RolloutRow], order: list[int]) -> list[RolloutRow]:
+def _in_order(rolled: list[RolloutSequence], order: list[int]) -> list[RolloutSequence]:
     rows = [row for _, row in sorted(zip(order, rolled, strict=True), key=lambda pair: pair[0])]
     for row in rows:
         row.parent = None if row.parent is None else order[row.parent]

@@ -1,17 +1,15 @@
 """Reward clipping: by a fixed range, by quantiles of the batch, or both."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
 
-from ..hooks.callback import GRPOCallback, RolloutBatch
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from ..config import check_clipping
+from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
+from ..hooks.records import RolloutBatch
 
 
 def clip_to_range(values: Tensor, low: float, high: float) -> Tensor:
@@ -107,28 +105,15 @@ class RewardClipCallback(GRPOCallback):
         self.quantiles = quantiles
         self.on = on
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        if self.on == "total" and args.multi_objective_aggregation == "normalize_then_sum":
-            raise ValueError(
-                "reward_clip_on='total' cannot be combined with multi_objective_aggregation='normalize_then_sum', "
-                "where the total is already normalised: use reward_clip_on='each'"
-            )
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        message = (
+            "reward_clip_on='total' cannot be combined with multi_objective_aggregation='normalize_then_sum', where "
+            "the total is already normalised: use reward_clip_on='each'"
+        )
+        return (Conflict("normalize_then_sum", message),) if self.on == "total" else ()
 
-    def on_rewards(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> Tensor | None:
+    def on_rewards(self, batch: RolloutBatch, **kwargs: Any) -> Tensor | None:
         if self.on == "each":
             clipped = self._clip(batch.rewards_per_func)
             self._log(batch, batch.rewards_per_func, clipped)
@@ -138,14 +123,7 @@ class RewardClipCallback(GRPOCallback):
             return clipped
         return None
 
-    def on_total_rewards(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        **kwargs: Any,
-    ) -> Tensor | None:
+    def on_total_rewards(self, batch: RolloutBatch, **kwargs: Any) -> Tensor | None:
         if self.on == "total":
             clipped = self._clip(batch.rewards)
             self._log(batch, batch.rewards, clipped)
@@ -167,16 +145,3 @@ def _changed(before: Tensor, after: Tensor) -> float:
     """Share of the rewards (NaN left out) that differ; NaN when there is none."""
     valid = ~before.isnan()
     return ((before != after) & valid).sum().item() / valid.sum().item() if valid.any() else float("nan")
-
-
-def check_clipping(clip_range: Sequence[float] | None, quantiles: Sequence[float] | None, on: str) -> None:
-    """Raise `ValueError` with value, rule and remedy for clipping options that make no sense."""
-    if clip_range is not None and not (len(clip_range) == 2 and clip_range[0] < clip_range[1]):
-        raise ValueError(f"reward_clip_range={list(clip_range)} must be [low, high] with low < high, such as [-10, 10]")
-    if quantiles is not None and not (len(quantiles) == 2 and 0 <= quantiles[0] < quantiles[1] <= 1):
-        raise ValueError(
-            f"reward_clip_quantiles={list(quantiles)} must be [low, high] with 0 <= low < high <= 1, "
-            "such as [0.05, 0.95]"
-        )
-    if on not in ("each", "total"):
-        raise ValueError(f"reward_clip_on={on!r} is unknown: use 'each' or 'total'")

@@ -1,17 +1,13 @@
 """Dynamic sampling: replace groups that came out flat by fresh prompts, for a bounded number of rounds."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerControl, TrainerState
 
-from ..credit.groups import flat_groups
-from ..hooks.callback import GRPOCallback, RolloutBatch
-
-if TYPE_CHECKING:
-    from ..config import AdaptiveGRPOConfig
-    from ..trainer.adaptive import AdaptiveGRPOTrainer
+from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
+from ..hooks.records import RolloutBatch
 
 # How each entry of TRL's rollout batch is padded when rows of different length meet: side, value.
 PADDING = {"prompt_ids": ("left", None), "prompt_mask": ("left", 0), "completion_ids": ("right", None)}
@@ -31,34 +27,22 @@ class DynamicSamplingCallback(GRPOCallback):
             Largest number of rounds per generation batch.
     """
 
+    is_unique = True
+
     def __init__(self, max_rounds: int = 1):
         self.max_rounds = max_rounds
 
-    def on_setup(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        trainer: "AdaptiveGRPOTrainer",
-        **kwargs: Any,
-    ) -> None:
-        if trainer._is_vlm:
-            raise ValueError(
-                "dynamic_sampling_rounds does not support vision-language models, whose image tensors cannot be "
-                "replaced row by row: set dynamic_sampling_rounds=0"
-            )
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        message = (
+            "dynamic_sampling_rounds does not support vision-language models, whose image tensors cannot be replaced "
+            "row by row: set dynamic_sampling_rounds=0"
+        )
+        return (Conflict("vision-language models", message),)
 
-    def on_resample(
-        self,
-        args: "AdaptiveGRPOConfig",
-        state: TrainerState,
-        control: TrainerControl,
-        batch: RolloutBatch,
-        round: int,
-        **kwargs: Any,
-    ) -> Tensor | None:
+    def on_resample(self, batch: RolloutBatch, round: int, **kwargs: Any) -> Tensor | None:
         if round < self.max_rounds:
-            return flat_groups(batch.rewards, batch.group_ids, batch.num_groups)
+            return batch.flat_groups()
         return None
 
 

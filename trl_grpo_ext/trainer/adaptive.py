@@ -1,4 +1,4 @@
-"""[`AdaptiveGRPOTrainer`]: TRL's trainer with hooks. The seams and the hook calls, nothing else."""
+"""[`AdaptiveGRPOTrainer`]: the life of a batch, from its plan to the loss, with a hook at each stage."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,16 +12,18 @@ from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from ..config import AdaptiveGRPOConfig
-from ..credit.groups import group_advantages, normalize_then_sum, total_rewards
-from ..hooks.callback import GRPOCallback, RolloutBatch, check_advantages, check_finite, check_shape
-from ..host.processes import gather_rewards
-from ..host.seams import as_awaited, check_liger
+from ..credit.groups import group_advantages, normalize_then_sum
+from ..hooks.callback import GRPOCallback, call_hook
+from ..hooks.checks import check_advantages, check_conflicts, check_finite, check_shape
+from ..hooks.records import Answer, RolloutBatch, RolloutPlan
+from ..hooks.segments import total_rewards
+from ..host.seams import as_awaited, check_liger, num_generations_set
 from ..plan.planner import Planner, check_plannable, plans
-from ..plan.sampler import RolloutPlan
-from ..rollouts.adapter import Rollout
-from ..shape.resampling import global_positions, put_logs, replace_rows, rows_to_regenerate, take_logs
+from ..rollouts.adapter import CallbackRollout, Rollout
+from ..shape.resampling import global_positions, put_logs, rows_to_regenerate, take_logs
 from .features import callbacks_of
-from .logs import added_metrics, flat_rows, mean_advantages, metrics_of_merged
+from .logs import StepMarks, added_metrics, flat_rows, metrics_of_merged
+from .sampled import Sampled, same
 from .saving import SavingGRPOTrainer
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             raise ValueError("train_dataset is empty: pass at least one prompt")
         self._is_set_up = False
         self._planner: Planner | None = None
-        self.rollout: Rollout | None = None
+        self._step_marks: dict[str, int] = {}
         reward_funcs = as_awaited(reward_funcs)
         data = (train_dataset, eval_dataset, processing_class, reward_processing_classes)
         super().__init__(model, reward_funcs, args, *data, callbacks, *further, **kwargs)
@@ -104,29 +106,22 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
                 f"Reward functions share the name {duplicates[0]!r}, so their metrics would mix: rename one, for "
                 "example with as_reward(func).named('other')"
             )
-        self._raw_rewards = torch.empty(0)
+        self.rollout = Rollout(self)
         self._num_rollouts = 0
+        super().add_callback(StepMarks(self._step_marks, self._metrics["train"]))
         self._set_up(self.grpo_callbacks)
+
+    # Seams of TRL
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]
         if self._is_set_up and isinstance(added, GRPOCallback):
-            self._set_up([added])
-
-    def _set_up(self, callbacks: list[GRPOCallback]) -> None:
-        self._is_set_up = True
-        if plans(callbacks):
-            check_plannable(self.args, callbacks, self.train_dataset)
-            self._planner = self._planner or Planner(self.args, self.train_dataset)
-        if any(callback.overrides("on_generate") for callback in self.grpo_callbacks):
-            self.rollout = self.rollout or Rollout(self)
-            self.rollout_func = self.rollout.generate
-        for callback in callbacks:
-            callback.is_attached = True
-            callback.on_setup(self.args, self.state, self.control, trainer=self)
-
-    # TRL's seams
+            try:
+                self._set_up([added])
+            except ValueError:
+                self.remove_callback(added)
+                raise
 
     def _calculate_rewards(
         self,
@@ -135,65 +130,155 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         completions: list[Any],
         completion_ids_list: list[list[int]],
     ) -> Tensor:
-        if self.rollout is not None:
-            self._raw_rewards, rewards = self.rollout.calculate_rewards(prompts, completions)
-            return rewards
         calculate = partial(super()._calculate_rewards, inputs, prompts, completions, completion_ids_list)
-        nothing = torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device)
-        self._raw_rewards = gather_rewards(self.accelerator, calculate, nothing)
-        return self._raw_rewards
+        return self.rollout.calculate_rewards(calculate, prompts, completions)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training or not self.grpo_callbacks:
-            if self.rollout is not None:
-                self.rollout.inputs = inputs
+            self.rollout.begin(inputs)
             plain: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return plain
-        if self._planner is not None:
-            plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
-            inputs = self._rows_of(plan)
-        else:
-            plan = RolloutPlan.equal(self.args.generation_batch_size, self.num_generations)
-        ragged = self.rollout is not None or not plan.all_of_size(self.num_generations)
-        output, rewards = self._sample(inputs, ragged)
-        batch = self._score(plan, rewards, inputs)
-        output, batch, num_rounds = self._resample(plan, output, batch)
-
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        batch.tokens = {name: output[name] for name in names}
-        mask = output["completion_mask"] * output.get("tool_mask", 1)
-        if self.rollout is None:
-            batch.completion_lengths = self.accelerator.gather(mask.sum(1)).cpu()
-        else:
-            batch.completion_lengths = self.rollout.lengths(mask)
-        is_ours = ragged or num_rounds > 0 or batch.is_shaped
-        if is_ours:
-            batch.advantages = self._advantages(batch)
-        else:
-            batch.advantages = torch.tensor(list(self._logs["advantages"]))  # TRL's own, of all ranks
-        self._apply("on_advantages", batch, "advantages")
-        self._apply("on_rollouts", batch)
-        output["advantages"] = self._own_advantages(batch, mask).to(output["advantages"])
-        self._log_batch(batch, num_rounds, is_ours)
-        return output
+        plan, rows = self._plan(inputs)
+        sampled = self._generate_and_score(plan, rows)
+        self._shape(sampled)
+        self._resample(sampled)
+        self._credit(sampled)
+        self._call("on_rollouts", sampled.batch)
+        return self._finish(sampled)
 
     # The life of a batch
 
-    def _apply(self, hook: str, batch: RolloutBatch, field: str | None = None) -> None:
+    def _plan(self, inputs: list[dict[str, Any]]) -> tuple[RolloutPlan, list[dict[str, Any]]]:
+        """Which prompts, how many completions each, and this process's rows of them."""
+        if self._planner is None:
+            return RolloutPlan.equal(self.args.generation_batch_size, self.num_generations), inputs
+        plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
+        return plan, self._rows_of(plan)
+
+    def _generate_and_score(self, plan: RolloutPlan, rows: list[dict[str, Any]], is_extra: bool = False) -> Sampled:
+        """Let TRL sample completions and ask the reward functions. `is_extra` rows are in no order of groups."""
+        is_ragged = is_extra or not self.rollout.strides or not plan.all_of_size(self.num_generations)
+        self.rollout.begin(rows)
+        # One completion per row: TRL then neither strides over the prompts (vLLM) nor reshapes rewards into groups.
+        with num_generations_set(self, 1 if is_ragged else self.num_generations):
+            output = super()._generate_and_score_completions(rows)
+        rewards = self.rollout.rewards.float().cpu()
+        self._num_rollouts += rewards.size(0)
+        return Sampled(plan, rows, output, rewards, is_ragged)
+
+    def _shape(self, sampled: Sampled) -> None:
+        """Run the reward hooks, from raw rewards per function to the total."""
+        batch = sampled.batch = RolloutBatch(
+            step=self.state.global_step,
+            rewards_per_func=sampled.rewards.clone(),
+            raw_rewards_per_func=sampled.rewards,
+            reward_names=self.reward_func_names,
+            **self.rollout.structure(sampled.plan, sampled.rows),
+        )
+        weights = self.reward_weights.cpu()
+        self._call("on_rewards", batch, "rewards_per_func")
+        batch.rewards = total_rewards(batch.rewards_per_func, weights)
+        total = batch.rewards.clone()
+        self._call("on_total_rewards", batch, "rewards")
+        if self.multi_objective_aggregation == "normalize_then_sum" and not same(batch.rewards, total):
+            raise ValueError(
+                "A callback changed the total reward in on_total_rewards, which multi_objective_aggregation="
+                "'normalize_then_sum' does not use: change the rewards of each function in on_rewards"
+            )
+        check_finite(batch)
+        raw_total = total_rewards(sampled.rewards, weights)
+        batch.is_shaped = not (same(batch.rewards_per_func, sampled.rewards) and same(batch.rewards, raw_total))
+
+    def _resample(self, sampled: Sampled) -> None:
+        """Replace groups as long as a callback asks for it. Every rank generates the same number of rows."""
+        discarded: RolloutBatch | None = None
+        while (replaced := self._asked_to_replace(sampled)).any():
+            gone = sampled.batch.select(replaced)
+            if discarded is None:
+                discarded = gone
+            else:
+                discarded.append(gone)
+            assert self._planner is not None  # because a callback has `on_resample`
+            planned = (self.grpo_callbacks, sampled.plan, replaced, self.state, self.control, discarded.prompt_index)
+            plan = self._planner.replace(*planned)
+            positions, count = rows_to_regenerate(replaced, plan.group_ids, self.accelerator.num_processes)
+            process = self.accelerator.process_index
+            mine = torch.nn.functional.pad(positions[process], (0, count - positions[process].numel()))
+            logged = take_logs(self._logs)
+            fresh = self._generate_and_score(plan, self._rows_of(plan, mine), is_extra=True)
+            sampled.replace(plan, fresh, positions, process, self.tokenizer.pad_token_id)
+            put_logs(self._logs, logged, *global_positions(positions, plan.group_ids.numel(), count))
+            self._shape(sampled)
+        if discarded is not None:
+            sampled.output["num_items_in_batch"] = self.accelerator.gather(sampled.loss_mask.sum()).sum()
+            sampled.batch.discarded = discarded
+
+    def _credit(self, sampled: Sampled) -> None:
+        """From rewards to advantages: TRL's own, or those of groups that TRL does not know; then the hooks."""
+        batch = sampled.batch
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        batch.tokens = {name: sampled.output[name] for name in names}
+        batch.completion_lengths = self.rollout.lengths(sampled.loss_mask)
+        if not sampled.is_ours:
+            batch.advantages = torch.tensor(list(self._logs["advantages"]))  # of all ranks
+        elif self.multi_objective_aggregation == "normalize_then_sum":
+            weights = self.reward_weights.cpu()
+            _, batch.advantages = normalize_then_sum(batch.rewards_per_func, weights, batch.group_ids, batch.num_groups)
+        else:
+            batch.advantages = group_advantages(batch.rewards, batch.group_ids, batch.num_groups, self.scale_rewards)
+        self._call("on_advantages", batch, "advantages")
+
+    def _finish(self, sampled: Sampled) -> dict[str, Any]:
+        """What the loss reads, and what the logs say, now that the hooks have run."""
+        batch, output = sampled.batch, sampled.output
+        own = self.rollout.own_advantages(batch.advantages, sampled.loss_mask)
+        output["advantages"] = own.to(output["advantages"])
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(self.rollout.per_sequence(batch.mean_advantages).tolist())
+        metrics = self._metrics["train"]
+        corrected = {"frac_reward_zero_std": flat_rows(batch).float().mean().item()} if sampled.is_ours else {}
+        if sampled.num_rounds > 0:
+            # mask_truncated_completions makes the length of a completion 0 here, but not in TRL's metrics.
+            with_lengths = not self.mask_truncated_completions
+            corrected |= metrics_of_merged(batch, self.reward_weights.cpu(), with_lengths)
+        for name, value in corrected.items():
+            metrics[name][-sampled.num_rounds - 1 :] = [value]  # TRL appended one value per round
+        has_sizes, replaces = (
+            any(callback.overrides(hook) for callback in self.grpo_callbacks)
+            for hook in ("on_group_sizes", "on_resample")
+        )
+        for name, value in added_metrics(batch, has_sizes, sampled.num_rounds if replaces else None).items():
+            self.log_metric(name, value)
+        metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
+        return output
+
+    # Steps of a stage
+
+    def _call(self, hook: str, batch: RolloutBatch, field: str | None = None) -> None:
         """Call a hook of every callback; what it returns becomes `batch.<field>` for the next."""
         for callback in self.grpo_callbacks:
-            value = getattr(callback, hook)(self.args, self.state, self.control, batch=batch)
+            value = call_hook(callback, hook, self, batch=batch)
             if field is not None and value is not None:
                 shapes = [getattr(batch, field).shape]
-                if field == "advantages":  # one per row, or one per token of it
-                    shapes = [batch.rewards.shape, (*batch.rewards.shape, int(batch.completion_lengths.max()))]
+                if field == "advantages":  # one per completion, or one per token of it
+                    shapes = [batch.rewards.shape, batch.token_mask.shape]
                 check_shape(callback, hook, value, *shapes)
                 setattr(batch, field, value.to(getattr(batch, field)))  # a float64, a bool, on any device
                 if field == "advantages":
                     check_advantages(callback, batch)
 
+    def _asked_to_replace(self, sampled: Sampled) -> Tensor:
+        """Which groups `(P,)` any callback wants replaced."""
+        replaced = torch.zeros(sampled.batch.num_groups, dtype=torch.bool)
+        for callback in self.grpo_callbacks:
+            mask = call_hook(callback, "on_resample", self, batch=sampled.batch, round=sampled.num_rounds)
+            if mask is not None:
+                check_shape(callback, "on_resample", mask, replaced.shape)
+                replaced = replaced | mask.bool()
+        return replaced
+
     def _rows_of(self, plan: RolloutPlan, positions: Tensor | None = None) -> list[dict[str, Any]]:
-        """This rank's dataset rows (or those at `positions` among them), a copy for each completion."""
+        """This rank's dataset rows (or those at `positions` among them), a copy of its own for each completion."""
         assert plan.prompt_index is not None
         index = plan.prompt_index[plan.group_ids].view(self.accelerator.num_processes, -1)
         index = index[self.accelerator.process_index]
@@ -205,137 +290,69 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         fetched = dataset.__getitems__(prompts.tolist())
         return [dict(fetched[i]) for i in copies.tolist()]
 
-    def _sample(self, rows: list[dict[str, Any]], ragged: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """Let TRL generate and score: its rollout batch, and the rewards `(N, K)` of all ranks on the CPU."""
-        num_generations = self.num_generations
-        if self.rollout is not None:
-            self.rollout.inputs = rows
-        # One completion per row: TRL then neither strides over the prompts (vLLM) nor reshapes rewards into groups.
-        self.num_generations = 1 if ragged else num_generations
-        try:
-            output = super()._generate_and_score_completions(rows)
-        finally:
-            self.num_generations = num_generations
-        self._num_rollouts += self._raw_rewards.size(0)
-        return output, self._raw_rewards.float().cpu()
+    def _set_up(self, callbacks: list[GRPOCallback]) -> None:
+        self._is_set_up = True
+        if plans(callbacks):
+            check_plannable(self.args, callbacks, self.train_dataset)
+        check_conflicts(self.grpo_callbacks, self)
+        if plans(callbacks):
+            self._planner = self._planner or Planner(self.args, self.train_dataset)
+        if self.rollout.strides and any(callback.overrides("on_generate") for callback in self.grpo_callbacks):
+            self.rollout = CallbackRollout(self)
+            self.rollout_func = self.rollout.generate
+        for callback in callbacks:
+            callback.is_attached = True
+            call_hook(callback, "on_setup", self, trainer=self)
 
-    def _score(self, plan: RolloutPlan, rewards: Tensor, rows: list[dict[str, Any]]) -> RolloutBatch:
-        """Run the reward hooks, from raw rewards per function to the total."""
-        group_ids = plan.group_ids
-        if self.rollout is not None:
-            group_ids, plan = self.rollout.group_ids(plan), self.rollout.plan_of_answers(plan)
-            rows = [rows[number] for number, _ in self.rollout.answers]
-        batch = RolloutBatch(
-            step=self.state.global_step,
-            group_ids=group_ids,
-            group_sizes=plan.group_sizes,
-            prompt_index=plan.prompt_index,
-            rewards_per_func=rewards.clone(),
-            raw_rewards_per_func=rewards,
-            reward_names=self.reward_func_names,
-            rows=rows,
-            turns=torch.zeros_like(group_ids) if self.rollout is None else self.rollout.index.turns,
-            parents=torch.full_like(group_ids, -1) if self.rollout is None else self.rollout.index.parents,
-        )
-        self._apply("on_rewards", batch, "rewards_per_func")
-        batch.rewards = total_rewards(batch.rewards_per_func, self.reward_weights.cpu())
-        total = batch.rewards.clone()
-        self._apply("on_total_rewards", batch, "rewards")
-        if self.multi_objective_aggregation == "normalize_then_sum" and not _same(batch.rewards, total):
-            raise ValueError(
-                "A callback changed the total reward in on_total_rewards, which multi_objective_aggregation="
-                "'normalize_then_sum' does not use: change the rewards of each function in on_rewards"
-            )
-        check_finite(batch)
-        raw_total = total_rewards(rewards, self.reward_weights.cpu())
-        batch.is_shaped = not (_same(batch.rewards_per_func, rewards) and _same(batch.rewards, raw_total))
-        return batch
+    # Public ground of the callbacks: see HookedTrainer
 
-    def _resample(
-        self, plan: RolloutPlan, output: dict[str, Tensor], batch: RolloutBatch
-    ) -> tuple[dict[str, Tensor], RolloutBatch, int]:
-        """Replace groups as long as a callback asks for it. Every rank generates the same number of rows."""
-        discarded: RolloutBatch | None = None
-        num_rounds = 0
-        while True:
-            replaced = torch.zeros(batch.num_groups, dtype=torch.bool)
-            for callback in self.grpo_callbacks:
-                mask = callback.on_resample(self.args, self.state, self.control, batch=batch, round=num_rounds)
-                if mask is not None:
-                    check_shape(callback, "on_resample", mask, replaced.shape)
-                    replaced = replaced | mask.bool()
-            if not replaced.any():
-                break
-            num_rounds += 1
-            if discarded is None:
-                discarded = batch.select(replaced)
-            else:
-                discarded.append(batch.select(replaced))
-            assert self._planner is not None  # because a callback has `on_resample`
-            plan = self._planner.replace(
-                self.grpo_callbacks, plan, replaced, self.state, self.control, discarded.prompt_index
-            )
-            positions, count = rows_to_regenerate(replaced, plan.group_ids, self.accelerator.num_processes)
-            mine = positions[self.accelerator.process_index]
-            logged = take_logs(self._logs)
-            padded = torch.cat([mine, mine.new_zeros(count - mine.numel())])
-            fresh, fresh_rewards = self._sample(self._rows_of(plan, padded), ragged=True)
-            output = replace_rows(output, fresh, mine, self._tokenizer.pad_token_id)
-            where, source = global_positions(positions, batch.group_ids.numel(), count)
-            put_logs(self._logs, logged, where, source)
-            rewards = batch.raw_rewards_per_func.index_copy(0, where, fresh_rewards[source])
-            batch = self._score(plan, rewards, self._rows_of(plan))
-        if discarded is not None:
-            mask = output["completion_mask"] * output.get("tool_mask", 1)
-            output["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
-            batch.discarded = discarded
-        return output, batch, num_rounds
+    @property
+    def is_vlm(self) -> bool:
+        """Whether the model reads images."""
+        return bool(self._is_vlm)
 
-    def _own_advantages(self, batch: RolloutBatch, mask: Tensor) -> Tensor:
-        """Those of this process's rows, `(B,)`, or of the tokens of its completions, in the shape of the loss mask."""
-        if self.rollout is not None:
-            spread = self.rollout.token_advantages(batch.advantages, mask.size(1))
-            return spread if spread.dim() == 1 else spread.where(mask.to(spread.device) > 0, torch.zeros_like(spread))
-        per_rank = batch.advantages.unflatten(0, (self.accelerator.num_processes, -1))
-        own: Tensor = per_rank[self.accelerator.process_index]
-        if own.dim() == 1:
-            return own
-        if own.size(1) == 0:
-            return own.new_zeros(mask.shape)
-        # Between the tokens that the model wrote may lie those of tools.
-        written = (mask.cumsum(1) - 1).clamp(0, own.size(1) - 1).to(own.device)
-        return own.gather(1, written).where(mask.to(own.device) > 0, torch.zeros((), dtype=own.dtype))
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the text, that of the processor where there is one."""
+        return self._tokenizer
 
-    def _advantages(self, batch: RolloutBatch) -> Tensor:
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            weights = self.reward_weights.cpu()
-            return normalize_then_sum(batch.rewards_per_func, weights, batch.group_ids, batch.num_groups)[1]
-        return group_advantages(batch.rewards, batch.group_ids, batch.num_groups, self.scale_rewards)
+    def log_metric(self, name: str, value: float) -> None:
+        """
+        Add a value to a metric of training or of evaluation, whichever runs. A log holds the mean since the last one.
 
-    def _log_batch(self, batch: RolloutBatch, num_rounds: int, is_ours: bool) -> None:
-        """Correct what TRL logged before the hooks ran, and log what they add."""
-        advantages = mean_advantages(batch)
-        if self.rollout is not None:
-            advantages = self.rollout.index.mean_per_row(advantages)
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(advantages.tolist())
-        metrics = self._metrics["train"]
-        corrected = {"frac_reward_zero_std": flat_rows(batch).float().mean().item()} if is_ours else {}
-        if num_rounds > 0:
-            # mask_truncated_completions makes the length of a row 0 here, but not in TRL's metrics.
-            with_lengths = not self.mask_truncated_completions
-            corrected |= metrics_of_merged(batch, self.reward_weights.cpu(), with_lengths)
-        for name, value in corrected.items():
-            # TRL appended one value per round.
-            metrics[name][-num_rounds - 1 :] = [value]
-        has_sizes, replaces = (
-            any(callback.overrides(hook) for callback in self.grpo_callbacks)
-            for hook in ("on_group_sizes", "on_resample")
-        )
-        for name, value in added_metrics(batch, has_sizes, num_rounds if replaces else None).items():
-            metrics[name].append(value)
-        metrics["rollouts/total"] = [float(self._num_rollouts)]  # a running total, like TRL's num_tokens
+        Every process must log the same value: nothing is gathered.
+        """
+        self._metrics["train" if self.model.training else "eval"][name].append(value)
 
+    def metrics_of_step(self, name: str) -> list[float]:
+        """Values of a training metric that were added since the current optimizer step began, such as `"kl"`."""
+        values: list[float] = self._metrics["train"][name]
+        return values[self._step_marks.get(name, 0) :]
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    def tokenize(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of prompts, texts or messages, through the chat template of the run."""
+        ids: list[list[int]] = self._tokenize_prompts(prompts)[0]
+        return ids
+
+    def generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
+        """
+        One completion for each prompt, by the backend of the run: ids, and log-probabilities where vLLM samples.
+
+        Every process must call this with as many prompts as the others.
+        """
+        return self._generate_single_turn(prompt_ids, None, {}, num_generations=1)
+
+    def score(self, answers: list[tuple[dict[str, Any], Answer]], spare: list[tuple[dict[str, Any], Answer]]) -> Tensor:
+        """
+        Total rewards `(A,)` of answers, each with its dataset row, without a trace in the logs.
+
+        Every process must call this, with any number of answers. `spare` holds one to ask about where this process has
+        none and others have some.
+
+        Raises:
+            `ValueError`: where no callback generates.
+        """
+        if not isinstance(self.rollout, CallbackRollout):
+            raise ValueError("score asks about answers of a callback that generates: add one with on_generate")
+        rewards = self.rollout.score(answers, spare)
+        return total_rewards(rewards, self.reward_weights.to(rewards.device)).cpu()

@@ -1,38 +1,18 @@
 """What TRL logged of a batch before the hooks ran, corrected, and what the hooks add to it."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import nanstd
 
-from ..credit.groups import flat_groups, total_rewards
-from ..hooks.callback import RolloutBatch
-
-
-def mean_advantages(batch: RolloutBatch) -> Tensor:
-    """
-    Advantage of each row `(N,)`; where there is one per token, the mean over the tokens of the row.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> ids, sizes = torch.tensor([0, 0]), torch.tensor([2])
-    >>> batch = RolloutBatch(0, ids, sizes, None, torch.ones(2, 1), torch.ones(2, 1), ["reward"])
-    >>> batch.advantages, batch.completion_lengths = torch.tensor([[1.0, 3.0], [4.0, 9.0]]), torch.tensor([2, 1])
-    >>> mean_advantages(batch).tolist()
-    [2.0, 4.0]
-
-    ```
-    """
-    if batch.advantages.dim() == 1:
-        return batch.advantages
-    is_token = torch.arange(batch.advantages.size(1)) < batch.completion_lengths[:, None]
-    return (batch.advantages * is_token).sum(1) / batch.completion_lengths.clamp(min=1)
+from ..hooks.records import RolloutBatch
+from ..hooks.segments import total_rewards
 
 
 def flat_rows(batch: RolloutBatch) -> Tensor:
-    """Which rows `(N,)` are in a group whose rewards are all equal."""
-    return flat_groups(batch.rewards, batch.group_ids, batch.num_groups)[batch.group_ids]
+    """Which completions `(N,)` are in a group whose rewards are all equal."""
+    return batch.flat_groups()[batch.group_ids]
 
 
 def metrics_of_merged(batch: RolloutBatch, reward_weights: Tensor, with_lengths: bool) -> dict[str, float]:
@@ -96,3 +76,25 @@ def added_metrics(batch: RolloutBatch, has_sizes: bool, num_rounds: int | None) 
         metrics["dynamic_sampling/rounds"] = float(num_rounds)
         metrics["dynamic_sampling/discarded"] = float(discarded)
     return metrics
+
+
+class StepMarks(TrainerCallback):
+    """
+    Remembers how many values each training metric had when the optimizer step began.
+
+    Args:
+        marks (`dict[str, int]`):
+            Where to put the numbers.
+        metrics (`dict[str, list[float]]`):
+            TRL's training metrics, which start anew after each log.
+    """
+
+    def __init__(self, marks: dict[str, int], metrics: dict[str, list[float]]):
+        self.marks = marks
+        self.metrics = metrics
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.marks.clear()
+        self.marks.update({name: len(values) for name, values in self.metrics.items()})

@@ -47,8 +47,8 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
     It is the base of [`AdaptiveGRPOTrainer`], which calls them.
 
     Raises:
-        [`~trl_grpo_ext.host.checkpoints.CheckpointError`]: where a checkpoint cannot be written, and when asked to resume
-        from one that is not complete, or whose state of the callbacks is not what a save wrote.
+        [`~trl_grpo_ext.host.checkpoints.CheckpointError`]: where a checkpoint cannot be written, and when asked to
+        resume from one that is not complete, or whose state of the callbacks is not what a save wrote.
     """
 
     _planner: Planner | None

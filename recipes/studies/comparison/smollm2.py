@@ -7,8 +7,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.recipe.datasets import load_prompts
-from trl_grpo_ext.recipe.sources import resolve_model
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward
 
 from .sampling import mean_scores, sample

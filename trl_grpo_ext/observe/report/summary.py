@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+from ...config import AdaptiveGRPOConfig
 from ..monitor import without_secrets
 from .reader import Run, average, duration, seconds_between_logs, state_of
 
@@ -224,8 +225,6 @@ def configuration(run: Run) -> tuple[list[list[str]], list[list[str]]]:
     if not given:
         return [], []
     import torch
-
-    from ...config import AdaptiveGRPOConfig
 
     class OnPaper(AdaptiveGRPOConfig):
         """
