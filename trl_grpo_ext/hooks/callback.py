@@ -21,7 +21,8 @@ class GRPOCallback(TrainerCallback):
     A [`~transformers.TrainerCallback`] with hooks into the life of a generation batch.
 
     Every hook is optional, and is called with keyword arguments: an override names those that it reads, and ends in
-    `**kwargs`. `args`, `state` and `control` are what every transformers callback gets. A hook that returns a tensor replaces the value for the hooks after it; `None` keeps it.
+    `**kwargs`. `args`, `state` and `control` are what every transformers callback gets. A hook that returns a tensor
+    replaces the value for the hooks after it; `None` keeps it.
 
     Hooks run in the order of the callbacks, on every process, with the same global tensors. Decide from those tensors,
     and never from one process's own rows: then all ranks agree without talking.
