@@ -62,9 +62,9 @@ def options_table() -> str:
 
 
 def default_of(option: dataclasses.Field[Any]) -> str:
-    """A default as YAML writes it; a dash where the option is unset."""
+    """A default as YAML writes it; `unset` where there is none."""
     value = option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
-    return "–" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    return "unset" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def callback_classes() -> list[type[GRPOCallback]]:
