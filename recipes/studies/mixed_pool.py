@@ -35,6 +35,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 
 STOCK = "stock TRL"
+EFFICIENT: dict[str, Any] = {"group_size": "single", "baseline": "predicted", "baseline_shift": 0.5, "scale_rewards": "batch"}
+EFFICIENT |= {"curriculum": "predicted", "num_iterations": 4, "reuse_drift_limit": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     STOCK: {},
     "threshold sizes": {"group_size": "threshold"},
@@ -42,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dynamic sampling": {"dynamic_sampling_rounds": 1},
     "online curriculum": {"curriculum": "online"},
     "variance + online": {"group_size": "variance", "curriculum": "online"},
+    "efficient": EFFICIENT,
+    "efficient, without choosing": EFFICIENT | {"curriculum": "none"},
 }
 POOLS = {"mixed": {"greet": 1 / 4, "hopeless": 1 / 2, "translate": 1 / 4}, "easy": {"translate": 1.0}}
 
@@ -92,7 +96,7 @@ def train(
         per_device_train_batch_size=options.rows,
         num_generations=options.num_generations,
         max_completion_length=MAX_COMPLETION,
-        max_steps=options.rollouts // options.rows,
+        max_steps=options.rollouts // options.rows * METHODS[method].get("num_iterations", 1),
         seed=seed,
         use_cpu=True,
         bf16=False,
