@@ -32,8 +32,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    TrainerControl,
-    TrainerState,
 )
 from transformers.utils import logging
 from trl import GRPOTrainer, ModelConfig, TrlParser
@@ -76,9 +74,7 @@ class Record(GRPOCallback):
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
 
-    def on_rollouts(
-        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()
         seen = (prompts, batch.group_sizes.tolist(), batch.rewards.tolist(), batch.advantages.tolist())
         self.digest.update(repr(seen).encode())

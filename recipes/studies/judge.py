@@ -26,7 +26,7 @@ import httpx  # comes with the extra `test`
 import psutil  # comes with accelerate
 from judge_server import score
 from skills import MAX_COMPLETION, as_dataset, make_examples, make_model, make_tokenizer
-from transformers import HfArgumentParser, PrinterCallback, TrainerControl, TrainerState
+from transformers import HfArgumentParser, PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext.rewards import as_reward
@@ -83,9 +83,7 @@ class Ledger(GRPOCallback):
         self.counts: Counter[str] = Counter()
         self.memory: list[int] = []
 
-    def on_rollouts(
-        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         judged, right = batch.raw_rewards_per_func.unbind(1)
         missing = judged.isnan()
         self.counts["rows"] += missing.numel()

@@ -10,7 +10,7 @@ the plan matters. A tiny model is warm-started to name the right plan 40 % of th
 plan with slips, once per seed, and then trained from the same weights on the same prompts by a tree, and by flat GRPO
 on conversations of plan and implementation: 16 for each prompt (as many implementations as the tree) or 10 (as many
 sampled completions, since a tree has 4 + 16). Every run ends at the same number of generated tokens. Training is set
-in `configs/hierarchical.yaml`.
+in `configs/trees.yaml`.
 """
 
 import copy
@@ -84,9 +84,7 @@ class Budget(GRPOCallback):
         self.spent, self.completions = 0, 0
         self.curve: list[tuple[float, ...]] = []
 
-    def on_rollouts(
-        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         self.spent += int(batch.completion_lengths.sum())
         self.completions += batch.completion_lengths.numel()
 
