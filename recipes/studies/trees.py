@@ -50,6 +50,7 @@ from trl_grpo_ext import (
     MultiTurnCallback,
     RolloutBatch,
 )
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
 COLUMNS = ("right answers", "right plans", "right answers to the right plan")
@@ -153,7 +154,7 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
         held_out = ciphers.make_tasks(options.held_out, seed, salt=1)
         exclude = frozenset(task.prompt for task in held_out)
         tasks = ciphers.make_tasks(options.prompts, seed, exclude=exclude)
-        model = ciphers.warm_start(ciphers.make_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
+        model = ciphers.warm_start(tiny_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
         measure = functools.partial(ciphers.accuracy, tokenizer=tokenizer, tasks=held_out)
         start, args.seed = measure(model), seed
         for method in options.methods:
