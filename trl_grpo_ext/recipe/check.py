@@ -1,10 +1,10 @@
 """
 Does the package work on this machine, with this launcher? A few steps for each check, and one line about it.
 
-    accelerate launch recipes/check.py
-    accelerate launch --config_file recipes/configs/accelerate/fsdp2.yaml recipes/check.py
-    accelerate launch recipes/check.py --attn_implementation flex_attention
-    accelerate launch recipes/check.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+    accelerate launch -m trl_grpo_ext.recipe.check
+    accelerate launch --config_file recipes/configs/accelerate/fsdp2.yaml -m trl_grpo_ext.recipe.check
+    accelerate launch -m trl_grpo_ext.recipe.check --attn_implementation flex_attention
+    accelerate launch -m trl_grpo_ext.recipe.check --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --use_vllm true --vllm_mode colocate
 
 Takes every option of `AdaptiveGRPOConfig` and of TRL's `ModelConfig`. Without a model, a tiny one with random weights
@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,19 +26,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-)
+from transformers import PrinterCallback
 from transformers.utils import logging
 from trl import GRPOTrainer, ModelConfig, TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
-from trl_grpo_ext.host.processes import leave
+from ..config import AdaptiveGRPOConfig
+from ..hooks import GRPOCallback, RolloutBatch
+from ..host.processes import leave
+from ..trainer.adaptive import AdaptiveGRPOTrainer
+from .tiny import tiny_model, tiny_tokenizer
 
 CHECKS = ("stock", "ranks", "sharing", "resume")
 FEATURES: dict[str, Any] = {
@@ -112,20 +110,6 @@ def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [float(ids[0] % 3) for ids in completion_ids]
 
 
-def tiny_model(folder: str) -> None:
-    """A Llama of two layers with random weights, one token per character."""
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=len(words), num_attention_heads=4, pad_token_id=0, eos_token_id=1, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def weights(trainer: Any) -> torch.Tensor:
     """All weights as one vector, on the CPU of the main process at least, also where they are sharded."""
     state = trainer.accelerator.get_state_dict(trainer.model) or {}
@@ -149,7 +133,9 @@ class Check:
             atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.source = model_args.model_name_or_path or os.path.join(self.folder, "model")
         if self.is_main and not model_args.model_name_or_path:
-            tiny_model(self.source)
+            tokenizer = tiny_tokenizer(["<eos>", *map(chr, range(32, 127))])
+            tokenizer.save_pretrained(self.source)
+            tiny_model(tokenizer, max_position_embeddings=2048).save_pretrained(self.source)
         PartialState().wait_for_everyone()
         self.init = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
 
@@ -203,7 +189,8 @@ class Check:
         self.report("weights after resuming", difference(whole, again), self.tolerance)
 
 
-def main(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> int:
+def run(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> int:
+    """Run the checks, and return the exit code: 1 where one failed."""
     logging.disable_progress_bar()
     check = Check(options, args, model_args)
     for name in options.checks:
@@ -214,7 +201,8 @@ def main(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) ->
     return int(check.failed > 0)
 
 
-if __name__ == "__main__":
+def main(flags: Sequence[str] | None = None) -> int:
+    """Run the checks that the flags name; by default, those of the command line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     parser = TrlParser((Options, AdaptiveGRPOConfig, ModelConfig))
     parser.set_defaults_with_config(
@@ -232,4 +220,8 @@ if __name__ == "__main__":
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    sys.exit(main(*parser.parse_args_and_config()))
+    return run(*parser.parse_args_and_config(flags))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
