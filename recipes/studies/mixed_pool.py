@@ -27,12 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a se
 
 from datasets import Dataset
 from metering import OKABE_ITO, Evaluator, Meter, append, read, spread
-from skills import MAX_COMPLETION, Example, accuracy, as_dataset, is_right, make_examples, make_model, make_tokenizer
+from skills import MAX_COMPLETION, Example, accuracy, as_dataset, is_right, make_examples, make_tokenizer
 from skills import warm_start as warm_started
 from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 STOCK = "stock TRL"
 EFFICIENT: dict[str, Any] = {"group_size": "single", "baseline": "predicted", "baseline_shift": 0.5, "scale_rewards": "batch"}
@@ -193,7 +194,7 @@ def main(options: Options) -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         held_out = make_examples({"translate": options.held_out}, seed=1_000_000 + seed)
         exclude = frozenset(example.prompt for example in held_out)
-        model = warm_started(make_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
+        model = warm_started(tiny_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
         for pool in options.pools:
             counts = {skill: round(share * options.pool_size) for skill, share in POOLS[pool].items()}
             dataset = as_dataset(make_examples(counts, seed, exclude))
