@@ -3,17 +3,16 @@
 import signal
 from collections import Counter
 from itertools import combinations, permutations
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs
+from kit import args_of, set_up, state_at
 from trl.trainer.utils import RepeatSampler
 
-from trl_grpo_ext import AdaptiveGRPOConfig, GRPOCallback, OnlineCurriculumCallback, VarianceGroupSizeCallback
+from trl_grpo_ext import GRPOCallback, OnlineCurriculumCallback, VarianceGroupSizeCallback
 from trl_grpo_ext.hooks import RolloutPlan
 from trl_grpo_ext.plan.planner import Planner
 from trl_grpo_ext.plan.sampler import PromptSampler
@@ -335,7 +334,7 @@ class Wishes(GRPOCallback):
         self.wishes = torch.tensor(wishes)
         self.first = first
 
-    def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+    def on_group_sizes(self, prompt_index, **kwargs):
         return self.wishes[prompt_index[: self.first]]
 
 
@@ -344,21 +343,18 @@ class Weights(GRPOCallback):
         self.factor = factor
         self.seen = None
 
-    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+    def on_prompt_weights(self, weights, **kwargs):
         self.seen = weights.clone()
         return None if self.factor is None else weights * self.factor
 
 
-STATE = SimpleNamespace(global_step=0, max_steps=10)
+STATE = state_at(0)
 
 
-def arguments(rows=16, num_generations=4, low=2, high=8) -> AdaptiveGRPOConfig:
-    options = {"per_device_train_batch_size": rows, "num_generations": num_generations, "seed": 0}
-    return AdaptiveGRPOConfig(**config_kwargs("unused", min_group_size=low, max_group_size=high, **options))
-
-
-def planner(num_prompts, *args, **kwargs) -> Planner:
-    return Planner(arguments(*args, **kwargs), Dataset.from_dict({"prompt": ["p"] * num_prompts}))
+def planner(num_prompts, rows=16, num_generations=4, low=2, high=8) -> Planner:
+    options = {"num_generations": num_generations, "min_group_size": low, "max_group_size": high}
+    args = args_of(per_device_train_batch_size=rows, seed=0, **options)
+    return Planner(args, Dataset.from_dict({"prompt": torch.zeros(num_prompts, dtype=torch.int8).numpy()}))
 
 
 @given(batches(), st.data())
@@ -406,7 +402,7 @@ def test_only_the_first_candidates_may_be_sized():
 
 def test_the_last_answer_of_the_hooks_counts():
     class Silent(GRPOCallback):
-        def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+        def on_group_sizes(self, **kwargs):
             return None
 
     assert planner(20).plan([Silent()], STATE, None).group_sizes.tolist() == [4] * 4
@@ -446,7 +442,7 @@ def test_weights_that_are_none_are_refused(value, no_hang):
 
 def test_weights_of_another_length_are_refused(no_hang):
     class Short(GRPOCallback):
-        def on_prompt_weights(self, args, state, control, weights, **kwargs):
+        def on_prompt_weights(self, weights, **kwargs):
             return weights[:5]
 
     with pytest.raises(ValueError, match="on_prompt_weights"):
@@ -501,12 +497,10 @@ def test_prompts_are_distinct_after_replacing_from_a_small_dataset():
 
 def test_a_million_prompts_are_planned_with_little_state():
     num_prompts = 1_000_000
-    args = arguments(rows=64, num_generations=8, low=4, high=16)
-    data = Dataset.from_dict({"prompt": torch.zeros(num_prompts, dtype=torch.int8).numpy()})
-    ours = Planner(args, data)
+    ours, column = planner(num_prompts, rows=64, num_generations=8, low=4, high=16), torch.zeros(num_prompts).numpy()
     callbacks = [OnlineCurriculumCallback(), VarianceGroupSizeCallback()]
     for callback in callbacks:
-        callback.on_setup(args=args, state=STATE, trainer=SimpleNamespace(train_dataset=data))
+        set_up(callback, ours.args, prompt=column)
     for chosen in (callbacks, callbacks[1:]):
         plan = ours.plan(chosen, STATE, None)
         assert plan.group_sizes.sum() == 64
