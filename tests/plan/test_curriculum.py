@@ -37,7 +37,7 @@ def stages(draw):
 
 
 @given(stages(), st.floats(0, 1), widths)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_staged_weights_are_a_distribution_over_levels(case, progress, smoothing):
     levels, num_levels = case
     weights = staged_weights(levels, num_levels, progress, smoothing)
@@ -48,7 +48,7 @@ def test_staged_weights_are_a_distribution_over_levels(case, progress, smoothing
 
 
 @given(stages(), st.floats(0, 1), widths)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_the_nearest_level_weighs_most(case, progress, smoothing):
     levels, num_levels = case
     total = torch.zeros(num_levels).index_add(0, levels, staged_weights(levels, num_levels, progress, smoothing))
@@ -63,7 +63,6 @@ def test_the_nearest_level_weighs_most(case, progress, smoothing):
 
 
 @given(st.lists(st.integers(0, 2), min_size=3, max_size=20), st.floats(0.1, 1.5))
-@settings(deadline=None)
 def test_mean_level_rises_with_progress(levels, smoothing):
     levels = torch.tensor(levels)
     means = [(staged_weights(levels, 3, i / 20, smoothing) * levels).sum().item() for i in range(21)]
@@ -105,7 +104,6 @@ def test_numbers_are_cut_into_levels_of_equal_size():
 
 
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=30).filter(lambda numbers: len(set(numbers)) > 1))
-@settings(deadline=None)
 def test_equal_numbers_share_a_level_and_larger_ones_are_no_easier(numbers):
     assume(len(set(numbers)) > 1)
     difficulty = set_up(StagedCurriculumCallback("d"), d=numbers).difficulty.tolist()
@@ -132,7 +130,6 @@ def test_staged_logs_its_position():
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-20, 1e6)), min_size=1, max_size=20), st.floats(0, 1))
-@settings(deadline=None)
 def test_every_prompt_keeps_its_share_of_exploration(weights, exploration):
     mixed = with_exploration(torch.tensor(weights), exploration)
     assert mixed.sum().item() == pytest.approx(1, abs=1e-5)
@@ -145,7 +142,6 @@ def test_every_prompt_keeps_its_share_of_exploration(weights, exploration):
 
 @pytest.mark.parametrize("kind", [StagedCurriculumCallback, TargetCurriculumCallback])
 @given(step=st.integers(0, 100), exploration=st.floats(0.01, 1), target=st.floats(0, 1))
-@settings(deadline=None)
 def test_no_prompt_falls_below_the_floor(kind, step, exploration, target):
     callback = set_up(kind("d", exploration=exploration), d=[0.0, 1.0, 2.0, 50.0, 100.0])
     callback.target = target
@@ -254,7 +250,6 @@ def test_target_by_hand():
 
 
 @given(st.floats(0, 1), st.lists(st.floats(-10, 10), max_size=20))
-@settings(deadline=None)
 def test_target_stays_in_range_and_moves_with_the_reward(target, rewards):
     for reward in rewards:
         moved = move_target(target, reward, goal=0.5, step_size=0.05, sensitivity=2.0, low=0.0, high=1.0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kit import NAN, Record, args_of, batch_of, batches_of, has_answer, set_up, through_a_file
 
@@ -64,7 +64,6 @@ def test_threshold_leaves_a_group_alone_that_nothing_scored():
 
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(2, 4), st.integers(4, 9))
-@settings(deadline=None)
 def test_threshold_sizes_are_a_walk_between_the_bounds(visits, low, high):
     args = bounded(low, high)
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5), args=args)
@@ -105,7 +104,6 @@ def fed(posterior: PromptPosterior, batches, scale: float = 1.0) -> PromptPoster
 
 
 @given(evidence(), st.floats(0, 1))
-@settings(deadline=None)
 def test_posterior_without_a_pool_is_the_decayed_average(batches, decay):
     posterior = fed(PromptPosterior(5, decay=decay, prior=1e-12), batches)
     count, mean, variance = [0.0] * 5, [0.0] * 5, [0.0] * 5
@@ -122,7 +120,6 @@ def test_posterior_without_a_pool_is_the_decayed_average(batches, decay):
 
 
 @given(evidence())
-@settings(deadline=None)
 def test_posterior_lies_between_evidence_and_pool(batches):
     posterior = fed(PromptPosterior(6, decay=0.7, prior=3.0), batches)
     alone = fed(PromptPosterior(6, decay=0.7, prior=1e-12), batches)
@@ -135,7 +132,6 @@ def test_posterior_lies_between_evidence_and_pool(batches):
 
 
 @given(evidence(), st.sampled_from([1e-3, 0.1, 100.0, 1e6]))
-@settings(deadline=None)
 def test_posterior_variance_scales_with_the_square_of_the_reward(batches, scale):
     scaled = fed(PromptPosterior(5, prior=1.0), batches, scale).variance()
     torch.testing.assert_close(scaled / scale**2, fed(PromptPosterior(5, prior=1.0), batches).variance())
@@ -177,7 +173,6 @@ def test_prompts_of_a_stratum_share_what_is_known():
 
 
 @given(evidence())
-@settings(deadline=None)
 def test_one_stratum_is_the_same_as_none(batches):
     plain = fed(PromptPosterior(5, decay=0.7, prior=3.0), batches)
     strata = fed(PromptPosterior(5, decay=0.7, prior=3.0, strata=torch.zeros(5, dtype=torch.long)), batches)
@@ -269,7 +264,6 @@ def test_a_prompt_that_becomes_certain_shrinks_again():
     st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=4, max_size=4),
     st.sampled_from([2.0**-20, 2.0**-4, 2.0**7, 2.0**20]),
 )
-@settings(deadline=None)
 def test_sizes_do_not_depend_on_the_unit_of_the_reward(rewards, scale):
     plain, scaled = made(VarianceGroupSizeCallback()), made(VarianceGroupSizeCallback())
     plain.on_rollouts(batch=batch_of(dict(enumerate([float(r) for r in g] for g in rewards))))
@@ -278,7 +272,6 @@ def test_sizes_do_not_depend_on_the_unit_of_the_reward(rewards, scale):
 
 
 @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4), min_size=8, max_size=8))
-@settings(deadline=None)
 def test_variance_sizes_add_up_within_bounds_and_follow_the_posterior(rewards):
     callback = made(VarianceGroupSizeCallback())
     callback.on_rollouts(batch=batch_of(dict(enumerate(rewards))))

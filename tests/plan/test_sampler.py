@@ -44,7 +44,7 @@ def batches(draw):
 
 
 @given(fits())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_sizes_add_up_within_bounds(case):
     wishes, rows, low, high = case
     sizes = fit_group_sizes(wishes, rows, low, high)
@@ -55,7 +55,7 @@ def test_sizes_add_up_within_bounds(case):
 
 
 @given(fits())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_larger_wishes_get_no_smaller_groups(case):
     wishes, rows, low, high = case
     by_wish = sorted(zip(wishes.tolist(), fit_group_sizes(wishes, rows, low, high).tolist(), strict=True))
@@ -65,7 +65,6 @@ def test_larger_wishes_get_no_smaller_groups(case):
 
 
 @given(st.integers(1, 20), st.data())
-@settings(deadline=None)
 def test_equal_wishes_differ_by_at_most_one_and_the_first_get_more(num_groups, data):
     rows = data.draw(st.integers(2 * num_groups, 9 * num_groups))
     sizes = fit_group_sizes(torch.full((num_groups,), data.draw(wish)), rows, 2, 9).tolist()
@@ -74,14 +73,12 @@ def test_equal_wishes_differ_by_at_most_one_and_the_first_get_more(num_groups, d
 
 
 @given(fits(), st.integers(0, 60))
-@settings(deadline=None)
 def test_sizes_do_not_depend_on_the_unit_of_the_wishes(case, exponent):
     wishes, rows, low, high = case
     assert torch.equal(fit_group_sizes(wishes * 2.0**exponent, rows, low, high), fit_group_sizes(*case))
 
 
 @given(fits(), st.data())
-@settings(deadline=None)
 def test_sizes_follow_their_wishes_through_a_permutation(case, data):
     wishes, rows, low, high = case
     assume(wishes.unique().numel() == wishes.numel())
@@ -91,7 +88,6 @@ def test_sizes_follow_their_wishes_through_a_permutation(case, data):
 
 
 @given(fits())
-@settings(deadline=None)
 def test_sizes_that_already_add_up_are_kept(case):
     sizes = fit_group_sizes(*case)
     assert torch.equal(fit_group_sizes(sizes.float(), *case[1:]), sizes)
@@ -117,7 +113,7 @@ def test_rows_that_cannot_be_filled_are_refused(rows, bounds):
 
 
 @given(batches(), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_number_of_groups_is_always_feasible(batch, data):
     rows, num_generations, low, high = batch
     fewest, most = rows // num_generations, rows // low
@@ -155,7 +151,6 @@ def test_plan_repeats_each_group(sizes):
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=30), st.booleans(), st.integers(0, 99))
-@settings(deadline=None)
 def test_draws_are_distinct_and_epochs_visit_each_prompt_once(num_prompts, counts, shuffle, seed):
     sampler = PromptSampler(num_prompts, seed, shuffle)
     visits = Counter(dict.fromkeys(range(num_prompts), 0))
@@ -169,7 +164,6 @@ def test_draws_are_distinct_and_epochs_visit_each_prompt_once(num_prompts, count
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @given(num_prompts=st.integers(1, 40), count=st.integers(1, 8), seed=st.integers(0, 2**31))
-@settings(deadline=None)
 def test_first_epoch_is_in_the_order_of_trl(shuffle, num_prompts, count, seed):
     sampler = PromptSampler(num_prompts, seed, shuffle)
     ours = [i for _ in range(num_prompts // count) for i in sampler.draw(count).tolist()]
@@ -184,7 +178,6 @@ def test_epochs_are_shuffled_differently():
 
 
 @given(st.integers(1, 20), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=12))
-@settings(deadline=None)
 def test_prompts_that_are_not_kept_come_back(num_prompts, draws):
     sampler, frugal = PromptSampler(num_prompts, seed=5), PromptSampler(num_prompts, seed=5)
     for count, kept in draws:
@@ -203,7 +196,7 @@ def test_prompts_that_are_not_kept_come_next():
 
 
 @given(st.integers(2, 12), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_excluded_prompts_are_drawn_only_when_others_run_out(num_prompts, data):
     sampler = PromptSampler(num_prompts, data.draw(st.integers(0, 99)))
     sampler.draw(data.draw(st.integers(1, num_prompts)))
@@ -216,7 +209,7 @@ def test_excluded_prompts_are_drawn_only_when_others_run_out(num_prompts, data):
 
 
 @given(st.integers(2, 10), st.integers(0, 99), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_as_many_prompts_as_asked_for_after_any_history(num_prompts, seed, data):
     """Batches of nearly the whole dataset, replaced groups, prompts that come back: what is pending piles up."""
     sampler = PromptSampler(num_prompts, seed)
@@ -253,7 +246,6 @@ def test_weighted_draws_without_replacement_match_the_weights():
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e12)), min_size=1, max_size=20), st.integers(0, 999))
-@settings(deadline=None)
 def test_prompts_of_weight_zero_come_last(weights, seed):
     weights = torch.tensor(weights)
     drawn = PromptSampler(len(weights), seed).draw(len(weights), weights)
@@ -311,7 +303,6 @@ def play(sampler: PromptSampler, steps) -> list[list[int]]:
 
 
 @given(st.lists(step, max_size=8), st.lists(step, max_size=8))
-@settings(deadline=None)
 def test_restored_sampler_continues_identically(before, after):
     sampler = PromptSampler(10, seed=4)
     play(sampler, before)
@@ -358,7 +349,7 @@ def planner(num_prompts, rows=16, num_generations=4, low=2, high=8) -> Planner:
 
 
 @given(batches(), st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_plans_fill_the_rows_with_distinct_prompts(batch, data):
     rows, num_generations, low, high = batch
     num_prompts = rows // num_generations + data.draw(st.integers(0, 40))
@@ -469,7 +460,6 @@ def test_ranks_agree():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @given(data=st.data())
-@settings(deadline=None)
 def test_replace_replaces_only_what_is_asked(weighted, data):
     ours = planner(12)
     callbacks = [Weights(torch.arange(1.0, 13.0))] if weighted else []
