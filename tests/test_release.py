@@ -38,7 +38,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_grpo_ext").rglob("*") if path.is_file()}
     ours = {name for name in ours if "__pycache__" not in name}
     assert {name for name in names if ".dist-info/" not in name} == ours
-    assert {"trl_grpo_ext/py.typed", "trl_grpo_ext/data/helpful.jsonl", "trl_grpo_ext/data/multi_turn.jsonl"} <= ours
+    assert {"trl_grpo_ext/py.typed", "trl_grpo_ext/recipe/data/helpful.jsonl"} <= ours
+    assert "trl_grpo_ext/recipe/data/multi_turn.jsonl" in ours
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

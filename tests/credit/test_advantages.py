@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from kit import config_kwargs
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_grpo_ext.credit.groups import (
-    EPS,
-    flat_groups,
-    group_advantages,
-    group_mean_std,
-    normalize_then_sum,
-    total_rewards,
-)
+from trl_grpo_ext.credit.groups import EPS, group_advantages, normalize_then_sum
+from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
 
 NAN = math.nan
 SCALES = ["group", "batch", "none"]

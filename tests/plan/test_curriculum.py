@@ -32,12 +32,12 @@ def at(step, max_steps=100):
 
 def made(callback, **columns):
     """The callback on a dataset with these columns."""
-    callback.on_setup(ARGS, None, None, trainer=SimpleNamespace(train_dataset=Dataset.from_dict(columns)))
+    callback.on_setup(args=ARGS, trainer=SimpleNamespace(train_dataset=Dataset.from_dict(columns)))
     return callback
 
 
 def weights_of(callback, num_prompts, state=None) -> torch.Tensor:
-    return callback.on_prompt_weights(None, state or at(0), None, weights=torch.ones(num_prompts))
+    return callback.on_prompt_weights(state=state or at(0), weights=torch.ones(num_prompts))
 
 
 def rollouts(groups: dict[int, list[float]]) -> RolloutBatch:
@@ -156,7 +156,7 @@ def test_staged_logs_its_position():
     callback = made(StagedCurriculumCallback("d"), d=["easy", "medium", "hard"])
     for step, position in {0: 0.0, 50: 0.5, 100: 1.0}.items():
         batch = rollouts({0: [0.0], 2: [1.0], 1: [1.0]})
-        callback.on_rollouts(None, at(step), None, batch=batch)
+        callback.on_rollouts(state=at(step), batch=batch)
         assert batch.metrics == {"curriculum/position": position, "curriculum/difficulty": 1.0}
 
 
@@ -191,7 +191,7 @@ def test_weights_of_earlier_hooks_are_kept(kind):
     column = () if kind is OnlineCurriculumCallback else ("d",)
     callback = made(kind(*column, exploration=0.5), d=[0.0, 1.0, 2.0])
     earlier = torch.tensor([0.0, 1.0, 2.0])
-    later = callback.on_prompt_weights(None, at(50), None, weights=earlier.clone())
+    later = callback.on_prompt_weights(state=at(50), weights=earlier.clone())
     torch.testing.assert_close(later, earlier * weights_of(callback, 3, at(50)))
 
 
@@ -205,7 +205,7 @@ def online(num_prompts, batches, **kwargs) -> OnlineCurriculumCallback:
     callback = made(OnlineCurriculumCallback(**kwargs), d=[0] * num_prompts)
     for batch in batches:
         weights_of(callback, num_prompts)
-        callback.on_rollouts(None, None, None, batch=rollouts(batch))
+        callback.on_rollouts(batch=rollouts(batch))
     return callback
 
 
@@ -225,7 +225,7 @@ def test_online_follows_the_policy():
     callback = online(2, [{0: HARD, 1: UNCERTAIN}] * 4)
     before = weights_of(callback, 2)
     for _ in range(4):
-        callback.on_rollouts(None, None, None, batch=rollouts({0: UNCERTAIN, 1: EASY}))
+        callback.on_rollouts(batch=rollouts({0: UNCERTAIN, 1: EASY}))
     after = weights_of(callback, 2)
     assert before[0] < before[1]
     assert after[0] > after[1]
@@ -250,7 +250,7 @@ def test_online_logs_over_how_many_prompts_the_draw_spreads():
     for expected in (4.0, None):
         weights = weights_of(callback, 4)
         batch = rollouts({0: HARD, 1: UNCERTAIN, 2: HARD, 3: HARD})
-        callback.on_rollouts(None, None, None, batch=batch)
+        callback.on_rollouts(batch=batch)
         expected = expected or (1 / weights.square().sum()).item()
         assert batch.metrics["curriculum/effective_prompts"] == pytest.approx(expected)
     assert expected < 3
@@ -263,7 +263,7 @@ def test_online_state_round_trip():
     for batch in ({1: EASY, 2: UNCERTAIN}, {0: UNCERTAIN, 3: HARD}):
         assert torch.equal(weights_of(second, 4), weights_of(first, 4))
         for callback in (first, second):
-            callback.on_rollouts(None, None, None, batch=rollouts(batch))
+            callback.on_rollouts(batch=rollouts(batch))
     assert torch.equal(weights_of(second, 4), weights_of(first, 4))
 
 
@@ -302,7 +302,7 @@ def test_target_rises_while_the_reward_is_above_the_goal():
     position = 0.0
     for reward in (1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, NAN):
         batch = rollouts({0: [reward], 1: [reward, NAN]})
-        callback.on_rollouts(None, None, None, batch=batch)
+        callback.on_rollouts(batch=batch)
         move = 0.0 if math.isnan(reward) else 0.3 * math.tanh(2 * (reward - 0.5))
         position = min(max(position + move, 0.0), 1.0)
         assert batch.metrics["curriculum/position"] == callback.target == pytest.approx(position)
@@ -314,7 +314,7 @@ def test_target_counts_what_was_sampled_and_thrown_away():
     callback = made(TargetCurriculumCallback("d", goal=0.9, step_size=0.3, sensitivity=2.0), d=[0.0, 10.0, 30.0])
     batch = rollouts({0: [1.0, 0.0, 1.0, 1.0]})
     batch.discarded = rollouts({1: [1.0] * 8, 2: [1.0] * 8})
-    callback.on_rollouts(None, None, None, batch=batch)
+    callback.on_rollouts(batch=batch)
     assert callback.target == pytest.approx(0.3 * math.tanh(2 * (19 / 20 - 0.9)))
 
 
@@ -335,7 +335,7 @@ def test_target_weights_by_hand():
 
 def test_target_state_round_trip():
     first, second = (made(TargetCurriculumCallback("d"), d=[0.0, 1.0]) for _ in range(2))
-    first.on_rollouts(None, None, None, batch=rollouts({0: [1.0]}))
+    first.on_rollouts(batch=rollouts({0: [1.0]}))
     second.load_state_dict(first.state_dict())
     assert torch.equal(weights_of(second, 2), weights_of(first, 2))
     assert second.target == first.target > 0
@@ -379,7 +379,7 @@ class Rows:
 @pytest.mark.parametrize("kind", [StagedCurriculumCallback, TargetCurriculumCallback])
 def test_names_and_numbers_do_not_mix(kind):
     with pytest.raises(ValueError, match="Column 'd' mixes names and numbers: use one kind"):
-        kind("d").on_setup(ARGS, None, None, trainer=SimpleNamespace(train_dataset=Rows(["easy", 3, "hard"])))
+        kind("d").on_setup(args=ARGS, trainer=SimpleNamespace(train_dataset=Rows(["easy", 3, "hard"])))
 
 
 @pytest.mark.parametrize("curriculum", ["staged", "target"])

@@ -18,7 +18,7 @@ from trl_grpo_ext import (
     ThresholdGroupSizeCallback,
     VarianceGroupSizeCallback,
 )
-from trl_grpo_ext.plan.group_size import PromptPosterior
+from trl_grpo_ext.plan.posterior import PromptPosterior
 
 NAN = float("nan")
 
@@ -50,13 +50,13 @@ def rollouts(groups: dict[int, list[float]], discarded: dict[int, list[float]] |
 
 def made(callback, num_prompts=8, args=ARGS):
     data = Dataset.from_dict({"level": ["easy", "hard"] * num_prompts}).select(range(num_prompts))
-    callback.on_setup(args, None, None, trainer=SimpleNamespace(train_dataset=data))
+    callback.on_setup(args=args, trainer=SimpleNamespace(train_dataset=data))
     return callback
 
 
 def sizes(callback, prompts, num_rows=16, args=ARGS) -> list[int]:
     index = torch.tensor(prompts)
-    return callback.on_group_sizes(args, None, None, prompt_index=index, num_rows=num_rows).tolist()
+    return callback.on_group_sizes(args=args, prompt_index=index, num_rows=num_rows).tolist()
 
 
 def through_a_file(state: dict) -> dict:
@@ -74,28 +74,28 @@ def test_threshold_rule_by_hand_over_several_visits():
     assert sizes(callback, [0, 1, 2]) == [4, 4, 4]
     varies, flat = [0.0, 1.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]  # std 0.577 and 0
     for expected in ([5, 3, 4], [6, 2, 4], [6, 2, 4]):  # then at the bounds
-        callback.on_rollouts(ARGS, None, None, batch=rollouts({0: varies, 1: flat}))
+        callback.on_rollouts(args=ARGS, batch=rollouts({0: varies, 1: flat}))
         assert sizes(callback, [0, 1, 2]) == expected
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: flat, 1: varies}))
+    callback.on_rollouts(args=ARGS, batch=rollouts({0: flat, 1: varies}))
     assert sizes(callback, [1, 0, 2]) == [3, 5, 4]
 
 
 def test_threshold_is_in_units_of_the_reward_and_not_reached_by_equality():
     batch = rollouts({0: [0.0, 2.0, 1.0], 1: [0.0, 20.0, 10.0]})  # std exactly 1 and 10
     callback = made(ThresholdGroupSizeCallback(std_threshold=1.0))
-    callback.on_rollouts(ARGS, None, None, batch=batch)
+    callback.on_rollouts(args=ARGS, batch=batch)
     assert sizes(callback, [0, 1]) == [3, 5]
 
 
 def test_threshold_learns_from_discarded_groups():
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5))
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: [0.0, 2.0]}, discarded={1: [1.0, 1.0], 2: [0.0, 2.0]}))
+    callback.on_rollouts(args=ARGS, batch=rollouts({0: [0.0, 2.0]}, discarded={1: [1.0, 1.0], 2: [0.0, 2.0]}))
     assert sizes(callback, [0, 1, 2, 3]) == [5, 3, 5, 4]
 
 
 def test_threshold_leaves_a_group_alone_that_nothing_scored():
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5))
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: [NAN] * 4, 1: [1.0, NAN, NAN, NAN]}))
+    callback.on_rollouts(args=ARGS, batch=rollouts({0: [NAN] * 4, 1: [1.0, NAN, NAN, NAN]}))
     assert sizes(callback, [0, 1]) == [4, 4]
 
 
@@ -106,7 +106,7 @@ def test_threshold_sizes_are_a_walk_between_the_bounds(visits, low, high):
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5), args=args)
     expected = 4
     for varies in visits:
-        callback.on_rollouts(args, None, None, batch=rollouts({3: [0.0, 2.0 * varies]}))
+        callback.on_rollouts(args=args, batch=rollouts({3: [0.0, 2.0 * varies]}))
         expected = min(max(expected + (1 if varies else -1), low), high)
         assert sizes(callback, [3], args=args) == [expected]
 
@@ -114,13 +114,13 @@ def test_threshold_sizes_are_a_walk_between_the_bounds(visits, low, high):
 def test_threshold_state_round_trip():
     first = made(ThresholdGroupSizeCallback(std_threshold=0.5))
     batch = rollouts({0: [0.0, 2.0], 1: [1.0, 1.0]})
-    first.on_rollouts(ARGS, None, None, batch=batch)
+    first.on_rollouts(args=ARGS, batch=batch)
     second = made(ThresholdGroupSizeCallback(std_threshold=0.5))
     second.load_state_dict(through_a_file(first.state_dict()))
     for _ in range(2):
         assert sizes(second, range(8)) == sizes(first, range(8))
         for callback in (first, second):
-            callback.on_rollouts(ARGS, None, None, batch=batch)
+            callback.on_rollouts(args=ARGS, batch=batch)
 
 
 # Posterior
@@ -284,7 +284,7 @@ HARD, UNCERTAIN, EASY = [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1
 def test_uncertain_prompts_get_more_of_the_same_number_of_rows():
     callback = made(VarianceGroupSizeCallback())
     assert sizes(callback, [0, 1, 2, 3]) == [4, 4, 4, 4]  # nothing known yet
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: HARD, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
+    callback.on_rollouts(args=ARGS, batch=rollouts({0: HARD, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
     hard, uncertain, easy, also_uncertain = sizes(callback, [0, 1, 2, 3])
     assert hard + uncertain + easy + also_uncertain == 16
     assert 2 <= min(hard, easy) <= max(hard, easy) < min(uncertain, also_uncertain) <= 6
@@ -292,10 +292,10 @@ def test_uncertain_prompts_get_more_of_the_same_number_of_rows():
 
 def test_a_prompt_that_becomes_certain_shrinks_again():
     callback = made(VarianceGroupSizeCallback())
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: UNCERTAIN, 1: EASY, 2: EASY, 3: EASY}))
+    callback.on_rollouts(args=ARGS, batch=rollouts({0: UNCERTAIN, 1: EASY, 2: EASY, 3: EASY}))
     before = sizes(callback, [0, 1, 2, 3])
     for _ in range(6):
-        callback.on_rollouts(ARGS, None, None, batch=rollouts({0: EASY, 1: UNCERTAIN, 2: EASY, 3: EASY}))
+        callback.on_rollouts(args=ARGS, batch=rollouts({0: EASY, 1: UNCERTAIN, 2: EASY, 3: EASY}))
     after = sizes(callback, [0, 1, 2, 3])
     assert before[0] > before[1]
     assert after[0] < after[1]
@@ -308,8 +308,8 @@ def test_a_prompt_that_becomes_certain_shrinks_again():
 @settings(deadline=None)
 def test_sizes_do_not_depend_on_the_unit_of_the_reward(rewards, scale):
     plain, scaled = made(VarianceGroupSizeCallback()), made(VarianceGroupSizeCallback())
-    plain.on_rollouts(ARGS, None, None, batch=rollouts(dict(enumerate([float(r) for r in g] for g in rewards))))
-    scaled.on_rollouts(ARGS, None, None, batch=rollouts(dict(enumerate([r * scale for r in g] for g in rewards))))
+    plain.on_rollouts(args=ARGS, batch=rollouts(dict(enumerate([float(r) for r in g] for g in rewards))))
+    scaled.on_rollouts(args=ARGS, batch=rollouts(dict(enumerate([r * scale for r in g] for g in rewards))))
     assert sizes(scaled, [0, 1, 2, 3]) == sizes(plain, [0, 1, 2, 3])
 
 
@@ -317,7 +317,7 @@ def test_sizes_do_not_depend_on_the_unit_of_the_reward(rewards, scale):
 @settings(deadline=None)
 def test_variance_sizes_add_up_within_bounds_and_follow_the_posterior(rewards):
     callback = made(VarianceGroupSizeCallback())
-    callback.on_rollouts(ARGS, None, None, batch=rollouts(dict(enumerate(rewards))))
+    callback.on_rollouts(args=ARGS, batch=rollouts(dict(enumerate(rewards))))
     prompts = [6, 2, 4, 0]
     chosen = sizes(callback, prompts)
     assert sum(chosen) == 16
@@ -335,19 +335,19 @@ def test_variance_uses_as_many_prompts_as_with_a_fixed_size():
 def test_variance_learns_by_level_of_difficulty():
     args = bounded(2, 6, difficulty_column="level")
     callback = made(VarianceGroupSizeCallback(), args=args)  # even prompts are easy, odd ones hard
-    callback.on_rollouts(args, None, None, batch=rollouts({0: EASY, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
+    callback.on_rollouts(args=args, batch=rollouts({0: EASY, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
     easy, hard, also_easy, also_hard = sizes(callback, [4, 5, 6, 7], args=args)
     assert max(easy, also_easy) < min(hard, also_hard)
 
 
 def test_variance_state_round_trip():
     first, second = made(VarianceGroupSizeCallback()), made(VarianceGroupSizeCallback())
-    first.on_rollouts(ARGS, None, None, batch=rollouts({0: HARD, 1: UNCERTAIN}, discarded={2: EASY}))
+    first.on_rollouts(args=ARGS, batch=rollouts({0: HARD, 1: UNCERTAIN}, discarded={2: EASY}))
     second.load_state_dict(through_a_file(first.state_dict()))
     for batch in (rollouts({1: EASY, 3: UNCERTAIN}), rollouts({0: UNCERTAIN, 1: EASY})):
         assert sizes(second, [0, 1, 2, 3]) == sizes(first, [0, 1, 2, 3])
         for callback in (first, second):
-            callback.on_rollouts(ARGS, None, None, batch=batch)
+            callback.on_rollouts(args=ARGS, batch=batch)
     torch.testing.assert_close(second.posterior.variance(), first.posterior.variance(), rtol=0, atol=0)
 
 

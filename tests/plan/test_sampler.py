@@ -14,8 +14,10 @@ from kit import config_kwargs
 from trl.trainer.utils import RepeatSampler
 
 from trl_grpo_ext import AdaptiveGRPOConfig, GRPOCallback, OnlineCurriculumCallback, VarianceGroupSizeCallback
+from trl_grpo_ext.hooks import RolloutPlan
 from trl_grpo_ext.plan.planner import Planner
-from trl_grpo_ext.plan.sampler import PromptSampler, RolloutPlan, fit_group_sizes, num_groups_that_fit
+from trl_grpo_ext.plan.sampler import PromptSampler
+from trl_grpo_ext.plan.sizes import fit_group_sizes, num_groups_that_fit
 
 wish = st.one_of(st.just(0.0), st.floats(0, 1e6), st.floats(0, 1e-6))
 
@@ -504,7 +506,7 @@ def test_a_million_prompts_are_planned_with_little_state():
     ours = Planner(args, data)
     callbacks = [OnlineCurriculumCallback(), VarianceGroupSizeCallback()]
     for callback in callbacks:
-        callback.on_setup(args, STATE, None, trainer=SimpleNamespace(train_dataset=data))
+        callback.on_setup(args=args, state=STATE, trainer=SimpleNamespace(train_dataset=data))
     for chosen in (callbacks, callbacks[1:]):
         plan = ours.plan(chosen, STATE, None)
         assert plan.group_sizes.sum() == 64

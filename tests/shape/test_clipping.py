@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kit import config_kwargs, count_vowels, has_answer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RewardClipCallback, RolloutBatch
-from trl_grpo_ext.credit.groups import group_advantages, total_rewards
+from trl_grpo_ext.credit.groups import group_advantages
+from trl_grpo_ext.hooks.segments import total_rewards
 from trl_grpo_ext.shape.clipping import clip_to_quantiles, clip_to_range
 
 NAN, INF = math.nan, math.inf
@@ -123,14 +124,14 @@ def test_infinite_reward_does_not_spoil_the_others(outlier):
 
 def test_range_is_applied_before_quantiles():
     batch = rollouts([[0.0, 0.0], [10.0, 1.0], [1000.0, 2.0]])
-    clipped = RewardClipCallback((0, 20), (0.0, 0.75)).on_rewards(None, None, None, batch=batch)
+    clipped = RewardClipCallback((0, 20), (0.0, 0.75)).on_rewards(batch=batch)
     equal(clipped, [[0.0, 0.0], [10.0, 1.0], [15.0, 1.5]])  # of 0, 10, 20 the quantile 3/4 is 15
 
 
 def test_share_of_clipped_rewards_is_logged():
     batch = rollouts([[-3.0, NAN], [0.0, 5.0], [3.0, NAN], [1.0, NAN]])
     equal(
-        RewardClipCallback((-1, 1)).on_rewards(None, None, None, batch=batch),
+        RewardClipCallback((-1, 1)).on_rewards(batch=batch),
         [[-1.0, NAN], [0.0, 1.0], [1.0, NAN], [1.0, NAN]],
     )
     expected = {"reward_clip/frac": 3 / 5, "reward_clip/first/frac": 2 / 4, "reward_clip/second/frac": 1.0}
@@ -140,15 +141,15 @@ def test_share_of_clipped_rewards_is_logged():
 def test_total_is_clipped_instead_of_each():
     batch = rollouts([[-3.0, 1.0], [5.0, -4.0], [NAN, 2.0], [NAN, NAN]])
     callback = RewardClipCallback((-1, 1), on="total")
-    assert callback.on_rewards(None, None, None, batch=batch) is None
-    equal(callback.on_total_rewards(None, None, None, batch=batch), [-1.0, 1.0, 1.0, NAN])
+    assert callback.on_rewards(batch=batch) is None
+    equal(callback.on_total_rewards(batch=batch), [-1.0, 1.0, 1.0, NAN])
     assert batch.metrics == {"reward_clip/frac": 2 / 3}
-    assert RewardClipCallback((-1, 1)).on_total_rewards(None, None, None, batch=batch) is None
+    assert RewardClipCallback((-1, 1)).on_total_rewards(batch=batch) is None
 
 
 def test_batch_without_rewards_is_left_alone():
     batch = rollouts([[NAN, NAN], [NAN, NAN]])
-    equal(RewardClipCallback((0, 1), (0.1, 0.9)).on_rewards(None, None, None, batch=batch), [[NAN, NAN], [NAN, NAN]])
+    equal(RewardClipCallback((0, 1), (0.1, 0.9)).on_rewards(batch=batch), [[NAN, NAN], [NAN, NAN]])
     assert math.isnan(batch.metrics["reward_clip/frac"])
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from kit import config_kwargs
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, DynamicSamplingCallback, GRPOCallback, RolloutBatch
-from trl_grpo_ext.credit.groups import flat_groups, group_advantages
+from trl_grpo_ext.credit.groups import group_advantages
+from trl_grpo_ext.hooks.checks import check_conflicts
+from trl_grpo_ext.hooks.segments import flat_groups
 from trl_grpo_ext.shape.resampling import (
     global_positions,
     put_logs,
@@ -214,14 +216,14 @@ def test_flat_groups_are_replaced_for_a_bounded_number_of_rounds():
     batch = RolloutBatch(0, torch.arange(6) // 2, torch.tensor([2, 2, 2]), None, rewards[:, None], rewards[:, None], [])
     batch.rewards = rewards
     for round in (0, 1):
-        assert callback.on_resample(None, None, None, batch=batch, round=round).tolist() == [True, False, True]
-    assert callback.on_resample(None, None, None, batch=batch, round=2) is None
+        assert callback.on_resample(batch=batch, round=round).tolist() == [True, False, True]
+    assert callback.on_resample(batch=batch, round=2) is None
 
 
 def test_vision_language_models_are_refused():
     with pytest.raises(ValueError, match=r"vision-language models.* set dynamic_sampling_rounds=0"):
-        DynamicSamplingCallback().on_setup(None, None, None, trainer=SimpleNamespace(_is_vlm=True))
-    DynamicSamplingCallback().on_setup(None, None, None, trainer=SimpleNamespace(_is_vlm=False))
+        check_conflicts([DynamicSamplingCallback()], SimpleNamespace(is_vlm=True))
+    check_conflicts([DynamicSamplingCallback()], SimpleNamespace(is_vlm=False))
 
 
 # Real runs

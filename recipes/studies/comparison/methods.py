@@ -36,6 +36,8 @@ STOCK = "GRPO (TRL)"
 ALL = {"group_size": "variance", "curriculum": "online", "dynamic_sampling_rounds": 1}
 ALL |= {"reward_clip_quantiles": [0.05, 0.95], "share_prompts": True, "skip_zero_advantage": True}
 BATCH = {"group_size": "variance", "curriculum": "online", "scale_rewards": "batch"}
+SINGLE = {"group_size": "single", "scale_rewards": "batch"}
+TWICE = {"num_iterations": 2, "baseline_shift": 0.5}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
 HELPFUL |= {"share_prompts": True, "skip_zero_advantage": True}
@@ -57,6 +59,21 @@ METHODS = {
     "GRPO (TRL), batch scale": Method(GRPOTrainer, GRPOConfig, {"scale_rewards": "batch"}, tuned_as=STOCK),
     "variance + online, batch scale": Method(options=BATCH, tuned_as="variance + online"),
     "helpful.yaml": Method(options=HELPFUL),
+    # Further passes over each batch, and baselines below what a prompt earns.
+    "GRPO (TRL), 2 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 2}),
+    "GRPO (TRL), 4 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 4}),
+    "PPO, 2 passes": Method(options={"num_iterations": 2}, has_critic=True),
+    "single, batch": Method(options=SINGLE | {"baseline": "batch"}),
+    "single, batch, 2 passes": Method(options=SINGLE | {"baseline": "batch", "num_iterations": 2}),
+    "single, batch - 0.5 s, 2 passes": Method(options=SINGLE | TWICE | {"baseline": "batch"}),
+    "single, predicted - 0.5 s": Method(options=SINGLE | {"baseline": "predicted", "baseline_shift": 0.5}),
+    "single, predicted, 2 passes": Method(options=SINGLE | {"baseline": "predicted", "num_iterations": 2}),
+    "efficient": Method(options=SINGLE | TWICE | {"baseline": "predicted"}),
+    "efficient, choosing": Method(options=SINGLE | TWICE | {"baseline": "predicted", "curriculum": "predicted"}),
+    "efficient, 4 passes": Method(options=SINGLE | TWICE | {"baseline": "predicted", "num_iterations": 4}),
+    "pairs, shrunk - 0.5 s, 2 passes": Method(
+        options=TWICE | {"baseline": "shrunk", "scale_rewards": "batch", "num_generations": 2}
+    ),
 }
 
 
@@ -113,10 +130,9 @@ def _online(
     args = method.config(
         **_arguments(cell),
         per_device_train_batch_size=cell["rows"],
-        num_generations=cell["num_generations"],
         max_completion_length=task.max_completion_length,
-        max_steps=cell["rollouts"] // cell["rows"],
-        **method.options,
+        max_steps=cell["rollouts"] // cell["rows"] * method.options.get("num_iterations", 1),
+        **{"num_generations": cell["num_generations"], **method.options},
     )
     critic = CriticBaseline() if method.has_critic else None
     trainer = method.trainer(
