@@ -36,7 +36,12 @@ from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.recipe.tiny import tiny_model
 
 STOCK = "stock TRL"
-EFFICIENT: dict[str, Any] = {"group_size": "single", "baseline": "predicted", "baseline_shift": 0.5, "scale_rewards": "batch"}
+EFFICIENT: dict[str, Any] = {
+    "group_size": "single",
+    "baseline": "predicted",
+    "baseline_shift": 0.5,
+    "scale_rewards": "batch",
+}
 EFFICIENT |= {"curriculum": "predicted", "num_iterations": 4, "reuse_drift_limit": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     STOCK: {},
