@@ -89,7 +89,7 @@ def test_options_in_python_exist(code):
     known = set(AdaptiveGRPOConfig.__dataclass_fields__)
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "AdaptiveGRPOConfig":
-            assert {keyword.arg for keyword in node.keywords} <= known
+            assert {keyword.arg for keyword in node.keywords if keyword.arg} <= known
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))
