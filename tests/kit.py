@@ -199,8 +199,9 @@ def interrupt(make: Callable[[str], Any], step: int) -> tuple[Any, Any, Any]:
     Returns:
         `tuple`: the three trainers.
     """
-    whole, cut = make("whole"), make("cut")
+    whole = make("whole")
     whole.train()
+    cut = make("cut")  # not before: a trainer sets the seed when it is made
     cut.add_callback(Interrupt(step))
     cut.train()
     resumed = make("cut")
