@@ -224,8 +224,9 @@ def interrupt(make: Callable[[str], Any], step: int) -> tuple[Any, Any, Any]:
     Returns:
         `tuple`: the three trainers.
     """
-    whole, cut = make("whole"), make("cut")
+    whole = make("whole")
     whole.train()
+    cut = make("cut")  # not before, because making a trainer sets the seed
     cut.add_callback(Interrupt(step))
     cut.train()
     resumed = make("cut")

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from trl_grpo_ext.credit.groups import EPS, group_advantages, normalize_then_sum
 from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
@@ -249,16 +248,11 @@ THIRD = [0.0, 10.0, 0.0, None, 0.0, 0.0, None, 0.0, None, 1.0, None, None, None,
     ("scale", "aggregation"),
     [(scale, "sum_then_normalize") for scale in SCALES] + [("group", "normalize_then_sum")],
 )
-def test_equal_groups_give_trls_own_advantages(scale, aggregation, model_path, dataset, tmp_path):
+def test_equal_groups_give_trls_own_advantages(scale, aggregation, trained):
     overrides = {"per_device_train_batch_size": 16, "max_steps": 1, "scale_rewards": scale, "max_completion_length": 2}
     overrides |= {"multi_objective_aggregation": aggregation, "reward_weights": [1.0, 0.5, -2.0]}
-    trainer = GRPOTrainer(
-        model=model_path,
-        reward_funcs=[table("first", FIRST), table("second", SECOND), table("third", THIRD)],
-        args=GRPOConfig(**config_kwargs(tmp_path, **overrides)),
-        train_dataset=dataset,
-    )
-    trainer.train()
+    tables = [table("first", FIRST), table("second", SECOND), table("third", THIRD)]
+    trainer = trained(reward_funcs=tables, cls=GRPOTrainer, **overrides)
     logged = [list(trainer._logs["rewards"][name]) for name in ("first", "second", "third")]
     rewards = torch.tensor(logged).T
     expected = torch.tensor(list(trainer._logs["advantages"]))
