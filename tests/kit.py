@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext.hooks.segments import total_rewards
 from trl_grpo_ext.host.processes import leave
 from trl_grpo_ext.host.state import check_savable
+from trl_grpo_ext.recipe.tiny import tiny_model, tiny_tokenizer
 
 NAN = float("nan")
 ROOT = Path(__file__).parents[1]
@@ -43,37 +43,12 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", " ", "user", "assistant", "system"]
-    words += ["\n", *(c for c in string.printable.strip())]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    pattern = Regex(r"<\|im_start\|>|<\|im_end\|>|user|assistant|system|[\s\S]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-    )
+    words = ["<|im_start|>", "<|im_end|>", " ", "user", "assistant", "system", "\n", *string.printable.strip()]
+    return tiny_tokenizer(words, "<|im_end|>", chat_template=CHAT_TEMPLATE)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_model(tokenizer, seed, hidden_size=32, num_key_value_heads=2, max_position_embeddings=4096)
 
 
 def make_letters() -> Dataset:
