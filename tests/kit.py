@@ -315,7 +315,7 @@ def launch(
         | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]

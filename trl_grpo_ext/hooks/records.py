@@ -207,7 +207,11 @@ class RolloutBatch:
 
     @property
     def token_advantages(self) -> Tensor:
-        """Advantages `(N, T)` of the tokens, 0 behind the end of a completion."""
+        """
+        Advantages `(N, T)` of the tokens, 0 behind the end of a completion.
+
+        Where each completion has one advantage, they are `(N, 1)`.
+        """
         per_token = self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
         if self.advantages.dim() == 2:
             return per_token.where(self.token_mask, torch.zeros_like(per_token))
