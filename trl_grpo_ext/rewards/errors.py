@@ -19,8 +19,9 @@ _OF_TRL = ("prompts", "completions", "completion_ids", *NOT_OF_THE_ROW)
 SKIP = 'leave such rows out with .on_error("skip")'
 
 _WRONG_ARGUMENTS = re.compile(r"unexpected keyword argument|missing \d+ required|positional-only")
-_LIST_AS_TEXT = re.compile(r"\b(list|dict)\b")
-_TEXT_AS_LIST = re.compile(r"string indices must be integers|'str' object has no attribute")
+_NO_ATTRIBUTE = re.compile(r"'(list|dict)' object has no attribute '(\w+)'")
+_LIST_AS_TEXT = re.compile(r"\b(list|dict)\b")  # in a `TypeError`
+_TEXT_AS_LIST = re.compile(r"string indices must be integers|'str' object has no attribute '(get|items|keys|values)'")
 
 
 class RewardError(ValueError):
@@ -95,7 +96,7 @@ def wrong_signature_told(name: str, function: Callable[..., Any], call: dict[str
     try:
         yield
     except TypeError as error:
-        problem = signature_problem(function, call) if _WRONG_ARGUMENTS.search(str(error)) else None
+        problem = signature_problem(function, call) if _WRONG_ARGUMENTS.search(said(error)) else None
         if problem is None:  # the error comes from inside the function
             raise
         raise CallError(f"reward {name!r} {problem}") from error
@@ -136,13 +137,12 @@ def signature_problem(function: Callable[..., Any], call: dict[str, Any]) -> str
     problems = []
     if missing:
         columns = _quoted([name for name in call if name not in _OF_TRL])
-        passed = _quoted([name for name in call if name in _OF_TRL]) + (
-            f" and the columns {columns}" if columns else ""
-        )
+        passed = _quoted([name for name in call if name in _OF_TRL])
+        passed += f" and the columns {columns}" if columns else ""
         remedy = f"rename {_quoted(missing)} to one of these, or add the column to the dataset"
         problems.append(f"needs the argument {_quoted(missing)}, but TRL passes {passed}: {remedy}")
     if refused and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        example = ", ".join([*(name for name in named if name in call), "**kwargs"])
+        example = ", ".join([*([name for name in named if name in call] or ["completions"]), "**kwargs"])
         problems.append(
             f"does not take {_quoted(refused)}, which TRL passes: end its parameters with **kwargs, as in ({example})"
         )
@@ -158,18 +158,24 @@ def remedy_for(error: BaseException, completions: Any) -> str:
     if isinstance(error, RowError) and error.remedy is not None:
         return error.remedy
     first = completions[0] if isinstance(completions, list | tuple) and completions else None
-    if isinstance(error, AttributeError | TypeError):
-        if isinstance(first, list) and _LIST_AS_TEXT.search(str(error)):
-            return (
-                'the prompts are messages, so each completion is a list of messages such as [{"role": "assistant", '
-                '"content": "..."}]: read the text with completion[0]["content"]'
-            )
-        if isinstance(first, str) and _TEXT_AS_LIST.search(str(error)):
-            return (
-                "the prompts are texts, so each completion is a text: use the completion itself, or make each prompt a "
-                "list of messages"
-            )
+    if isinstance(first, list) and _takes_messages_for_text(error):
+        return (
+            'the prompts are messages, so each completion is a list of messages such as [{"role": "assistant", '
+            '"content": "..."}]: read the text with completion[0]["content"]'
+        )
+    if isinstance(first, str) and isinstance(error, AttributeError | TypeError) and _TEXT_AS_LIST.search(said(error)):
+        return (
+            "the prompts are texts, so each completion is a text: use the completion itself, or make each prompt a "
+            "list of messages"
+        )
     return f"mend the cause, or {SKIP}"
+
+
+def _takes_messages_for_text(error: BaseException) -> bool:
+    if isinstance(error, AttributeError):
+        found = _NO_ATTRIBUTE.search(said(error))
+        return found is not None and hasattr(str, found[2])
+    return isinstance(error, TypeError) and _LIST_AS_TEXT.search(said(error)) is not None
 
 
 def said(error: BaseException) -> str:

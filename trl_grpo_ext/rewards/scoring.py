@@ -222,16 +222,17 @@ def number_or_problem(value: Any) -> tuple[float | None, str | None]:
 
 
 def _is_numeric(value: Any) -> bool:
-    return not isinstance(value, str) and (hasattr(type(value), "__float__") or hasattr(type(value), "__index__"))
+    # numpy makes a number of some durations, and not of others.
+    is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
+    has_float = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+    return has_float and not is_time and not isinstance(value, str)
 
 
 def _only_element(value: Any) -> Any:
     """The element of an array, tensor or numpy scalar that holds one; anything else as it is."""
     shape = getattr(value, "shape", None)
-    if not hasattr(value, "item") or not isinstance(shape, tuple) or math.prod(shape) != 1:
-        return value
-    # A date or a duration of numpy would become an integer.
-    return value if getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M") else value.item()
+    holds_one = hasattr(value, "item") and isinstance(shape, tuple) and math.prod(shape) == 1
+    return value.item() if holds_one and _is_numeric(value) else value
 
 
 def _key(row: dict[str, Any]) -> bytes:
