@@ -1,5 +1,6 @@
 """Options that cannot work are refused at construction with value, rule and remedy; the rest reaches TRL's parser."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -17,19 +18,19 @@ from trl_grpo_ext import (
     TargetCurriculumCallback,
     ThresholdGroupSizeCallback,
     VarianceGroupSizeCallback,
-    _host,
 )
+from trl_grpo_ext.host import seams
 
 REFUSED = {
-    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'threshold', 'var"),
-    "curriculum": ({"curriculum": "easy"}, "curriculum='easy' is unknown: use one of 'none', 'staged', 'online', 'tar"),
+    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'single', 'threshold', 'var"),
+    "curriculum": ({"curriculum": "easy"}, "curriculum='easy' is unknown: use one of 'none', 'staged', 'online', 'pre"),
     "clip_on": ({"reward_clip_on": "all"}, "reward_clip_on='all' is unknown: use 'each' or 'total'"),
     "min_above_max": (
         {"min_group_size": 8, "max_group_size": 4},
         "min_group_size=8 exceeds max_group_size=4: lower one of them",
     ),
     "min_above_default_max": ({"min_group_size": 9}, "min_group_size=9 exceeds max_group_size=8: lower one"),
-    "min_of_one": ({"min_group_size": 1}, "min_group_size=1 is below 2: .* use at least 2"),
+    "min_of_one": ({"min_group_size": 1}, "min_group_size=1 is below 2: .* Use at least 2"),
     "generations_below_min": (
         {"group_size": "variance", "min_group_size": 5},
         "num_generations=4 is outside min_group_size=5 to max_group_size=8: .* set it between them",
@@ -100,10 +101,11 @@ def test_every_default_of_trl_is_kept(tmp_path):
 
 @pytest.mark.parametrize(("generations", "low", "high"), [(2, 2, 4), (4, 2, 8), (8, 4, 16)])
 def test_bounds_follow_num_generations(generations, low, high, config):
-    args = config(num_generations=generations)
-    assert (args.min_group_size, args.max_group_size) == (low, high)
-    assert config(num_generations=generations, min_group_size=2, max_group_size=9).min_group_size == 2
-    assert config(num_generations=generations, min_group_size=2, max_group_size=9).max_group_size == 9
+    assert config(num_generations=generations).group_size_bounds == (low, high)
+    assert config(num_generations=generations, min_group_size=2, max_group_size=9).group_size_bounds == (2, 9)
+    # What nobody set stays unset, and follows another number of generations. TRL's own derived option has to be unset.
+    changes = {"num_generations": generations, "generation_batch_size": None}
+    assert dataclasses.replace(config(group_size="threshold"), **changes).group_size_bounds == (low, high)
 
 
 def test_options_survive_a_round_trip(config):
@@ -155,7 +157,7 @@ def parse(monkeypatch, tmp_path):
 
 def test_yaml_is_parsed(parse):
     args = parse(yaml=YAML)
-    assert (args.group_size, args.min_group_size, args.max_group_size) == ("variance", 2, 16)
+    assert (args.group_size, args.group_size_bounds) == ("variance", (2, 16))
     assert args.reward_clip_range == [-10, 10]
     assert args.reward_clip_quantiles == [0.05, 0.95]
     assert (args.curriculum, args.difficulty_column, args.difficulty_levels) == ("staged", "level", ["a", "b"])
@@ -312,12 +314,12 @@ def test_a_users_variance_callback_is_checked_like_the_option(options, problem, 
     ],
 )
 def test_what_would_not_reach_the_loss_of_liger_is_refused(options, name, model_path, config, dataset, monkeypatch):
-    monkeypatch.setattr(_host, "LIGER_GOES_AROUND", True)
+    monkeypatch.setattr(seams, "LIGER_GOES_AROUND", True)
     with pytest.raises(ValueError, match=f"{name} has no effect with use_liger_kernel=True in TRL"):
         construct(model_path, config, dataset, use_liger_kernel=True, **options)
     construct(model_path, config, dataset, **options)
-    monkeypatch.setattr(_host, "LIGER_GOES_AROUND", False)
-    _host.check_liger(config(use_liger_kernel=True, **options))
+    monkeypatch.setattr(seams, "LIGER_GOES_AROUND", False)
+    seams.check_liger(config(use_liger_kernel=True, **options))
 
 
 def test_stream_is_fine_when_nothing_is_planned(model_path, config, dataset):

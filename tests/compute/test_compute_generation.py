@@ -313,7 +313,7 @@ def test_what_cannot_be_merged_is_refused(model_path):
 def test_training_with_a_merged_adapter(model_path, dataset, tmp_path, monkeypatch):
     from peft import LoraConfig
 
-    from trl_grpo_ext.compute import trainer as module
+    from trl_grpo_ext.trainer import lean as module
 
     opened, original = [], module.adapter_merged
 

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline, GRPOCallback
 from trl_grpo_ext.credit.critic import ValueModel, whiten
-from trl_grpo_ext.credit.groups import gae
+from trl_grpo_ext.credit.gae import gae
+from trl_grpo_ext.hooks.checks import check_conflicts
 
 NUMBERS = st.floats(-10, 10, width=32)
 
@@ -207,16 +208,17 @@ def test_the_value_model_goes_where_the_training_is(model_path):
         rollout_func=None,
         tools=None,
         is_deepspeed_enabled=False,
-        _is_vlm=False,
+        is_vlm=False,
+        rollout=None,
     )
     critic = CriticBaseline()
-    critic.on_setup(SimpleNamespace(per_device_train_batch_size=2, learning_rate=1e-3), None, None, trainer=trainer)
+    critic.on_setup(args=SimpleNamespace(per_device_train_batch_size=2, learning_rate=1e-3), trainer=trainer)
     held = critic.optimizer.param_groups[0]["params"]
     assert {p.device for p in (*critic.value_model.parameters(), *held)} == {nowhere}
     assert {p.device.type for p in trainer.model.parameters()} == {"cpu"}
     trainer.rollout_func = print
     with pytest.raises(ValueError, match="without tools and rollout_func"):
-        CriticBaseline().on_setup(None, None, None, trainer=trainer)
+        check_conflicts([critic], trainer)
 
 
 def test_a_dataset_smaller_than_the_batch_comes_again(model_path, dataset, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_grpo_ext import RolloutBatch
-from trl_grpo_ext.trainer.logs import added_metrics, flat_rows, mean_advantages, metrics_of_merged
+from trl_grpo_ext.trainer.logs import added_metrics, flat_rows, metrics_of_merged
 
 NAN = float("nan")
 
@@ -31,9 +31,9 @@ def make_batch() -> RolloutBatch:
 def test_flat_rows_and_advantages():
     batch = make_batch()
     assert flat_rows(batch).tolist() == [False, False, False, True, True]
-    assert mean_advantages(batch) is batch.advantages
+    assert batch.mean_advantages is batch.advantages
     batch.advantages = torch.arange(20.0).view(5, 4)
-    assert mean_advantages(batch).tolist() == [0.5, 5.5, 0.0, 12.0, 17.0]  # the third row has no tokens
+    assert batch.mean_advantages.tolist() == [0.5, 5.5, 0.0, 12.0, 17.0]  # the third row has no tokens
 
 
 def test_metrics_of_a_merged_batch():

@@ -50,6 +50,11 @@ class GRPOCallback(TrainerCallback):
     is_unique: ClassVar[bool] = False  # whether a trainer takes only one callback of this class
 
     @property
+    def reads_prompt_features(self) -> bool:
+        """Whether this callback reads `batch.prompt_features`, which cost a forward pass over the prompts."""
+        return False
+
+    @property
     def conflicts(self) -> tuple[Conflict, ...]:
         """What this callback cannot be combined with, each with the reason and the remedy."""
         return _conflicts_of_generating(type(self).__name__) if self.overrides("on_generate") else ()

@@ -128,7 +128,7 @@ def with_exploration(weights: Tensor, exploration: float) -> Tensor:
     return weights.mul((1 - exploration) / total).add_(exploration / weights.numel())
 
 
-class _Curriculum(GRPOCallback):
+class Curriculum(GRPOCallback):
     """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
 
     is_unique = True
@@ -148,7 +148,7 @@ class _Curriculum(GRPOCallback):
             batch.metrics["curriculum/difficulty"] = drawn.mean().item()
 
 
-class StagedCurriculumCallback(_Curriculum):
+class StagedCurriculumCallback(Curriculum):
     """
     Easy prompts first, then medium, then hard ones, with a smooth transition and a floor of exploration.
 
@@ -198,7 +198,7 @@ class StagedCurriculumCallback(_Curriculum):
         batch.metrics["curriculum/position"] = min(max(position, 0.0), 1.0)
 
 
-class OnlineCurriculumCallback(_Curriculum):
+class OnlineCurriculumCallback(Curriculum):
     """
     Draw the prompts on which learning is possible now: those whose rewards vary.
 
@@ -250,7 +250,7 @@ class OnlineCurriculumCallback(_Curriculum):
         self.posterior.load_state_dict(state_dict)
 
 
-class TargetCurriculumCallback(_Curriculum):
+class TargetCurriculumCallback(Curriculum):
     """
     AdaRFT (arXiv 2504.05520): draw prompts near a target difficulty that rises while the reward is above a goal.
 

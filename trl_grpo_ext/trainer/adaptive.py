@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
+from ..compute.hidden import prompt_features
+from ..compute.packing import equal_rows
 from ..config import AdaptiveGRPOConfig
 from ..credit.groups import group_advantages, normalize_then_sum
 from ..hooks.callback import GRPOCallback, call_hook
@@ -23,6 +25,7 @@ from ..rollouts.adapter import CallbackRollout, Rollout
 from ..shape.resampling import global_positions, put_logs, rows_to_regenerate, take_logs
 from .features import callbacks_of
 from .logs import StepMarks, added_metrics, flat_rows, metrics_of_merged
+from .reuse import ReuseGuardCallback, squared_log_ratio
 from .sampled import Sampled, same
 from .saving import SavingGRPOTrainer
 
@@ -97,6 +100,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._is_set_up = False
         self._planner: Planner | None = None
         self._step_marks: dict[str, int] = {}
+        self._watched: dict[str, Any] | None = None  # micro-batch whose drift the guard of reuse wants to know
         reward_funcs = as_awaited(reward_funcs)
         data = (train_dataset, eval_dataset, processing_class, reward_processing_classes)
         super().__init__(model, reward_funcs, args, *data, callbacks, *further, **kwargs)
@@ -145,6 +149,22 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._credit(sampled)
         self._call("on_rollouts", sampled.batch)
         return self._finish(sampled)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._watched = inputs if self.model.training and self.args.reuse_drift_limit is not None else None
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._watched = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._watched is not None and self._watched.get("old_per_token_logps") is not None:
+            inputs, self._watched = self._watched, None  # the reference model comes later, or before
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            guard = next(callback for callback in self.grpo_callbacks if isinstance(callback, ReuseGuardCallback))
+            guard.watch(squared_log_ratio(result[0], inputs["old_per_token_logps"], mask))
+        return result
 
     # The life of a batch
 
@@ -219,6 +239,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch.tokens = {name: sampled.output[name] for name in names}
         batch.completion_lengths = self.rollout.lengths(sampled.loss_mask)
+        if any(callback.reads_prompt_features for callback in self.grpo_callbacks):
+            batch.prompt_features = self._prompt_features(batch)
         if not sampled.is_ours:
             batch.advantages = torch.tensor(list(self._logs["advantages"]))  # of all ranks
         elif self.multi_objective_aggregation == "normalize_then_sum":
@@ -266,6 +288,17 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
                 setattr(batch, field, value.to(getattr(batch, field)))  # a float64, a bool, on any device
                 if field == "advantages":
                     check_advantages(callback, batch)
+
+    def _prompt_features(self, batch: RolloutBatch) -> Tensor:
+        """The policy's hidden state at the end of the prompt of each group of all processes, `(P, d)`."""
+        ids, mask = batch.tokens["prompt_ids"], batch.tokens["prompt_mask"]
+        prompts = equal_rows(ids, mask)
+        first = torch.zeros(int(prompts.max()) + 1, dtype=torch.long, device=ids.device)
+        first = first.scatter(0, prompts, torch.arange(len(prompts), device=ids.device))
+        own = prompt_features(self.model_wrapped, ids[first], mask[first])[prompts.cpu()]
+        features: Tensor = self.accelerator.gather(own.to(ids.device)).cpu()
+        some = torch.zeros(batch.num_groups, dtype=torch.long)
+        return features[some.scatter(0, batch.group_ids, torch.arange(batch.group_ids.numel()))]
 
     def _asked_to_replace(self, sampled: Sampled) -> Tensor:
         """Which groups `(P,)` any callback wants replaced."""
