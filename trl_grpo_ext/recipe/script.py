@@ -23,6 +23,7 @@ from ..rewards import Reward
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
 from .evaluation import HeldOutCallback, print_comparison
+from .layouts import LAYOUTS
 
 
 @dataclass
@@ -35,6 +36,8 @@ class DataArguments:
             A shipped set, a local file or folder, or a dataset on the hub.
         dataset_config (`str`, *optional*), dataset_layout (`str`, *optional*), dataset_streaming (`bool`, *optional*):
             As in [`~trl_grpo_ext.recipe.datasets.load_prompts`], and so are the two splits.
+        prompt_column (`str`, *optional*), reference_column (`str`, *optional*), system_prompt (`str`, *optional*):
+            As in [`~trl_grpo_ext.recipe.datasets.load_prompts`].
         max_test_prompts (`int`, *optional*, defaults to `200`):
             Most held-out prompts.
     """
@@ -44,7 +47,15 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_layout: str | None = field(
-        default=None, metadata={"help": "Layout of its columns, 'gsm8k' or 'hh-rlhf'; known for the sets on the hub."}
+        default=None,
+        metadata={"help": f"Layout of its columns: {', '.join(LAYOUTS)}; known for the sets on the hub."},
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompts, if not `prompt`."})
+    reference_column: str | None = field(
+        default=None, metadata={"help": "Column with the references, if not `reference`."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "What the system says first, in place of a row's own system message."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Held-out split."})
@@ -60,6 +71,9 @@ class DataArguments:
             self.dataset_name,
             config=self.dataset_config,
             layout=self.dataset_layout,
+            prompt_column=self.prompt_column,
+            reference_column=self.reference_column,
+            system_prompt=self.system_prompt,
             train_split=self.dataset_train_split,
             test_split=self.dataset_test_split,
             columns=columns,
