@@ -105,6 +105,8 @@ def as_one_reward(reward: Any, weights: Sequence[float] | None = None) -> Reward
         raise ValueError("reward is an empty list: pass at least one reward function")
     parts = [as_reward(part) for part in reward]
     if weights is not None:
+        if len(weights) != len(parts):
+            raise ValueError(f"reward_weights={list(weights)} is for another number of rewards: pass {len(parts)}")
         parts = [weight * part for weight, part in zip(weights, parts, strict=True)]
     return functools.reduce(operator.add, parts)
 

@@ -189,6 +189,7 @@ def make_trainer(
     check_splits(prompts)
     training_args.resume_from_checkpoint = checkpoint_of(training_args)
     rewards = as_rewards(reward)
+    whole = as_one_reward(rewards, training_args.reward_weights)
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
     trainer = AdaptiveGRPOTrainer(
@@ -205,7 +206,7 @@ def make_trainer(
     count = len(train) if isinstance(train, Dataset) else "a stream"
     trainer.accelerator.print(f"Model:   {source.origin}")
     trainer.accelerator.print(f"Prompts: {count} to train on, {len(prompts['test'])} held out")
-    trainer.accelerator.print(f"Reward:  {as_one_reward(rewards, training_args.reward_weights)}")
+    trainer.accelerator.print(f"Reward:  {whole}")
     return trainer
 
 
