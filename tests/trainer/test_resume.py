@@ -1,8 +1,9 @@
-"""An interrupted run ends where the run that was never interrupted ends: weights, plans, callback state."""
+"""An interrupted run ends where the run that was never interrupted ends: weights, plans, states, logs, alarms."""
 
 from collections import Counter, OrderedDict, deque
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
@@ -23,7 +24,8 @@ class Plans(GRPOCallback):
         self.seen = []
 
     def on_rollouts(self, batch, **kwargs):
-        self.seen.append((batch.prompt_index.tolist(), batch.group_sizes.tolist(), batch.rewards.tolist()))
+        prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()  # where TRL's sampler chooses
+        self.seen.append((prompts, batch.group_sizes.tolist(), batch.rewards.tolist()))
 
 
 class Interrupt(TrainerCallback):
@@ -49,13 +51,13 @@ class Raise(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def run(model_path, dataset, out, *, stop_at=None, resume=None, **options):
+def run(model_path, dataset, out, *, stop_at=None, resume=None, reward=has_answer, extra=(), **options):
     plans = Plans()
-    callbacks = [plans] + ([Interrupt(stop_at)] if stop_at else [])
+    callbacks = [plans, *extra] + ([Interrupt(stop_at)] if stop_at else [])
     trainer = AdaptiveGRPOTrainer(
         model=model_path,
-        reward_funcs=has_answer,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, max_steps=8, per_device_train_batch_size=16, **options)),
+        reward_funcs=reward,
+        args=AdaptiveGRPOConfig(**config_kwargs(out, **{"max_steps": 8, "per_device_train_batch_size": 16, **options})),
         train_dataset=dataset,
         callbacks=callbacks,
     )
@@ -67,10 +69,34 @@ def flatten(state):
     if isinstance(state, torch.Tensor):
         return [state.tolist()]
     if isinstance(state, dict):
-        return [(key, flatten(value)) for key, value in state.items()]
+        return [(key, flatten(value)) for key, value in state.items() if "time" not in str(key)]
     return [state]
 
 
+def logs_of(trainer):
+    """What was logged of the training, without what a clock says."""
+    kept = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [{name: value for name, value in entry.items() if "time" not in name} for entry in kept]
+
+
+# As on every GPU, gradients of several micro-batches and passes; as in every long run, a log now and then.
+EVERYTHING = {
+    "group_size": "variance",
+    "curriculum": "target",
+    "difficulty_column": "score",
+    "dynamic_sampling_rounds": 1,
+    "reward_clip_quantiles": [0.05, 0.95],
+    "share_prompts": True,
+    "monitor": True,
+    "on_alarm": {"truncated": "cool_lr"},
+    "kl_target": 0.1,
+    "kl_horizon": 100.0,
+    "beta": 0.04,
+    "num_iterations": 2,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 8,
+    "log_completions": True,
+}
 SETTINGS = {
     "variance_online": {"group_size": "variance", "curriculum": "online"},
     "threshold_staged": {"group_size": "threshold", "curriculum": "staged", "difficulty_column": "difficulty"},
@@ -78,22 +104,93 @@ SETTINGS = {
     "epochs": {"dynamic_sampling_rounds": 1, "reward_clip_quantiles": [0.05, 0.95]},
     "accumulation": {"group_size": "variance", "gradient_accumulation_steps": 2},
     "lean": {"group_size": "variance", "share_prompts": True, "skip_zero_advantage": True},
+    "savings": {"share_prompts": True, "steps_per_generation": 2},
+    "alarm": {"monitor": True, "on_alarm": {"truncated": "cool_lr"}},
+    "everything": EVERYTHING,
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_resume_equals_no_interruption(name, model_path, dataset, tmp_path):
-    options = SETTINGS[name]
+@pytest.mark.parametrize(
+    ("name", "logging_steps"), [*((name, 2) for name in SETTINGS), ("everything", 1), ("everything", 5), ("epochs", 1)]
+)
+def test_resume_equals_no_interruption(name, logging_steps, model_path, dataset, tmp_path):
+    """The save after step 3 comes one step after a log, right after one, or before the first."""
+    options = {"per_device_train_batch_size": 16, "logging_steps": logging_steps, **SETTINGS[name]}
     whole, plans = run(model_path, dataset, tmp_path / "whole", **options)
     _, before = run(model_path, dataset, tmp_path / "cut", stop_at=3, **options)
     resumed, after = run(
         model_path, dataset, tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-3"), **options
     )
     assert before + after == plans
+    assert logs_of(resumed) == logs_of(whole)
+    assert len(logs_of(whole)) == 8 // logging_steps
     for (key, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(value, other), key
     for one, two in zip(whole.grpo_callbacks, resumed.grpo_callbacks, strict=True):
         assert flatten(one.state_dict()) == flatten(two.state_dict())
+
+
+def test_an_alarm_and_what_it_does_come_when_they_would_have_come(model_path, dataset, tmp_path):
+    """Half of what the alarm is raised for was measured before the interruption."""
+    options = {"monitor": True, "on_alarm": {"truncated": "cool_lr"}, "logging_steps": 2, "max_completion_length": 2}
+    whole, _ = run(model_path, dataset, tmp_path / "whole", max_steps=16, **options)
+    run(model_path, dataset, tmp_path / "cut", stop_at=5, max_steps=16, **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-5")
+    resumed, _ = run(model_path, dataset, tmp_path / "cut", resume=checkpoint, max_steps=16, **options)
+    raised = [[entry["step"] for entry in t.state.log_history if "alarms/truncated" in entry] for t in (whole, resumed)]
+    assert raised[0]
+    assert raised[0] == raised[1]
+    assert any(entry.get("actions/lr_scale", 1.0) < 1 for entry in logs_of(whole))
+    assert logs_of(resumed) == logs_of(whole)
+    assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
+
+
+def test_metrics_that_are_nan_or_counted_are_carried_over_a_log(model_path, dataset, tmp_path):
+    """A reward that says nothing of some batches logs NaN, a tensor or an int is logged as a number."""
+
+    class Logs(GRPOCallback):
+        def on_setup(self, trainer, **kwargs):
+            self.trainer = trainer
+
+        def on_step_end(self, args, state, control, **kwargs):
+            step = state.global_step
+            self.trainer.log_metric("odd", float("nan") if step % 3 else float(step))
+            self.trainer.log_metric("tensor", torch.tensor(step))
+            self.trainer.log_metric("int", step)
+
+    options = {"logging_steps": 4}
+    whole, _ = run(model_path, dataset, tmp_path / "whole", extra=[Logs()], **options)
+    run(model_path, dataset, tmp_path / "cut", stop_at=3, extra=[Logs()], **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-3")
+    resumed, _ = run(model_path, dataset, tmp_path / "cut", resume=checkpoint, extra=[Logs()], **options)
+    assert [(entry["odd"], entry["tensor"], entry["int"]) for entry in logs_of(whole)] == [(3, 2.5, 2.5), (6, 6.5, 6.5)]
+    assert logs_of(resumed) == logs_of(whole)
+
+
+@pytest.mark.parametrize("note", ["plain", np.float64(1)], ids=["plain", "of any kind"])
+def test_the_table_of_completions_is_carried_over_a_log(note, model_path, dataset, tmp_path, caplog):
+    """Its rows were sampled before the interruption. What cannot be saved costs the rows of this table only."""
+
+    def reward(completions, log_extra, **kwargs):
+        log_extra("note", [note] * len(completions))
+        return [float(len(text)) for text in completions]
+
+    options = {"log_completions": True, "steps_per_generation": 4, "logging_steps": 4, "max_steps": 4, "monitor": True}
+    whole, _ = run(model_path, dataset, tmp_path / "whole", reward=reward, **options)
+    run(model_path, dataset, tmp_path / "cut", stop_at=3, reward=reward, **options)
+    table = tmp_path / "cut" / "completions" / "completions_00004.parquet"
+    assert not table.exists()
+    resumed, _ = run(model_path, dataset, tmp_path / "cut", resume=True, reward=reward, **options)
+    expected = pq.read_table(tmp_path / "whole" / "completions" / table.name).to_pydict()
+    assert len(expected["prompt"]) == 64
+    assert logs_of(resumed) == logs_of(whole)
+    if note == "plain":
+        assert pq.read_table(table).to_pydict() == expected
+    else:
+        assert pq.read_table(table).num_rows == 0
+        assert (
+            "The table of completions is not part of the checkpoints: state_dict()['extra']['note'][0]" in caplog.text
+        )
 
 
 def prompts_of(model_path, dataset, out, *, stop_at=None, resume=None, stock=False, **options):
