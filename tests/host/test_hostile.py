@@ -539,6 +539,33 @@ def test_a_hostile_state_is_refused_with_the_file_and_the_key(checkpoint):
     assert tried > 100
 
 
+def test_a_writer_refuses_what_its_reader_refuses(saved, monkeypatch):
+    """With the name of the callback and the key, and without a change of anything."""
+    trainer, _ = saved
+    writers = [callback for callback in trainer.grpo_callbacks if not isinstance(callback, Keeper)]
+    before = {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+    beta = trainer.beta
+    tried = 0
+    for writer in [*writers, trainer._planner]:
+        name, state = type(writer).__name__, writer.state_dict()
+        assert trainer._state_of(writer) is not None
+        for place, value in leaves(state):
+            is_optional = "detector" in place and (len(place) > 3 or "streaks" in place)
+            for bad in bad_values(value):
+                if isinstance(value, list) or (bad is KeyError and is_optional) or (value == {} == bad):
+                    continue
+                monkeypatch.setattr(writer, "state_dict", lambda p=place, b=bad, s=state: replaced(s, p, b))
+                with pytest.raises(ValueError, match=rf"state_dict\(\) of {name}") as error:
+                    trainer._state_of(writer)
+                monkeypatch.undo()
+                key = next(part for part in reversed(place) if isinstance(part, str))
+                assert any(part in str(error.value) for part in (f"'{key}'", "The checkpoint knows")), (place, bad)
+                tried += 1
+    assert tried > 80
+    assert trainer.beta == beta
+    assert before == {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+
+
 def test_another_version_is_refused(checkpoint):
     trainer, folder = checkpoint
     state = torch.load(folder / "grpo_callbacks.pt", weights_only=True)
