@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
-from .report.reader import ALARMS, MONITOR, duration, read_alarms
+from .report.reader import duration
 from .report.summary import NOISE, large, number, slope
 
 HISTORY = 24  # logs in a sparkline and in a trend
@@ -277,7 +278,7 @@ class LiveCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.view = LiveView(state.max_steps, state.global_step)
-        self._alarms = Path(args.output_dir) / MONITOR / ALARMS
+        self._alarms = Path(args.output_dir) / FOLDER / ALARMS
         if self._is_terminal():
             self._start()
 

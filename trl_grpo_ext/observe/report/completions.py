@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..record import is_number, is_own_file
 from .escaping import message_text
-from .reader import Run, average, is_number, is_own_file
+from .reader import Run, average
 
 MAX_CHARACTERS = 4000  # of one prompt or completion on the page
 _OWN = ("step", "prompt", "completion", "advantage")

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from ...config import AdaptiveGRPOConfig
-from ..monitor import without_secrets
+from ..secrets import without_secrets
 from .reader import Run, average, duration, seconds_between_logs, state_of
 
 MAX_SHOWN = 4000  # characters of an option
