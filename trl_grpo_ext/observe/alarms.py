@@ -256,8 +256,8 @@ def make_alarms(watch: Mapping[str, tuple[float, float]] | Sequence[str] = tuple
     Args:
         watch (`Mapping[str, tuple[float, float]]` or `Sequence[str]`, *optional*):
             Positive metrics that should not move far while the reward rises, for `reward_hacking`: how many times
-            smaller and how many times larger each may become, more than once. Defaults to 6 and 3 for `completions/mean_length`, and
-            to 2 and 2 for others.
+            smaller and how many times larger each may become, numbers above 1. Defaults to 6 and 3 for
+            `completions/mean_length`, and to 2 and 2 for others.
 
     Returns:
         `list[Alarm]`:
