@@ -80,6 +80,22 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
     return names, found, " ".join([what, *notes])
 
 
+def scores_of(run: Run, step: int) -> dict[str, float]:
+    """Mean total reward of each prompt in the table of a step; nothing where there is none that can be read."""
+    path = next((p for p in (run.folder / "completions").glob("completions_*.parquet") if _step_of(p) == step), None)
+    if path is None:
+        return {}
+    try:
+        groups = _groups(run, _table(run, path))
+    except Exception:  # a table that is being written, or is none: pyarrow raises many kinds
+        return {}
+    means: dict[str, list[float]] = {}
+    for group in groups:
+        if group["mean"] is not None:
+            means.setdefault(group["prompt"], []).append(group["mean"])
+    return {prompt: average(values) for prompt, values in means.items()}
+
+
 def _step_of(path: Path) -> int:
     digits = path.stem.removeprefix("completions_")
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else 0

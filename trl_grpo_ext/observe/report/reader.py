@@ -135,6 +135,23 @@ def read_run(folder: str | Path) -> Run:
     return run
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds something that a run writes."""
+    patterns = (f"{FOLDER}/{RUN}", f"{FOLDER}/{METRICS}", "trainer_state.json", "checkpoint-*/trainer_state.json")
+    return any(next(folder.glob(pattern), None) for pattern in (*patterns, "completions/completions_*.parquet"))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs right below a folder, and those below its subfolders that are none, by name."""
+    if not folder.is_dir() or is_run(folder):
+        return []
+    found: list[Path] = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        below = [path] if is_run(path) else [p for p in path.iterdir() if p.is_dir() and not p.is_symlink()]
+        found += sorted(run for run in below if is_run(run))
+    return found
+
+
 def _read_monitor(run: Run, monitor: Path) -> None:
     for name in (RUN, METRICS, ALARMS):
         if (monitor / name).exists() and not is_own_file(run.folder, monitor / name):
@@ -267,6 +284,26 @@ def seconds_between_logs(run: Run) -> float | None:
     times = [entry["time"] for entry in run.metrics[-50:] if entry.get("time") is not None]
     gaps = sorted(after - before for before, after in itertools.pairwise(times))
     return gaps[len(gaps) // 2] if gaps else None
+
+
+def number(value: float) -> str:
+    """
+    Three significant digits, without exponents where that stays short.
+
+    Example:
+
+    ```python
+    >>> number(0.01234), number(1234.5), number(0.5), number(-3e-7), number(0.0)
+    ('0.0123', '1234', '0.500', '-3.00e-07', '0')
+
+    ```
+    """
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e5:
+        digits = max(0, 2 - math.floor(math.log10(abs(value))))
+        return f"{value:.{digits}f}"
+    return f"{value:.2e}"
 
 
 def duration(seconds: float) -> str:
