@@ -22,7 +22,7 @@ from trl_grpo_ext import (
 from trl_grpo_ext.host import seams
 
 REFUSED = {
-    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'single', 'threshold', 'var"),
+    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'single', 'thr"),
     "curriculum": ({"curriculum": "easy"}, "curriculum='easy' is unknown: use one of 'none', 'staged', 'online', 'pre"),
     "clip_on": ({"reward_clip_on": "all"}, "reward_clip_on='all' is unknown: use 'each' or 'total'"),
     "min_above_max": (

@@ -132,6 +132,7 @@ class Curriculum(GRPOCallback):
     """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
 
     is_unique = True
+    reads_dataset = True
     exploration: float
     difficulty: Tensor = torch.empty(0)  # (D,), where there is a difficulty column
 
