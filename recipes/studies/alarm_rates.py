@@ -13,28 +13,33 @@ share of sick runs in which the right alarm is raised is its detection rate. Bot
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.random import Generator
 from transformers import HfArgumentParser
 
 from trl_grpo_ext.observe.alarms import AlarmDetector, make_alarms
 
-Series = dict[str, np.ndarray]
+Array = npt.NDArray[Any]
+Series = dict[str, Array]
 STEPS = 120
 ROWS = 64  # completions of a batch
 
 
-def rise(rng: Generator, start: float, end: float, steps: int = STEPS) -> np.ndarray:
+def rise(rng: Generator, start: float, end: float, steps: int = STEPS) -> Array:
     """From one value to another, along an S of random place and steepness."""
     middle, width = rng.uniform(0.2, 0.7) * steps, rng.uniform(0.05, 0.2) * steps
     share = 1 / (1 + np.exp(-(np.arange(steps) - middle) / width))
-    return start + (end - start) * (share - share[0]) / (share[-1] - share[0])
+    risen: Array = start + (end - start) * (share - share[0]) / (share[-1] - share[0])
+    return risen
 
 
-def share_of(rng: Generator, chance: np.ndarray, rows: int = ROWS) -> np.ndarray:
+def share_of(rng: Generator, chance: Array, rows: int = ROWS) -> Array:
     """Shares of a batch to which something happens that has these chances."""
-    return rng.binomial(rows, np.clip(chance, 0, 1)) / rows
+    shares: Array = rng.binomial(rows, np.clip(chance, 0, 1)) / rows
+    return shares
 
 
 # Healthy runs
@@ -83,14 +88,13 @@ def saturating(rng: Generator) -> Series:
 def heavy_tails(rng: Generator) -> Series:
     """Gradient norms of which now and then one is many times the usual one."""
     run, n = learning(rng), STEPS
-    kind = rng.integers(4)
-    tails = [
+    tails: list[Callable[[], Array]] = [
         lambda: np.exp(rng.normal(0, rng.uniform(0.9, 1.2), n)),
         lambda: np.abs(rng.standard_t(rng.uniform(2, 3), n)),
         lambda: rng.pareto(rng.uniform(2, 3), n) + 1,
         lambda: np.exp(rng.normal(0, 0.3, n)) * np.where(rng.random(n) < 0.02, rng.uniform(5, 15, n), 1),
     ]
-    run["grad_norm"] = tails[kind]() * rng.uniform(0.5, 3)
+    run["grad_norm"] = tails[rng.integers(4)]() * rng.uniform(0.5, 3)
     return run
 
 
@@ -175,11 +179,11 @@ HEALTHY: dict[str, Callable[[Generator], Series]] = {
 # Sick runs: the metrics from the log on at which the illness begins. `t` counts logs since then.
 
 
-def ramp(t: np.ndarray, logs: float) -> np.ndarray:
+def ramp(t: Array, logs: float) -> Array:
     return np.minimum(1.0, t / logs)
 
 
-def hacking(rng: Generator, run: Series, t: np.ndarray) -> Series:
+def hacking(rng: Generator, run: Series, t: Array) -> Series:
     """The reward climbs, and answers run to where the limit is, or shrink to almost nothing."""
     length = run["completions/mean_length"][: len(t)].mean()
     factor = rng.uniform(4, 8) if rng.random() < 0.6 else 1 / rng.uniform(9, 20)
@@ -187,7 +191,7 @@ def hacking(rng: Generator, run: Series, t: np.ndarray) -> Series:
     return {"completions/mean_length": path, "reward": run["reward"][-len(t) :] + 0.5 * ramp(t, 30)}
 
 
-def bursting(rng: Generator, run: Series, t: np.ndarray) -> Series:
+def bursting(rng: Generator, run: Series, t: Array) -> Series:
     """One batch that tears at the weights, a norm that stays high, or one that grows without end."""
     norms = run["grad_norm"][-len(t) :].copy()
     usual = np.median(run["grad_norm"])
@@ -201,7 +205,7 @@ def bursting(rng: Generator, run: Series, t: np.ndarray) -> Series:
     return {"grad_norm": np.maximum(norms, 1.1) if kind else norms}
 
 
-def dying(rng: Generator, run: Series, t: np.ndarray) -> Series:
+def dying(rng: Generator, run: Series, t: Array) -> Series:
     """A component whose service fails, that was never met, or that gives the same to all."""
     kind = rng.integers(3)
     if kind == 0:
@@ -209,7 +213,7 @@ def dying(rng: Generator, run: Series, t: np.ndarray) -> Series:
     return {"rewards/new/mean": np.full(len(t), 0.0 if kind == 1 else rng.uniform(0.1, 40))}
 
 
-SICK: dict[str, Callable[[Generator, Series, np.ndarray], Series]] = {
+SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "all_correct": lambda rng, run, t: {"rollouts/flat_high": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
     "all_wrong": lambda rng, run, t: {"rollouts/flat_low": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
     "reward_std_spike": lambda rng, run, t: {"reward_std": run["reward_std"][-len(t) :] * rng.uniform(8, 50)},
@@ -238,7 +242,8 @@ def sick(name: str, rng: Generator) -> tuple[Series, int]:
 
 def alarms_of(run: Series) -> dict[str, int]:
     """The alarms that a run raises, each with the log at which it was raised first."""
-    detector, raised = AlarmDetector(make_alarms()), {}
+    detector = AlarmDetector(make_alarms())
+    raised: dict[str, int] = {}
     for step in range(STEPS):
         # What is NaN from the start is a metric that is not there yet.
         logs = {

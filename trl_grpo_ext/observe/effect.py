@@ -66,7 +66,7 @@ class UpdateCheck:
     @property
     def num_batches(self) -> float:
         """How many generation batches were trained on without effect."""
-        return self.num_updates / self.updates_per_batch
+        return float(self.num_updates / self.updates_per_batch)
 
     def sample(self, batch: RolloutBatch) -> None:
         """Take note of what the coming updates are made of."""

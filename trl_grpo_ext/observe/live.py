@@ -19,8 +19,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..hooks.callback import GRPOCallback
 from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
-from .report.reader import duration
-from .report.summary import NOISE, large, number, slope
+from .report.reader import duration, number
+from .report.summary import NOISE, large, slope
 
 HISTORY = 24  # logs in a sparkline and in a trend
 MAX = 1e100  # of a value in them, so that differences and squares stay finite
