@@ -28,6 +28,7 @@ ALARMS = (
     "nan_loss",
     "dead_reward",
     "advantage_bias",
+    "nothing_trained",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 
