@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..host.seams import HAS_FUSED_HEAD
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
-from .trials import in_evaluation, relative_error, rounding, why_not
+from .trials import in_evaluation, nudged, relative_error, rounding, why_not
 
 # Logits that take no more bytes are kept for the backward pass on a CPU.
 KEPT_LOGITS = 2**28
@@ -120,9 +120,10 @@ class Trials:
 
         def compare() -> tuple[Tensor, Tensor, float]:
             expected, found = self._plain(ids, mask), saving(ids, mask)
-            limit = rounding(self.dtype, relative_error(self._plain(ids[-1:], mask[-1:]), expected[-1:]))
             scored = mask[:, -self.num_columns :].bool()
-            return found[scored], expected[scored], limit
+            with nudged(self.base, self.dtype):
+                noise = relative_error(self._plain(ids, mask)[scored], expected[scored])
+            return found[scored], expected[scored], rounding(noise)
 
         with torch.no_grad(), in_evaluation(self.model):
             return why_not(compare, "log-probabilities")

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from ..host.seams import CACHE
 from .forward import reads_in_order
 from .packing import equal_rows
-from .trials import in_evaluation, relative_error, rounding, why_not
+from .trials import in_evaluation, nudged, relative_error, rounding, why_not
 
 # Settings under which a generation may be interrupted and taken up again: none depends on how long the prompt was.
 STATELESS = {
@@ -227,13 +227,15 @@ def why_not_as_plain(
 
     def compare() -> tuple[Tensor, Tensor, float]:
         plain = generate(input_ids=ids, attention_mask=mask, generation_config=copy.deepcopy(config))
-        alone = generate(input_ids=ids[:1], attention_mask=mask[:1], generation_config=copy.deepcopy(config))
+        again = copy.deepcopy(config)
         config.update(max_new_tokens=half, min_new_tokens=half)
         begun = generate(**prefilled(generate, ids, mask, config), generation_config=config)
         staying = torch.tensor([0, 3], device=ids.device)
-        limit = rounding(dtype_of(begun[CACHE]), relative_error(*same_context([alone], plain, staying[:1])))
+        with nudged(model, dtype_of(begun[CACHE])):
+            noisy = generate(input_ids=ids[staying], attention_mask=mask[staying], generation_config=again)
         ended = generate(**going_on(begun, staying, mask, half), generation_config=config)
         begun.logits = [logits[staying] for logits in begun.logits]
+        limit = rounding(relative_error(*same_context([noisy], plain, staying)))
         return *same_context([begun, ended], plain, staying), limit
 
     with torch.no_grad(), in_evaluation(model):
