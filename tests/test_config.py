@@ -22,15 +22,15 @@ from trl_grpo_ext import (
 from trl_grpo_ext.host import seams
 
 REFUSED = {
-    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'threshold', 'var"),
-    "curriculum": ({"curriculum": "easy"}, "curriculum='easy' is unknown: use one of 'none', 'staged', 'online', 'tar"),
+    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'single', 'threshold', 'var"),
+    "curriculum": ({"curriculum": "easy"}, "curriculum='easy' is unknown: use one of 'none', 'staged', 'online', 'pre"),
     "clip_on": ({"reward_clip_on": "all"}, "reward_clip_on='all' is unknown: use 'each' or 'total'"),
     "min_above_max": (
         {"min_group_size": 8, "max_group_size": 4},
         "min_group_size=8 exceeds max_group_size=4: lower one of them",
     ),
     "min_above_default_max": ({"min_group_size": 9}, "min_group_size=9 exceeds max_group_size=8: lower one"),
-    "min_of_one": ({"min_group_size": 1}, "min_group_size=1 is below 2: .* use at least 2"),
+    "min_of_one": ({"min_group_size": 1}, "min_group_size=1 is below 2: .* Use at least 2"),
     "generations_below_min": (
         {"group_size": "variance", "min_group_size": 5},
         "num_generations=4 is outside min_group_size=5 to max_group_size=8: .* set it between them",

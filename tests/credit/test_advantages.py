@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kit import config_kwargs
 from trl import GRPOConfig, GRPOTrainer
@@ -58,7 +58,6 @@ def close(actual, expected, atol=1e-6):
 
 
 @given(ragged())
-@settings(deadline=None)
 def test_mean_std_and_count_equal_a_plain_loop(case):
     rewards, ids, num_groups = case
     mean, std, count = group_mean_std(torch.stack([rewards, rewards * 3 - 1], dim=1), ids, num_groups)
@@ -72,14 +71,12 @@ def test_mean_std_and_count_equal_a_plain_loop(case):
 
 @pytest.mark.parametrize("scale", SCALES)
 @given(case=ragged())
-@settings(deadline=None)
 def test_advantages_equal_a_plain_loop(scale, case):
     rewards, ids, num_groups = case
     close(group_advantages(rewards, ids, num_groups, scale), loop_advantages(rewards, ids, scale))
 
 
 @given(ragged(), st.lists(st.floats(-2, 2), min_size=2, max_size=2))
-@settings(deadline=None)
 def test_normalize_then_sum_equals_a_plain_loop(case, weights):
     rewards, ids, num_groups = case
     columns = [rewards, rewards.flip(0)]
@@ -102,7 +99,6 @@ def test_normalize_then_sum_equals_a_plain_loop(case, weights):
 
 @pytest.mark.parametrize("scale", ["group", "none"])
 @given(case=ragged(), shift=st.integers(-50, 50))
-@settings(deadline=None)
 def test_shifting_one_group_changes_nothing(scale, case, shift):
     rewards, ids, num_groups = case
     shifted = rewards + torch.where(ids == 0, shift, 0)
@@ -110,7 +106,6 @@ def test_shifting_one_group_changes_nothing(scale, case, shift):
 
 
 @given(case=ragged(), shift=st.integers(-50, 50))
-@settings(deadline=None)
 def test_shifting_all_rewards_changes_nothing_when_scaled_by_the_batch(case, shift):
     rewards, ids, num_groups = case
     shifted = group_advantages(rewards + shift, ids, num_groups, "batch")
@@ -119,7 +114,6 @@ def test_shifting_all_rewards_changes_nothing_when_scaled_by_the_batch(case, shi
 
 @pytest.mark.parametrize("scale", SCALES)
 @given(case=ragged())
-@settings(deadline=None)
 def test_advantages_of_each_group_have_mean_zero(scale, case):
     rewards, ids, num_groups = case
     sums = torch.zeros(num_groups, dtype=torch.float64)
@@ -129,7 +123,6 @@ def test_advantages_of_each_group_have_mean_zero(scale, case):
 
 @pytest.mark.parametrize("scale", SCALES)
 @given(case=ragged(), data=st.data())
-@settings(deadline=None)
 def test_shuffling_rows_shuffles_advantages(scale, case, data):
     rewards, ids, num_groups = case
     order = torch.tensor(data.draw(st.permutations(range(len(rewards)))))
@@ -139,7 +132,6 @@ def test_shuffling_rows_shuffles_advantages(scale, case, data):
 
 @pytest.mark.parametrize("scale", SCALES)
 @given(case=ragged(), data=st.data())
-@settings(deadline=None)
 def test_relabelling_groups_changes_nothing(scale, case, data):
     rewards, ids, num_groups = case
     label = torch.tensor(data.draw(st.permutations(range(num_groups))))
@@ -148,7 +140,6 @@ def test_relabelling_groups_changes_nothing(scale, case, data):
 
 
 @given(ragged())
-@settings(deadline=None)
 def test_a_group_is_flat_when_it_has_at_most_one_distinct_reward(case):
     rewards, ids, num_groups = case
     flat = flat_groups(rewards, ids, num_groups)
@@ -158,7 +149,6 @@ def test_a_group_is_flat_when_it_has_at_most_one_distinct_reward(case):
 
 
 @given(ragged(), st.floats(-2, 2), st.floats(-2, 2))
-@settings(deadline=None)
 def test_total_is_the_sum_over_the_rewards_that_apply(case, first, second):
     rewards, _, _ = case
     columns = torch.stack([rewards, rewards.flip(0)], dim=1)

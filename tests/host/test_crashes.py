@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, checkpoints
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.host import checkpoints
 from trl_grpo_ext.host.checkpoints import (
     MANIFEST,
     CheckpointError,

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
+from trl_grpo_ext.config import ALARMS
 from trl_grpo_ext.observe.alarms import Alarm, AlarmDetector, make_alarms
 from trl_grpo_ext.observe.readings import RECENT, History, Reading, collapse, constant_rewards, level, runaway, spike
 
@@ -112,8 +113,10 @@ def test_an_ill_run_raises_its_alarm_and_no_other(name, base):
     assert len(events) <= 3
 
 
-def test_every_alarm_is_tried_here():
-    assert set(ILL) == {alarm.name for alarm in make_alarms()}
+def test_every_alarm_of_the_configuration_is_made_and_tried_here():
+    names = tuple(alarm.name for alarm in make_alarms())
+    assert names == ALARMS
+    assert set(ILL) == set(names)
 
 
 def test_lines_name_evidence_cause_and_remedy():

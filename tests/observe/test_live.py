@@ -22,7 +22,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers import PrinterCallback
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, live
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.observe import live
 from trl_grpo_ext.observe.live import BARS, LiveCallback, LiveView, readable, sparkline, trend
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from kit import PYTHONPATH, config_kwargs, count_vowels, has_answer
-from test_resume import Interrupt
+from runs import Interrupt, same, weights
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
@@ -43,14 +43,6 @@ def record(out) -> tuple[dict, list[dict], list[dict]]:
     return run, *(
         [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("metrics", "alarms")
     )
-
-
-def weights(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters()]
-
-
-def same(one, two):
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 # It changes nothing
@@ -124,7 +116,7 @@ def rollouts(rewards, ids, advantages=None, discarded=None) -> RolloutBatch:
 
 
 def look(monitor, batch):
-    monitor.on_rollouts(None, None, None, batch=batch)
+    monitor.on_rollouts(batch=batch)
     return {name: pytest.approx(value) for name, value in batch.metrics.items()}
 
 
@@ -377,7 +369,7 @@ def test_half_written_lines_are_left_out(tmp_path):
 
 def test_a_disk_that_is_full_for_a_while_costs_lines_and_not_the_run(tmp_path, caplog):
     record = RunRecord(tmp_path / "monitor")
-    record.begin({}, 0)
+    record.start({}, 0)
     record.log(1, {"loss": 1.0}, [])
     size = record.metrics.stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -456,7 +448,7 @@ def test_a_step_that_fp16_leaves_out_is_no_lost_gradient(model_path, dataset, tm
 
 
 def test_two_monitors_are_refused(model_path, dataset, tmp_path):
-    with pytest.raises(ValueError, match=r"two MonitorCallbacks .*: leave monitor unset, or pass none"):
+    with pytest.raises(ValueError, match=r"two callbacks of the class MonitorCallback, .*: leave the option unset"):
         make(model_path, dataset, tmp_path, monitor=True, callbacks=[MonitorCallback()])
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from trl.trainer import utils
 from trl.trainer.utils import get_callable_name
 
+from trl_grpo_ext.host.calls import is_async
 from trl_grpo_ext.rewards import (
     Harmlessness,
     Length,
@@ -38,7 +39,6 @@ from trl_grpo_ext.rewards import (
     minimum,
     piecewise,
 )
-from trl_grpo_ext.rewards.base import is_async
 from trl_grpo_ext.rewards.schedules import training_progress
 
 is_async_callable = getattr(utils, "is_async_callable", is_async)  # TRL 1.13 has none

@@ -22,7 +22,7 @@ class Plans(GRPOCallback):
     def __init__(self):
         self.seen = []
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(self, batch, **kwargs):
         self.seen.append((batch.prompt_index.tolist(), batch.group_sizes.tolist(), batch.rewards.tolist()))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
-from ..compute.features import prompt_features
+from ..compute.hidden import prompt_features
 from ..compute.packing import equal_rows
 from ..config import AdaptiveGRPOConfig
 from ..credit.groups import group_advantages, normalize_then_sum
