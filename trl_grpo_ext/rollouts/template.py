@@ -1,4 +1,4 @@
-"""What a chat template writes between an answer and the next one, read off several renderings of dummy conversations."""
+"""What a chat template writes between two answers, read off several renderings of dummy conversations."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -28,7 +28,7 @@ class TurnTemplate:
             Tokens of which each ends an answer.
         chat_template (`str`, *optional*):
             Template to use in place of that of `processing_class`.
-        **kwargs:
+        variables (`dict[str, Any]`, *optional*):
             Further variables of the template.
 
     Raises:
@@ -41,13 +41,14 @@ class TurnTemplate:
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: list[int],
         chat_template: str | None = None,
-        **kwargs: Any,
+        variables: dict[str, Any] | None = None,
     ) -> None:
         self.processing_class = processing_class
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.chat_template = chat_template
-        self.kwargs = kwargs
+        self.variables = variables or {}
+        self.special_ids = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         self.takes_parts = self._reads_parts()
         # Once, so that a template that cannot be carried on is refused before anything is trained.
         self.closing = self._check([USER])
@@ -90,7 +91,7 @@ class TurnTemplate:
         """Whether an answer that ends in the first tokens of the closing has written them as a closing."""
         first, others = self.closing[:length], self.closing[length:]
         is_whole = self._is_blank(others) and not self._is_blank(first)
-        return is_whole or first[-1] in self.tokenizer.all_special_ids
+        return is_whole or first[-1] in self.special_ids
 
     def _is_blank(self, ids: list[int]) -> bool:
         text: str = self.tokenizer.decode(ids)
@@ -114,7 +115,7 @@ class TurnTemplate:
         behind = finished[start:]
         _, behind_user = self._behind_answer(messages[:-1], [], role="user")
         is_replaced = behind[:1] != between[:1] == behind_user[:1]
-        if is_replaced and behind[0:1] and behind[0] in self.eos_token_ids and self._is_special(between[0]):
+        if is_replaced and behind[:1] and behind[0] in self.eos_token_ids and between[0] in self.special_ids:
             first, then = (self.tokenizer.decode([ids[0]]) for ids in (behind, between))
             raise ValueError(
                 f"The chat template ends the last answer with {first!r} and earlier ones with {then!r}, so a "
@@ -141,7 +142,7 @@ class TurnTemplate:
                 tokenize=True,
                 chat_template=self.chat_template,
                 return_dict=False,
-                **self.kwargs,
+                **self.variables,
             )
         except Exception as error:  # a template may raise anything
             roles = ", ".join(message["role"] for message in messages)
@@ -172,9 +173,6 @@ class TurnTemplate:
             "The chat template leaves out what the user says: pass a processing_class whose chat_template writes "
             'messages such as {"role": "user", "content": "..."}'
         )
-
-    def _is_special(self, token: int) -> bool:
-        return token in self.tokenizer.all_special_ids or token in self.tokenizer.get_added_vocab().values()
 
 
 def _skeleton(messages: list[Message]) -> list[Message]:
