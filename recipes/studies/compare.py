@@ -11,7 +11,7 @@ reward function, through which all of them pass. Where there are several learnin
 does best on seeds that are not in the table: the mean of its held-out helpfulness over the run is largest. The grid is
 continued where the best one is at its end. Every
 training is a cell with a file of its own in `output_dir/cells`: started again, the comparison goes on where it stopped.
-Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/comparison.md.
+Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/measured/comparison.md.
 """
 
 import functools
