@@ -88,10 +88,17 @@ def imported(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["trl_grpo_ext", "trl_grpo_ext.rewards"])
-def test_importing_rewards_brings_no_model_and_no_download(module):
-    heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "sentence_transformers", "sklearn", "numpy"}
-    assert imported(f"import {module}") & heavy == set()
+MODELS = {"transformers", "trl", "datasets", "accelerate", "sentence_transformers", "sklearn"}
+NEEDS_LITTLE = {
+    "trl_grpo_ext": {"torch", "numpy"},
+    "trl_grpo_ext.rewards": {"torch", "numpy"},
+    "trl_grpo_ext.observe.report": set(),
+}
+
+
+@pytest.mark.parametrize("module", NEEDS_LITTLE)
+def test_what_scores_and_reads_brings_no_model_and_no_download(module):
+    assert imported(f"import {module}") & (MODELS | NEEDS_LITTLE[module]) == set()
 
 
 def test_importing_the_trainer_downloads_nothing():

@@ -33,6 +33,7 @@ from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.config import EFFICIENT
 from trl_grpo_ext.recipe.tiny import tiny_model
 
 STOCK = "stock TRL"
@@ -43,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dynamic sampling": {"dynamic_sampling_rounds": 1},
     "online curriculum": {"curriculum": "online"},
     "variance + online": {"group_size": "variance", "curriculum": "online"},
+    "efficient": EFFICIENT,
+    "efficient, without choosing": EFFICIENT | {"curriculum": "none"},
 }
 POOLS = {"mixed": {"greet": 1 / 4, "hopeless": 1 / 2, "translate": 1 / 4}, "easy": {"translate": 1.0}}
 
@@ -93,7 +96,7 @@ def train(
         per_device_train_batch_size=options.rows,
         num_generations=options.num_generations,
         max_completion_length=MAX_COMPLETION,
-        max_steps=options.rollouts // options.rows,
+        max_steps=options.rollouts // options.rows * METHODS[method].get("num_iterations", 1),
         seed=seed,
         use_cpu=True,
         bf16=False,

@@ -103,7 +103,8 @@ def test_texts_of_messages():
 # The posterior
 
 
-def test_one_broken_reward_does_not_decide_what_is_expected_of_all():
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e20, 1e30])
+def test_one_broken_reward_does_not_decide_what_is_expected_of_all(size):
     clean, hit = PromptPosterior(8), PromptPosterior(8)
     index, count = torch.arange(4), torch.full((4,), 4.0)
     for batch in range(10):
@@ -111,22 +112,20 @@ def test_one_broken_reward_does_not_decide_what_is_expected_of_all():
         clean.update(index, mean, std, count)
         hit.update(index, mean.clone(), std.clone(), count)
         if batch == 4:
-            hit.update(torch.tensor([7]), torch.tensor([1e20]), torch.tensor([1e20]), torch.tensor([4.0]))
+            hit.update(torch.tensor([7]), torch.tensor([size]), torch.tensor([size]), torch.tensor([4.0]))
     check_savable(hit.state_dict())
-    assert hit.variance().isfinite().all()
-    assert hit.mean().isfinite().all()
-    torch.testing.assert_close(hit.variance()[4:7], clean.variance()[4:7], rtol=3.0, atol=0.0)
-    assert hit.variance()[7] <= 25 * 0.25
+    torch.testing.assert_close(hit.variance(), clean.variance())
+    torch.testing.assert_close(hit.mean(), clean.mean())
 
 
-def test_a_broken_reward_in_the_first_batch_fades_as_soon_as_others_are_known():
+def test_a_broken_reward_in_the_first_batch_is_forgotten_as_soon_as_others_are_known():
     posterior = PromptPosterior(4)
     posterior.update(torch.tensor([3]), torch.tensor([1e20]), torch.tensor([1e25]), torch.tensor([4.0]))
     assert posterior.variance().isfinite().all()
-    for _ in range(3):
+    for _ in range(8):
         posterior.update(torch.arange(3), torch.full((3,), 0.5), torch.full((3,), 0.5), torch.full((3,), 4.0))
-    assert posterior.variance().max() <= 25 * 0.25
-    assert posterior.mean().abs().max() < 1e30
+    assert posterior.variance().max() <= 0.5
+    assert posterior.mean().abs().max() <= 1
 
 
 # The curriculum
