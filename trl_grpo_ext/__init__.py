@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import AdaptiveGRPOConfig
+    from .credit.baselines import BaselineCallback
     from .credit.critic import CriticBaseline
     from .hooks import GRPOCallback, RolloutBatch
     from .observe.kl import AdaptiveKLCallback
     from .observe.monitor import MonitorCallback
     from .plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
-    from .plan.group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+    from .plan.group_size import SingleGroupSizeCallback, ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+    from .plan.predicted import PredictedCurriculumCallback
     from .rollouts import HierarchicalCallback, MultiTurnCallback
     from .shape.clipping import RewardClipCallback
     from .shape.resampling import DynamicSamplingCallback
@@ -22,6 +24,7 @@ __all__ = [
     "AdaptiveGRPOConfig",
     "AdaptiveGRPOTrainer",
     "AdaptiveKLCallback",
+    "BaselineCallback",
     "CriticBaseline",
     "DynamicSamplingCallback",
     "GRPOCallback",
@@ -29,8 +32,10 @@ __all__ = [
     "MonitorCallback",
     "MultiTurnCallback",
     "OnlineCurriculumCallback",
+    "PredictedCurriculumCallback",
     "RewardClipCallback",
     "RolloutBatch",
+    "SingleGroupSizeCallback",
     "StagedCurriculumCallback",
     "TargetCurriculumCallback",
     "ThresholdGroupSizeCallback",
@@ -42,10 +47,12 @@ _MODULES = {
     "hooks": ["GRPOCallback", "RolloutBatch"],
     "config": ["AdaptiveGRPOConfig"],
     "plan.curriculum": ["OnlineCurriculumCallback", "StagedCurriculumCallback", "TargetCurriculumCallback"],
-    "plan.group_size": ["ThresholdGroupSizeCallback", "VarianceGroupSizeCallback"],
+    "plan.group_size": ["SingleGroupSizeCallback", "ThresholdGroupSizeCallback", "VarianceGroupSizeCallback"],
+    "plan.predicted": ["PredictedCurriculumCallback"],
     "rollouts": ["HierarchicalCallback", "MultiTurnCallback"],
     "shape.clipping": ["RewardClipCallback"],
     "shape.resampling": ["DynamicSamplingCallback"],
+    "credit.baselines": ["BaselineCallback"],
     "credit.critic": ["CriticBaseline"],
     "observe.kl": ["AdaptiveKLCallback"],
     "observe.monitor": ["MonitorCallback"],

@@ -10,8 +10,9 @@ from typing import Any
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOConfig
 
-GROUP_SIZES = ("fixed", "threshold", "variance")
-CURRICULA = ("none", "staged", "online", "target")
+GROUP_SIZES = ("fixed", "single", "threshold", "variance")
+BASELINES = ("group", "leave_one_out", "batch", "predicted", "shrunk")
+CURRICULA = ("none", "staged", "online", "predicted", "target")
 ROLLOUTS = ("single", "multi_turn", "hierarchical")
 ALARMS = (
     "all_correct",
@@ -27,8 +28,22 @@ ALARMS = (
     "nan_loss",
     "dead_reward",
     "advantage_bias",
+    "nothing_trained",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
+
+# What takes fewest rollouts: many prompts a batch, a guess for each, a low baseline, several looks at each batch.
+EFFICIENT: dict[str, Any] = {
+    "group_size": "single",
+    "baseline": "predicted",
+    "baseline_shift": 0.5,
+    "scale_rewards": "batch",
+    "curriculum": "predicted",
+    "num_iterations": 4,
+    "reuse_drift_limit": 0.05,
+}
+# The same for prompts so long that reading each of them costs more than sampling: half as many, two completions each.
+EFFICIENT_LONG_PROMPTS = EFFICIENT | {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
 
 
 @dataclass
@@ -46,9 +61,10 @@ class AdaptiveGRPOConfig(GRPOConfig):
         default="fixed",
         metadata={
             "help": (
-                "How many completions a prompt gets: 'fixed' gives each num_generations; 'threshold' one more at its "
-                "next visit if its rewards varied by more than group_std_threshold, else one fewer; 'variance' gives "
-                "uncertain prompts more of the same number of rows, from a decayed posterior per prompt."
+                "How many completions a prompt gets. 'fixed': num_generations. 'single': one, so that a batch holds as "
+                "many prompts as rows; needs another baseline than the group's. 'threshold': one more at its next "
+                "visit if its rewards varied by more than group_std_threshold, else one fewer. 'variance': uncertain "
+                "prompts get more of the same number of rows."
             ),
             "choices": list(GROUP_SIZES),
         },
@@ -56,7 +72,10 @@ class AdaptiveGRPOConfig(GRPOConfig):
     min_group_size: int | None = field(
         default=None,
         metadata={
-            "help": ("Smallest group. Defaults to half of num_generations, at least 2."),
+            "help": (
+                "Smallest group. Defaults to half of num_generations, at least 2. 1 needs another baseline than the "
+                "group's."
+            ),
         },
     )
     max_group_size: int | None = field(
@@ -70,6 +89,36 @@ class AdaptiveGRPOConfig(GRPOConfig):
         metadata={
             "help": (
                 "For group_size='threshold': the standard deviation above which a group grows, in units of the reward."
+            ),
+        },
+    )
+    baseline: str = field(
+        default="group",
+        metadata={
+            "help": (
+                "What a reward is compared with. 'group': the mean of its group, as in TRL. 'leave_one_out': the mean "
+                "of the others of its group. 'batch': the mean of the others of the batch. 'predicted': a guess for "
+                "the prompt from its features, or the mean of the batch where that is lower. 'shrunk': that guess, "
+                "corrected by the others of the group. All but 'group' need scale_rewards='batch' or 'none'."
+            ),
+            "choices": list(BASELINES),
+        },
+    )
+    baseline_shift: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "How far below its baseline a reward is compared, in standard deviations of the rewards, such as 0.5. "
+                "For every baseline but 'group'."
+            ),
+        },
+    )
+    reuse_drift_limit: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "For num_iterations above 1: no further update on a batch once the mean squared log-ratio between the "
+                "policy and the policy that sampled the batch exceeds this, such as 0.1."
             ),
         },
     )
@@ -104,9 +153,9 @@ class AdaptiveGRPOConfig(GRPOConfig):
         default="none",
         metadata={
             "help": (
-                "Which prompts: 'none' walks the dataset in shuffled epochs; 'staged' goes from easy to hard by "
-                "difficulty_column; 'online' draws prompts whose rewards vary now; 'target' draws prompts near a "
-                "difficulty that rises with the reward."
+                "Which prompts. 'none': shuffled epochs. 'staged': from easy to hard by difficulty_column. 'online': "
+                "prompts whose rewards vary now. 'predicted': the same, and prompts never drawn by their text, too. "
+                "'target': prompts near a difficulty that rises with the reward."
             ),
             "choices": list(CURRICULA),
         },
@@ -267,10 +316,19 @@ class AdaptiveGRPOConfig(GRPOConfig):
         _check_choice("curriculum", self.curriculum, CURRICULA)
         _check_choice("rollout", self.rollout, ROLLOUTS)
         check_clipping(self.reward_clip_range, self.reward_clip_quantiles, self.reward_clip_on)
+        if isinstance(self.generation_kwargs, dict) and self.generation_kwargs.get("seed") is not None:
+            raise ValueError(
+                f"generation_kwargs={self.generation_kwargs} has a seed, which makes all completions of a prompt equal "
+                "where each is generated on its own: take it out, and set `seed`, or the --seed of vLLM's server"
+            )
 
+        self._check_baseline()
         smallest, largest = self.group_size_bounds
-        if smallest < 2:
-            raise ValueError(f"min_group_size={smallest} is below 2: a group of one has no baseline, use at least 2")
+        if smallest < 1 or (smallest < 2 and self.needs_siblings):
+            raise ValueError(
+                f"min_group_size={smallest} is below 2: a group of one has no baseline in baseline={self.baseline!r}. "
+                "Use at least 2, or baseline='batch', 'predicted' or 'shrunk'"
+            )
         if smallest > largest:
             raise ValueError(f"min_group_size={smallest} exceeds max_group_size={largest}: lower one of them")
         if self.group_size != "fixed":
@@ -321,8 +379,49 @@ class AdaptiveGRPOConfig(GRPOConfig):
                 )
 
     @property
+    def needs_siblings(self) -> bool:
+        """Whether a completion is compared with others of its prompt, so that a group of one teaches nothing."""
+        return self.baseline in ("group", "leave_one_out")
+
+    def _check_baseline(self) -> None:
+        """Raise `ValueError` for baselines that cannot work with the other options."""
+        _check_choice("baseline", self.baseline, BASELINES)
+        if not 0 <= self.baseline_shift < math.inf:
+            raise ValueError(f"baseline_shift={self.baseline_shift} must be finite and not negative: try 0.5")
+        if self.baseline == "group" and self.baseline_shift > 0:
+            raise ValueError(
+                f"baseline_shift={self.baseline_shift} has no effect on baseline='group', which is TRL's: set "
+                "baseline='batch', 'predicted', 'shrunk' or 'leave_one_out', or leave baseline_shift out"
+            )
+        if self.baseline != "group" and self.scale_rewards not in ("batch", "none"):
+            raise ValueError(
+                f"baseline={self.baseline!r} compares rewards across prompts, and scale_rewards={self.scale_rewards!r} "
+                "divides them by the spread of one group: set scale_rewards='batch' or 'none'"
+            )
+        if self.group_size == "single" and self.needs_siblings:
+            raise ValueError(
+                f"group_size='single' leaves a completion alone in its group, and baseline={self.baseline!r} compares "
+                "it with others of its group: set baseline='batch' or 'predicted', or another group_size"
+            )
+        if self.group_size == "single" and self.dynamic_sampling_rounds > 0:
+            raise ValueError(
+                "dynamic_sampling_rounds replaces groups without spread, and with group_size='single' no group has "
+                "any: set dynamic_sampling_rounds=0, and curriculum='predicted' to avoid hopeless prompts"
+            )
+        if self.reuse_drift_limit is not None:
+            if not self.reuse_drift_limit > 0:
+                raise ValueError(f"reuse_drift_limit={self.reuse_drift_limit} must be positive: try 0.1")
+            if self.num_iterations == 1:
+                raise ValueError(
+                    f"reuse_drift_limit={self.reuse_drift_limit} guards further passes over a batch, and "
+                    "num_iterations=1 makes none: raise num_iterations, or leave reuse_drift_limit out"
+                )
+
+    @property
     def group_size_bounds(self) -> tuple[int, int]:
         """Completions of the smallest and of the largest group."""
+        if self.group_size == "single":  # larger groups only where the dataset is smaller than the batch
+            return 1, self.generation_batch_size
         smallest = max(2, self.num_generations // 2) if self.min_group_size is None else self.min_group_size
         return smallest, 2 * self.num_generations if self.max_group_size is None else self.max_group_size
 

@@ -63,6 +63,8 @@ class Evaluator(TrainerCallback):
     """
     Measures the policy at fixed intervals of rollouts, and ends the run when the budget is spent.
 
+    Where a batch is trained on several times (`num_iterations`), the policy is measured after the last pass over it.
+
     Args:
         meter ([`Meter`]):
             Counts the rollouts.
@@ -97,6 +99,8 @@ class Evaluator(TrainerCallback):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> None:
+        if state.global_step % getattr(args, "num_iterations", 1) > 0:
+            return
         done = self.meter.rollouts >= self.budget
         control.should_training_stop = control.should_training_stop or done
         if done or self.meter.rollouts >= self.curve[-1][0] + self.every:

@@ -25,7 +25,7 @@ class Plans(GRPOCallback):
     def __init__(self):
         self.seen = []
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(self, batch, **kwargs):
         prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()
         self.seen.append([prompts, batch.group_sizes.tolist(), batch.rewards.tolist(), batch.advantages.tolist()])
 

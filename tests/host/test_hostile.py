@@ -19,22 +19,17 @@ from kit import config_kwargs, has_answer
 from trl import GRPOConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
-from trl_grpo_ext.credit.groups import (
-    flat_groups,
-    group_advantages,
-    group_mean_std,
-    normalize_then_sum,
-    total_rewards,
-)
+from trl_grpo_ext.credit.groups import group_advantages, normalize_then_sum
+from trl_grpo_ext.hooks.records import Answer, RolloutSequence
+from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
 from trl_grpo_ext.host.checkpoints import MANIFEST, CheckpointError, load_tensors
 from trl_grpo_ext.observe.monitor import RunRecord, read_lines
 from trl_grpo_ext.observe.report import NotARunError, read_run, write_report
 from trl_grpo_ext.observe.report.figures import axes_of, panels_of
 from trl_grpo_ext.observe.report.page import page_data, render
-from trl_grpo_ext.plan.group_size import PromptPosterior
+from trl_grpo_ext.plan.posterior import PromptPosterior
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.rewards import Length, RewardError, as_reward
-from trl_grpo_ext.rollouts.answers import Answer, RolloutSequence
 from trl_grpo_ext.rollouts.dialogue import read_turns
 from trl_grpo_ext.trainer.features import callbacks_of
 
@@ -241,7 +236,7 @@ def test_completions_of_nothing_train(completion, model_path, dataset, tmp_path,
 
 
 class Silent(GRPOCallback):
-    def on_generate(self, args, state, control, rows, **kwargs):
+    def on_generate(self, rows, **kwargs):
         return [RolloutSequence([5], [Answer(row["prompt"], ids=[], text="")]) for row in rows]
 
 
@@ -424,7 +419,7 @@ def test_the_record_goes_on_after_any_crash(tmp_path_factory, before, info, step
     for path in (record.metrics, record.alarms):
         path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + b"\n".join(before))
     record.run.write_bytes(info)
-    record.begin({"model": "m"}, step)
+    record.start({"model": "m"}, step)
     record.log(step + 1, {"loss": 1.0}, [])
     record.update(status="finished")
     kept = list(read_lines(record.metrics))
@@ -544,11 +539,64 @@ def test_a_hostile_state_is_refused_with_the_file_and_the_key(checkpoint):
     assert tried > 100
 
 
+def test_a_writer_refuses_what_its_reader_refuses(saved, monkeypatch):
+    """With the name of the callback and the key, and without a change of anything."""
+    trainer, _ = saved
+    writers = [callback for callback in trainer.grpo_callbacks if not isinstance(callback, Keeper)]
+    before = {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+    beta = trainer.beta
+    tried = 0
+    for writer in [*writers, trainer._planner]:
+        name, state = type(writer).__name__, writer.state_dict()
+        assert trainer._state_of(writer) is not None
+        for place, value in leaves(state):
+            is_optional = "detector" in place and (len(place) > 3 or "streaks" in place)
+            for bad in bad_values(value):
+                if isinstance(value, list) or (bad is KeyError and is_optional) or (value == {} == bad):
+                    continue
+                monkeypatch.setattr(writer, "state_dict", lambda p=place, b=bad, s=state: replaced(s, p, b))
+                with pytest.raises(ValueError, match=rf"state_dict\(\) of {name}") as error:
+                    trainer._state_of(writer)
+                monkeypatch.undo()
+                key = next(part for part in reversed(place) if isinstance(part, str))
+                assert any(part in str(error.value) for part in (f"'{key}'", "The checkpoint knows")), (place, bad)
+                tried += 1
+    assert tried > 80
+    assert trainer.beta == beta
+    assert before == {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+
+
 def test_another_version_is_refused(checkpoint):
     trainer, folder = checkpoint
     state = torch.load(folder / "grpo_callbacks.pt", weights_only=True)
-    torch.save({**state, "version": 2}, folder / "grpo_callbacks.pt")
-    with pytest.raises(CheckpointError, match=r"grpo_callbacks\.pt: 'version' is 2, and this release reads 1"):
+    for version in (1, 3):
+        torch.save({"version": version, "callbacks": state["callbacks"]}, folder / "grpo_callbacks.pt")
+        message = rf"grpo_callbacks\.pt: 'version' is {version}, and this release reads 2: resume with the release"
+        with pytest.raises(CheckpointError, match=message):
+            trainer._load_state(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": {"kl": [None]}}, r"'metrics' has \[None\] under 'kl': not numbers"),
+        ({"metrics": {3: [1.0]}}, "'metrics' has .* under 3"),
+        ({"metrics": {"kl": 1.0}}, "'metrics' has 1.0 under 'kl'"),
+        ({"losses": []}, "'losses' is .*: not numbers"),
+        ({"losses": ["1"]}, "'losses' is .*: not numbers"),
+        ({"last_log": -1}, "'last_log' is -1: not a count"),
+        ({"table": {"prompt": ["a"], "completion": [], "rewards": {}, "extra": {}}}, ".*'completion' that"),
+        ({"table": {"prompt": ["a"], "rewards": {"r": [1.0, 2.0]}, "extra": {}}}, ".*'rewards/r' that does not fit"),
+        ({"table": {"prompt": 3, "rewards": {}, "extra": {}}}, "'prompt' is 3: not a list"),
+        ({"table": {"completion": [], "rewards": {}, "extra": {}}}, "'prompt' is missing"),
+    ],
+)
+def test_what_was_logged_is_checked(change, message, checkpoint):
+    trainer, folder = checkpoint
+    path = folder / "grpo_callbacks.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "logged": {**state["logged"], **change}}, path)
+    with pytest.raises(CheckpointError, match=rf"grpo_callbacks\.pt: {message}"):
         trainer._load_state(str(folder))
 
 
@@ -578,7 +626,7 @@ def test_a_checkpoint_runs_no_code(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("grpo_callbacks.pt", "grpo_rollouts_0.pt"):
         original = (folder / name).read_bytes()
-        torch.save({"version": 1, "callbacks": [("Keeper", Boom())]}, folder / name)
+        torch.save({"version": 2, "callbacks": [("Keeper", Boom())]}, folder / name)
         with pytest.raises(CheckpointError, match=f"{name} cannot be read .*more than tensors and plain data"):
             trainer._load_state(str(folder))
         (folder / name).write_bytes(original)

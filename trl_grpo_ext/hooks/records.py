@@ -160,6 +160,9 @@ class RolloutBatch:
             Turn of the conversation, or level of the tree, from 0.
         parents (`torch.Tensor` of shape `(N,)`):
             Completion that each one carries on from, an earlier one; -1 where a conversation begins.
+        prompt_features (`torch.Tensor` of shape `(P, d)`):
+            The policy's hidden state at the end of the prompt of each group, float32, at most 256 wide. There from
+            `on_advantages` on, where a callback says that it reads them (`reads_prompt_features`).
         is_shaped (`bool`):
             Whether a hook changed the rewards.
         discarded ([`RolloutBatch`], *optional*):
@@ -182,6 +185,7 @@ class RolloutBatch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     turns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     parents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    prompt_features: Tensor = field(default_factory=lambda: torch.empty(0))
     is_shaped: bool = False
     discarded: "RolloutBatch | None" = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -203,7 +207,11 @@ class RolloutBatch:
 
     @property
     def token_advantages(self) -> Tensor:
-        """Advantages `(N, T)` of the tokens, 0 behind the end of a completion."""
+        """
+        Advantages `(N, T)` of the tokens, 0 behind the end of a completion.
+
+        Where each completion has one advantage, they are `(N, 1)`.
+        """
         per_token = self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
         if self.advantages.dim() == 2:
             return per_token.where(self.token_mask, torch.zeros_like(per_token))
@@ -230,8 +238,13 @@ class RolloutBatch:
             return self.advantages
         return self.token_advantages.sum(1) / self.completion_lengths.clamp(min=1)
 
+    @property
+    def teaches(self) -> Tensor:
+        """Which completions `(N,)` have an advantage that is not zero, and so a gradient."""
+        return (self.token_advantages != 0).any(1)
+
     def flat_groups(self) -> Tensor:
-        """Which groups `(P,)` have rewards that are all equal, or no reward."""
+        """Which groups `(P,)` have rewards that are all equal, or no reward. A group of one is flat."""
         return flat_groups(self.rewards, self.group_ids, self.num_groups)
 
     def group_stats(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,5 +269,7 @@ class RolloutBatch:
     def append(self, other: "RolloutBatch") -> None:
         """Add the groups of another batch behind those of this one."""
         self.group_ids = torch.cat([self.group_ids, other.group_ids + self.num_groups])
-        for name in ("group_sizes", "prompt_index", "rewards_per_func", "raw_rewards_per_func", "rewards"):
+        if self.prompt_index is not None and other.prompt_index is not None:
+            self.prompt_index = torch.cat([self.prompt_index, other.prompt_index])
+        for name in ("group_sizes", "rewards_per_func", "raw_rewards_per_func", "rewards"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))

@@ -2,14 +2,15 @@
 
 transformers writes a checkpoint file by file into its final folder, and takes the folder with the highest step for the
 last checkpoint, whatever it holds. Here a manifest says whether a folder is complete: `"complete": false` is written
-before anything else, the size of every file after everything else. Folders without a manifest come from stock TRL and
-count as soon as they hold a readable `trainer_state.json`, which transformers writes last.
+before anything else, the size of every file after everything else. Folders of stock TRL have no manifest, and count as
+soon as they hold a readable `trainer_state.json`, which transformers writes last.
 """
 
 import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,13 @@ from typing import IO, Any
 import torch
 
 MANIFEST = "grpo_checkpoint.json"
-PASSING = "checkpoint-is-incomplete.txt"  # of transformers, which takes it away after a save on a signal
+PASSING = "checkpoint-is-incomplete.txt"  # transformers puts it there before a save on a signal, and takes it away
 OURS = "grpo_*"  # what this package adds to a checkpoint
 TRAINER_STATE = "trainer_state.json"
+# Options are pickled into every checkpoint, so this tells a checkpoint of this package from one of stock TRL.
+OPTIONS, OUR_OPTIONS = "training_args.bin", b"trl_grpo_ext.config\nAdaptiveGRPOConfig\n"
+# Names under which a model and what belongs to it are saved.
+SAVED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.md")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -30,7 +35,9 @@ class CheckpointError(ValueError):
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
     """
-    Write a file so that a crash at any moment, of the machine too, leaves the old one or the new one.
+    Write a file so that a crash at any moment, even of the machine, leaves the old file or the new one.
+
+    A link at `path` is replaced, and the file that it leads to stays as it is.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -39,7 +46,7 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any])
             Called with a binary file to write to.
 
     Raises:
-        `OSError`: where it cannot be written; then the old file is still there.
+        `OSError`: where the file cannot be written; then the old file is still there.
 
     Example:
 
@@ -52,9 +59,11 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any])
 
     ```
     """
-    temporary = Path(f"{os.fspath(path)}.tmp")
+    path = Path(path)
+    # Nobody can put a link there in advance: the name is not known, and "x" takes no name that exists.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -62,11 +71,11 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any])
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(temporary.parent)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make new names in a folder last, where the system can."""
+    """Make new names in a folder survive a crash of the machine, where the system can."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows opens no folders
@@ -80,17 +89,37 @@ def _sync_folder(folder: Path) -> None:
 
 
 def begin(folder: str | os.PathLike[str]) -> None:
-    """Say that a checkpoint is being written, before anything of it is. What an earlier save left of ours goes."""
+    """
+    Mark a checkpoint as incomplete, before anything of it is written, and delete what an earlier save left there.
+
+    Raises:
+        [`CheckpointError`]: for a link, since a checkpoint would be written to where the link leads.
+    """
     folder = Path(folder)
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link, and a checkpoint would go to where it leads: remove the link")
     folder.mkdir(parents=True, exist_ok=True)
     _write_manifest(folder, {"format": 1, "complete": False})
-    for stale in folder.glob(OURS):
-        if stale.name != MANIFEST:
-            stale.unlink()
+    # Also links, through which transformers would write; also files that the new checkpoint does not overwrite.
+    for stale in folder.iterdir():
+        if stale.name in (MANIFEST, PASSING):
+            continue
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+def drop_links(folder: str | os.PathLike[str], *patterns: str) -> None:
+    """Delete links among the files of a folder, where TRL and transformers would write to what the links lead to."""
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            if path.is_symlink():
+                path.unlink(missing_ok=True)
 
 
 def complete(folder: str | os.PathLike[str]) -> None:
-    """Say that a checkpoint is written, once all processes have written their parts and the disk holds them."""
+    """Mark a checkpoint as complete, once all processes have written their parts and the disk holds them."""
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, PASSING))
     for path in files:
@@ -106,9 +135,11 @@ def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
-    """What is wrong with the checkpoint in a folder, as the end of a sentence; `None` if it is complete."""
+    """Why the checkpoint in a folder is not complete, as the end of a sentence; `None` for a complete one."""
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
+        if _is_ours(folder):
+            return f"its {MANIFEST} is missing"
         state = read_object(folder / TRAINER_STATE)
         return None if "global_step" in state else f"it has no readable {TRAINER_STATE}, which is written last"
     manifest = read_object(folder / MANIFEST)
@@ -119,15 +150,29 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
         return f"its {MANIFEST} is broken"
     for name, size in sizes.items():
         path = folder / name
-        if not path.is_file():
+        try:
+            found = path.stat().st_size if path.is_file() else None
+        except OSError:  # another process deletes it right now
+            found = None
+        if found is None:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
     return None
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether this package began to write the checkpoint, so that it must have a manifest."""
+    if any(folder.glob(OURS)):
+        return True
+    try:
+        return OUR_OPTIONS in (folder / OPTIONS).read_bytes()
+    except OSError:
+        return False
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where it is missing or damaged."""
+    """The JSON object in a file; an empty one where the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError):
@@ -142,12 +187,13 @@ def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written, from the name of its folder."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def last_complete(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
     """
-    The checkpoint to resume a run from.
+    The checkpoint from which to resume a run.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -155,8 +201,8 @@ def last_complete(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str
 
     Returns:
         `tuple[Path, list[str]]`:
-            The complete checkpoint with the highest step, `None` if there is none, and what is wrong with each of those
-            after it.
+            The complete checkpoint with the highest step, or `None` where there is none. Then, for each checkpoint of a
+            higher step, why it is not complete.
 
     Example:
 
@@ -188,27 +234,37 @@ def check_complete(folder: str | os.PathLike[str]) -> None:
         remedy = "there is no complete one beside it" if last is None else f"resume from {last}"
         raise CheckpointError(
             f"{folder} is not complete: {reason}. Not resuming from it; {remedy}. If files were taken out of it on "
-            f"purpose, delete its {MANIFEST}"
+            f"purpose, take their lines out of its {MANIFEST}"
         )
 
 
-def save_failed(folder: str | os.PathLike[str], error: Exception) -> CheckpointError:
-    """The error to raise for a save that failed, after what is there of the checkpoint is deleted."""
+def reason_of(folder: str | os.PathLike[str], error: Exception) -> str:
+    """Why a checkpoint could not be written: the first line of an error, and how full the disk is."""
     folder = Path(folder)
     place = next((path for path in (folder, *folder.parents) if path.exists()), None)
     free = 0 if place is None else shutil.disk_usage(place).free
     disk = "the disk is full" if free < 2**20 else f"{free / 1e6:.0f} MB are free there"
-    if folder.exists() and why_incomplete(folder) is not None:
-        shutil.rmtree(folder, ignore_errors=True)  # it is of no use, and may hold what the disk lacks
-    last, _ = last_complete(folder.parent)
-    remedy = "there is no complete checkpoint" if last is None else f"the last complete checkpoint is {last}"
-    reason = (str(error).splitlines() or [""])[0]
-    return CheckpointError(f"{folder} could not be written ({type(error).__name__}: {reason}; {disk}): {remedy}")
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}; {disk}"
+
+
+def discard(folder: str | os.PathLike[str]) -> None:
+    """Delete a checkpoint that is not complete: it is of no use, and may hold what the disk lacks."""
+    if os.path.exists(folder) and why_incomplete(folder) is not None:
+        delete(folder)
+
+
+def delete(folder: str | os.PathLike[str]) -> None:
+    """Delete a checkpoint. From the first moment on, what is left of it does not count as complete."""
+    # Which every complete checkpoint has: a kill in the middle may leave this one without its manifest.
+    with contextlib.suppress(OSError):
+        Path(folder, TRAINER_STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def delete_old(newest: str | os.PathLike[str], limit: int | None, best: str | None) -> None:
     """
-    Keep `limit` checkpoints of a run, as transformers does, but delete those that are not complete first.
+    Keep `limit` checkpoints of a run, as transformers does. Those that are not complete go first, then the lowest step.
 
     Args:
         newest (`str` or `os.PathLike`):
@@ -223,19 +279,21 @@ def delete_old(newest: str | os.PathLike[str], limit: int | None, best: str | No
     newest = Path(newest)
     keep = {newest.absolute()} | ({Path(best).absolute()} if best else set())
     old = [path for path in checkpoints_in(newest.parent) if path.absolute() not in keep]
-    old.sort(key=lambda path: (why_incomplete(path) is None, path.stat().st_mtime))
+    old.sort(key=lambda path: (why_incomplete(path) is None, step_of(path)))
     count = len(old) + len(keep)
     for path in old[: max(0, count - max(limit, len(keep)))]:
-        shutil.rmtree(path, ignore_errors=True)
+        delete(path)
 
 
 def load_tensors(path: str | os.PathLike[str], device: Any = "cpu") -> dict[str, Any]:
     """
-    Tensors and plain data from a file; no code in it runs.
+    Tensors and plain data from a file; no code in the file runs.
 
     Raises:
         [`CheckpointError`]: for a file that is cut off, damaged, or holds anything else.
     """
+    if torch.device(device).type == "cpu":
+        device = "cpu"  # of several processes, accelerate's is "cpu:0", to which torch restores nothing
     try:
         content = torch.load(path, weights_only=True, map_location=device)
     except Exception as error:  # zip, pickle and torch each have their own
@@ -251,7 +309,7 @@ def load_tensors(path: str | os.PathLike[str], device: Any = "cpu") -> dict[str,
 
 @contextlib.contextmanager
 def blaming(place: str) -> Iterator[None]:
-    """Whatever a state makes the code in this block raise becomes a `CheckpointError` that says where it stands."""
+    """Turn an error over a state that this block reads into a `CheckpointError` that says where the state stands."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -1,10 +1,11 @@
-"""What fails on one process stops all of them, with its message, instead of leaving the others to wait for it.
+"""An error on one process stops all processes, with its message. Without this, the others would wait for ever.
 
-A process that fails takes part in the collective that the others come to next, and says there what happened.
+A process that fails still takes part in the collective to which the others come next, and says there what happened.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,11 +21,11 @@ class OtherProcessError(RuntimeError):
 @dataclass(frozen=True)
 class Failure:
     """
-    What a failing process gathers.
+    What a failing process tells the others.
 
     Args:
         process (`int`):
-            Its rank.
+            Rank of the process that fails.
         message (`str`):
             Type and text of its error.
     """
@@ -64,27 +65,65 @@ def gather_values(value: Any) -> list[Any]:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Raise `error` here, and [`OtherProcessError`] on the processes that wait in [`gather_values`]: once, at most."""
+    """
+    Raise `error` here, and [`OtherProcessError`] on the processes that wait in [`gather_values`].
+
+    An error that all processes know already is only raised.
+    """
     if not isinstance(error, OtherProcessError) and not getattr(error, "is_known_to_all", False):
         error.is_known_to_all = True  # type: ignore[attr-defined]
         gather_object([Failure.of(error)])
     raise error
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """
+    Where this block raises on one process, it raises on all of them, once all have come to its end.
+
+    Every process must enter the block. What may fail must come after the last collective in it, or wait for that one.
+
+    Raises:
+        `Exception`: the error of the block, on each process where it failed.
+        [`OtherProcessError`]: on the others, with the message of the first that failed.
+
+    Example:
+
+    ```python
+    >>> with together():
+    ...     pass
+    >>> with together():
+    ...     raise OSError("disk full")
+    Traceback (most recent call last):
+        ...
+    OSError: disk full
+
+    ```
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if error is not None:
+        fail(error)
+    gather_values(None)
+
+
 def gather_rewards(accelerator: Accelerator, calculate: Callable[[], Tensor], nothing: Tensor) -> Tensor:
     """
-    `calculate()`, which ends in a gather; where it raises on one process, all processes raise.
+    Call `calculate`, which ends in a gather. Where `calculate` raises on one process, all processes raise.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            Of the trainer.
+            Accelerator of the trainer.
         calculate (`Callable`):
             TRL's calculation of rewards.
         nothing (`torch.Tensor`):
-            What a process that failed gathers in place of its rewards: of their shape, type and device.
+            Stands in for the rewards of a process that failed: a tensor of the same shape, type and device.
 
     Raises:
-        `Exception`: that of `calculate`, on the process where it failed.
+        `Exception`: the error of `calculate`, on the process where it failed.
         [`OtherProcessError`]: on the others.
     """
     if accelerator.num_processes == 1:
@@ -103,11 +142,10 @@ def gather_rewards(accelerator: Accelerator, calculate: Callable[[], Tensor], no
 
 def leave() -> None:
     """
-    End the group of processes, as the last thing that a script does. Every process must call this.
+    End the group of processes. Every process must call this, as the last thing in a script.
 
-    A thread of gloo lets go of the last tensors that it gathered under Python's lock. A process that goes on to its end
-    at once holds that lock, waits there for the thread, and stands still for ever or aborts (seen with torch 2.13). So
-    the threads get a moment.
+    The threads of gloo need Python's lock to free the tensors that they gathered last. A process that ends at once
+    holds this lock while it waits for them, and hangs or aborts (seen with torch 2.13). So the threads get a second.
     """
     state = PartialState()
     if state.num_processes > 1:

@@ -1,4 +1,4 @@
-"""The seams of TRL that this package wraps. Importing it on a TRL that lacks one gives one clear error."""
+"""The seams of TRL: what this package wraps and reads there. Importing it on another TRL gives one clear error."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ from .calls import is_async
 
 SUPPORTED_TRL = ">=1.13,<1.17"
 
-# Method of GRPOTrainer -> its parameters. `tests/host/test_contract.py` pins these and the attributes that are read.
+# Method of GRPOTrainer -> its parameters. `tests/host/test_contract.py` pins these, and the attributes that are read.
 SEAMS = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_generate_and_score_completions": ["self", "inputs"],
@@ -25,6 +25,11 @@ SEAMS = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "save_model": ["self", "output_dir", "_internal_call"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "_save_optimizer_and_scheduler": ["self", "output_dir"],
+    "_save_scaler": ["self", "output_dir"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_load_rng_state": ["self", "checkpoint"],
     "_get_train_sampler": ["self", "dataset"],
     "_remove_unused_columns": ["self", "dataset", "description"],
     "_get_output_dir": ["self", "trial"],
@@ -32,7 +37,7 @@ SEAMS = {
     "_prepare_inputs": ["self", "generation_batch"],
     "_compute_loss": ["self", "model", "inputs"],
 }
-# Method -> what its parameters may begin with. What follows differs between releases, and is passed on as it came.
+# Method -> what its parameters may begin with. The others differ between releases, and are passed on as they came.
 OPEN_SEAMS = {
     "_generate_single_turn": [["self", "prompt_ids", "images", "multimodal_fields"]],
     "_get_per_token_logps_and_entropies": [
@@ -129,26 +134,86 @@ def check_liger(args: Any) -> None:
 
 
 def plain_rewards(trainer: Any, rows: list[Any], prompts: list[Any], completions: list[Any], ids: list[Any]) -> Tensor:
-    """TRL's own calculation of rewards `(N, K)`, which gathers those of all processes."""
+    """TRL's own calculation of rewards, which gathers the rewards `(N, K)` of all processes."""
     rewards: Tensor = trl.GRPOTrainer._calculate_rewards(trainer, rows, prompts, completions, ids)
     return rewards
 
 
 def pending_columns(trainer: Any) -> dict[str, list[Any]]:
-    """Columns that reward functions gave the completions table, and that TRL has not gathered yet."""
+    """Columns that reward functions added to the table of completions, and that TRL has not gathered yet."""
     columns: dict[str, list[Any]] = trainer._pending_extra_logs
     return columns
 
 
 def drop_pending_logs(trainer: Any) -> None:
-    """Forget what reward functions logged since TRL gathered it last."""
+    """Forget what reward functions logged and TRL has not gathered yet."""
     trainer._pending_extra_logs.clear()
     trainer._pending_metrics.clear()
 
 
+def loss_since_log(trainer: Any) -> float:
+    """
+    Sum of the losses of this process since the trainer logged last.
+
+    Up to transformers 5.2, no attribute holds this sum: there, the first loss after resuming is that of fewer steps.
+    """
+    return float(getattr(trainer, "_tr_loss", 0.0))
+
+
+def restore_loss(trainer: Any, loss: float, last_log: int) -> None:
+    """Go on with a sum of losses since the step `last_log`, when the trainer has just begun to train."""
+    if hasattr(trainer, "_tr_loss"):
+        trainer._tr_loss += loss
+        trainer._globalstep_last_logged = min(last_log, trainer.state.global_step)
+
+
+def logged_since_log(trainer: Any, with_table: bool) -> dict[str, Any]:
+    """
+    What a trainer measured since it logged last, as plain data.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]):
+            The trainer.
+        with_table (`bool`):
+            Whether to keep the table of completions, without images.
+
+    Returns:
+        `dict[str, Any]`:
+            `metrics` (the values of each training metric), `last_log` (a step), and `table`, which may be empty.
+    """
+    metrics = {name: [float(value) for value in values] for name, values in trainer._metrics["train"].items()}
+    table: dict[str, Any] = {}
+    if with_table:
+        logs = trainer._logs
+        table = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
+        table |= {kind: {name: list(values) for name, values in logs[kind].items()} for kind in ("rewards", "extra")}
+    return {
+        "metrics": {name: values for name, values in metrics.items() if values},
+        "last_log": getattr(trainer, "_globalstep_last_logged", trainer.state.global_step),
+        "table": table,
+    }
+
+
+def restore_logged(trainer: Any, metrics: dict[str, list[float]], table: dict[str, Any]) -> None:
+    """Put back what [`logged_since_log`] found, in place of what the trainer logged in a run before."""
+    drop_pending_logs(trainer)
+    trainer._metrics["train"].clear()
+    for name, values in metrics.items():
+        trainer._metrics["train"][name].extend(values)
+    logs = trainer._logs
+    for column in (logs["images"], logs["prompt"], logs["completion"], logs["advantages"]):
+        column.clear()
+    for name in ("prompt", "completion", "advantages"):
+        logs[name].extend(table.get(name, ()))
+    for kind in ("rewards", "extra"):
+        logs[kind].clear()
+        for name, values in table.get(kind, {}).items():
+            logs[kind][name].extend(values)
+
+
 @contextmanager
 def num_generations_set(trainer: Any, num_generations: int, in_evaluation: bool = False) -> Iterator[None]:
-    """While open, the trainer samples so many completions for each prompt; with `in_evaluation`, there too."""
+    """Sample so many completions for each prompt while open; with `in_evaluation`, in evaluation too."""
     names = ("num_generations", "num_generations_eval") if in_evaluation else ("num_generations",)
     before = {name: getattr(trainer, name) for name in names}
     for name in names:
@@ -161,22 +226,22 @@ def num_generations_set(trainer: Any, num_generations: int, in_evaluation: bool 
 
 
 def asking_for(trainer: Any, num_generations: int | None) -> AbstractContextManager[None]:
-    """While open, the trainer says `num_generations` where TRL reads it from there."""
+    """Let the trainer say `num_generations` while open, where TRL reads the number from the trainer."""
     if TAKES_NUM_GENERATIONS or num_generations is None:
         return nullcontext()
     return num_generations_set(trainer, num_generations, in_evaluation=True)
 
 
 def eos_token_ids_of(trainer: Any) -> list[int]:
-    """Tokens of which each ends a completion; up to TRL 1.14.0, only the tokenizer's does."""
+    """Tokens that end a completion; up to TRL 1.14.0, only the token of the tokenizer does."""
     return getattr(trainer, "eos_token_ids", None) or [trainer._tokenizer.eos_token_id]
 
 
 def as_awaited(reward_funcs: Any) -> Any:
     """
-    Reward functions of which TRL awaits the async ones.
+    Reward functions in a form in which TRL awaits every async one.
 
-    TRL 1.13 takes an object with an async `__call__` for a sync function, so it gets a function in its place.
+    TRL 1.13 takes an object with an async `__call__` for a sync function, so it gets an async function instead.
     """
     if hasattr(utils, "is_async_callable") or reward_funcs is None:
         return reward_funcs

@@ -128,10 +128,11 @@ def with_exploration(weights: Tensor, exploration: float) -> Tensor:
     return weights.mul((1 - exploration) / total).add_(exploration / weights.numel())
 
 
-class _Curriculum(GRPOCallback):
+class Curriculum(GRPOCallback):
     """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
 
     is_unique = True
+    reads_dataset = True
     exploration: float
     difficulty: Tensor = torch.empty(0)  # (D,), where there is a difficulty column
 
@@ -148,7 +149,7 @@ class _Curriculum(GRPOCallback):
             batch.metrics["curriculum/difficulty"] = drawn.mean().item()
 
 
-class StagedCurriculumCallback(_Curriculum):
+class StagedCurriculumCallback(Curriculum):
     """
     Easy prompts first, then medium, then hard ones, with a smooth transition and a floor of exploration.
 
@@ -198,7 +199,7 @@ class StagedCurriculumCallback(_Curriculum):
         batch.metrics["curriculum/position"] = min(max(position, 0.0), 1.0)
 
 
-class OnlineCurriculumCallback(_Curriculum):
+class OnlineCurriculumCallback(Curriculum):
     """
     Draw the prompts on which learning is possible now: those whose rewards vary.
 
@@ -231,6 +232,7 @@ class OnlineCurriculumCallback(_Curriculum):
 
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
+        self._effective = float(len(trainer.train_dataset))
 
     def on_prompt_weights(self, weights: Tensor, **kwargs: Any) -> Tensor:
         variance = self.posterior.variance()
@@ -250,7 +252,7 @@ class OnlineCurriculumCallback(_Curriculum):
         self.posterior.load_state_dict(state_dict)
 
 
-class TargetCurriculumCallback(_Curriculum):
+class TargetCurriculumCallback(Curriculum):
     """
     AdaRFT (arXiv 2504.05520): draw prompts near a target difficulty that rises while the reward is above a goal.
 

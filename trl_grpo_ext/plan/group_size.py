@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..config import AdaptiveGRPOConfig
 from ..hooks.callback import GRPOCallback
+from ..hooks.conflicts import Conflict
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..host.state import check_state
@@ -15,6 +16,40 @@ from .posterior import check_same_dataset, posterior_of
 from .sizes import fit_group_sizes
 
 logger = logging.getLogger(__name__)
+
+
+class SingleGroupSizeCallback(GRPOCallback):
+    """
+    One completion for each prompt, so that a batch holds as many prompts as rows.
+
+    Nothing is left to compare a completion with in its group: set `baseline` to `"batch"` or `"predicted"`. Where the
+    dataset has fewer prompts than the batch has rows, some prompts get more.
+    """
+
+    is_unique = True
+
+    @property
+    def conflicts(self) -> tuple[Conflict, ...]:
+        return (
+            Conflict(
+                "on_group_sizes", "group_size='single' and {other} both choose group sizes: leave one of them out"
+            ),
+            Conflict(
+                "on_resample",
+                "{other} replaces groups without spread, and with group_size='single' no group has any: leave it out, "
+                "and use curriculum='predicted' to avoid hopeless prompts",
+            ),
+        )
+
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
+        if not any(callback.overrides("on_advantages") for callback in trainer.grpo_callbacks):
+            raise ValueError(
+                "group_size='single' leaves each completion alone in its group, and no callback gives it another "
+                "baseline: set baseline='batch' or 'predicted'"
+            )
+
+    def on_group_sizes(self, num_rows: int, prompt_index: Tensor, **kwargs: Any) -> Tensor:
+        return torch.ones(min(num_rows, prompt_index.numel()))
 
 
 class ThresholdGroupSizeCallback(GRPOCallback):
@@ -31,6 +66,7 @@ class ThresholdGroupSizeCallback(GRPOCallback):
     """
 
     is_unique = True
+    reads_dataset = True
     sizes: Tensor
 
     def __init__(self, std_threshold: float = 0.1):
@@ -77,6 +113,7 @@ class VarianceGroupSizeCallback(GRPOCallback):
     """
 
     is_unique = True
+    reads_dataset = True
 
     def __init__(self, decay: float = 0.5, prior: float = 2.0):
         self.decay = decay

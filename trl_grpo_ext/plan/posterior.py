@@ -10,9 +10,15 @@ from torch import Tensor
 from ..config import AdaptiveGRPOConfig
 from ..hooks.records import RolloutBatch
 from ..host.state import check_state
+from .columns import known_names
 from .difficulty import as_levels, read_difficulty
 
 logger = logging.getLogger(__name__)
+
+RECENT = 256  # groups whose variances say what is usual
+ENOUGH = 16  # as soon as there are so many of them
+OUTLIER = 100.0  # a group whose variance is above so many times their median is left out
+LARGEST = 1e30  # whatever the rewards are, float32 holds it
 
 
 class PromptPosterior:
@@ -58,6 +64,8 @@ class PromptPosterior:
         self.count = torch.zeros(num_prompts)
         self._mean = torch.zeros(num_prompts)
         self._variance = torch.zeros(num_prompts)
+        # Variances of the last groups that had any, which say what an outlier is.
+        self.recent = torch.zeros(RECENT, dtype=torch.float64)
         # Pools: sums of weight, mean and variance over the groups of each stratum seen lately.
         self.pool = torch.zeros(1 if strata is None else int(strata.max()) + 1, 3, dtype=torch.float64)
 
@@ -76,48 +84,85 @@ class PromptPosterior:
                 Number of rewards. Groups with fewer than two tell nothing about the variance and are left out.
         """
         known = (count >= 2) & ~mean.isnan()
-        index, count = prompt_index[known], count[known].float()
-        mean, variance = mean[known].float(), std[known].float() ** 2
+        self.learn(prompt_index[known], mean[known], std[known].double().square(), count[known])
+
+    def observe(self, batch: RolloutBatch) -> None:
+        """
+        Take in a finished batch, the groups that were thrown away included.
+
+        A group of one has no spread of its own: what counts is how far its reward was from what was expected of it.
+        """
+        for part in batch.parts:
+            if part.prompt_index is None:
+                continue
+            mean, std, count = part.group_stats()
+            is_alone = (count == 1) & (part.group_sizes == 1)
+            surprise = (mean - self.mean(part.prompt_index)).abs()
+            self.learn(part.prompt_index[is_alone], mean[is_alone], surprise[is_alone].square(), count[is_alone])
+            self.update(part.prompt_index, mean, std, count)
+
+    def learn(self, index: Tensor, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Take in finite means and variances `(P,)` of the groups of prompts, with the number of their rewards."""
+        if index.numel() == 0:
+            return
+        seen = variance[variance > 0].clamp(max=LARGEST)
+        self.recent = torch.cat([self.recent, seen])[-RECENT:]
+        limit = self._limit()
+        # One reward far from all others, or a broken one, must not decide what is expected of every prompt.
+        if self.pool[:, 2].sum() > limit * self.pool[:, 0].sum():
+            self.pool.zero_()
+            self.count[self._variance > limit] = 0.0
+        is_outlier = variance > limit
+        index, mean, variance, count = (x[~is_outlier] for x in (index, mean, variance, count))
+        mean = mean.double().clamp(-LARGEST, LARGEST)
+        variance = variance.clamp(max=LARGEST)
         if index.numel() == 0:
             return
         self.pool *= 0.9
         stratum = torch.zeros_like(index) if self.strata is None else self.strata[index].long()
-        self.pool.index_add_(0, stratum, torch.stack([count, count * mean, count * variance], dim=1).double())
+        weight = count.double()
+        self.pool.index_add_(0, stratum, torch.stack([weight, weight * mean, weight * variance], dim=1))
         touched, slot = torch.unique(index, return_inverse=True)
-        zeros = torch.zeros(touched.numel())
-        old = self.decay * self.count[touched]
-        new = zeros.index_add(0, slot, count)
-        self._mean[touched] = (old * self._mean[touched] + zeros.index_add(0, slot, count * mean)) / (old + new)
-        self._variance[touched] = (old * self._variance[touched] + zeros.index_add(0, slot, count * variance)) / (
-            old + new
-        )
-        self.count[touched] = old + new
+        zeros = torch.zeros(touched.numel(), dtype=torch.float64)
+        old = (self.decay * self.count[touched]).double()
+        new = zeros.index_add(0, slot, weight)
+        for values, sums in ((self._mean, weight * mean), (self._variance, weight * variance)):
+            values[touched] = ((old * values[touched] + zeros.index_add(0, slot, sums)) / (old + new)).float()
+        self.count[touched] = (old + new).float()
 
-    def observe(self, batch: RolloutBatch) -> None:
-        """Take in a finished batch, the groups that were thrown away included."""
-        for part in batch.parts:
-            if part.prompt_index is not None:
-                self.update(part.prompt_index, *part.group_stats())
+    def _limit(self) -> float:
+        """The largest variance of a group that is believed: many times the usual one."""
+        known = self.recent[self.recent > 0]
+        return OUTLIER * known.median().item() if known.numel() >= ENOUGH else LARGEST
 
-    def variance(self, prompt_index: Tensor | None = None) -> Tensor:
-        """Posterior variance of the reward of one completion, shape `(P,)`, or `(D,)` for all prompts."""
-        return self._posterior(self._variance, 2, prompt_index)
+    def variance(self, prompt_index: Tensor | None = None, expected: Tensor | None = None) -> Tensor:
+        """
+        Posterior variance of the reward of one completion, shape `(P,)`, or `(D,)` for all prompts.
 
-    def mean(self, prompt_index: Tensor | None = None) -> Tensor:
-        """Posterior mean reward, shape `(P,)`, or `(D,)` for all prompts."""
-        return self._posterior(self._mean, 1, prompt_index)
+        `expected`, of the same shape, stands in for the pool where something is known of prompts never drawn.
+        """
+        return self._posterior(self._variance, 2, prompt_index, expected).clamp(max=self._limit())
 
-    def _posterior(self, values: Tensor, moment: int, prompt_index: Tensor | None) -> Tensor:
+    def mean(self, prompt_index: Tensor | None = None, expected: Tensor | None = None) -> Tensor:
+        """Posterior mean reward, shape `(P,)`, or `(D,)` for all prompts; `expected` as in [`variance`]."""
+        return self._posterior(self._mean, 1, prompt_index, expected)
+
+    def _posterior(self, values: Tensor, moment: int, prompt_index: Tensor | None, expected: Tensor | None) -> Tensor:
+        index = slice(None) if prompt_index is None else prompt_index
+        pool = self._pools(moment) if expected is None else expected.float()
+        if expected is None:
+            pool = pool[0] if self.strata is None else pool[self.strata[index]]
+        return torch.addcmul(self.prior * pool, self.count[index], values[index]).div_(self.count[index] + self.prior)
+
+    def _pools(self, moment: int) -> Tensor:
         weight, total = self.pool[:, 0], self.pool[:, moment]
         # Before anything is known, all prompts are alike: variance 1, mean 0.
         overall = total.sum() / weight.sum() if weight.sum() > 0 else torch.tensor(float(moment == 2))
-        pools = ((total + self.prior * overall) / (weight + self.prior)).float()
-        index = slice(None) if prompt_index is None else prompt_index
-        pool = pools[0] if self.strata is None else pools[self.strata[index]]
-        return torch.addcmul(self.prior * pool, self.count[index], values[index]).div_(self.count[index] + self.prior)
+        return ((total + self.prior * overall) / (weight + self.prior)).float()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self._mean, "variance": self._variance, "pool": self.pool}
+        known = {"count": self.count, "mean": self._mean, "variance": self._variance}
+        return {**known, "pool": self.pool, "recent": self.recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict)
@@ -133,11 +178,13 @@ class PromptPosterior:
             "count": state_dict["count"],
             "variance": state_dict["variance"],
             "pool": pool[:, ::2],
+            "recent": state_dict["recent"],
         }.items():
             if (part < 0).any():
                 raise ValueError(f"{key!r} holds negative weights or variances")
         self.count, self._mean = state_dict["count"].clone(), state_dict["mean"].clone()
         self._variance, self.pool = state_dict["variance"].clone(), state_dict["pool"].clone()
+        self.recent = state_dict["recent"].clone()
 
 
 def check_same_dataset(saved: Any, current: Tensor) -> None:
@@ -152,7 +199,7 @@ def check_same_dataset(saved: Any, current: Tensor) -> None:
 def posterior_of(args: "AdaptiveGRPOConfig", dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
     """A posterior over the prompts of a dataset, in strata by difficulty where it has the configured column."""
     strata = None
-    if args.difficulty_column is not None and args.difficulty_column in dataset.column_names:
+    if args.difficulty_column is not None and args.difficulty_column in known_names(dataset):
         names = args.difficulty_levels
         strata = as_levels(read_difficulty(dataset, args.difficulty_column, names), names)
     elif args.difficulty_column is not None:

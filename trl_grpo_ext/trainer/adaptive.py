@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import get_config_model_id
 
+from ..compute.hidden import prompt_features
+from ..compute.packing import equal_rows
 from ..config import AdaptiveGRPOConfig
 from ..credit.groups import group_advantages, normalize_then_sum
 from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.checks import check_advantages, check_conflicts, check_finite, check_shape
 from ..hooks.records import Answer, RolloutBatch, RolloutPlan
 from ..hooks.segments import total_rewards
+from ..host.calls import own_copy
 from ..host.seams import as_awaited, check_liger, num_generations_set
 from ..plan.planner import Planner, check_plannable, plans
 from ..rollouts.adapter import CallbackRollout, Rollout
 from ..shape.resampling import global_positions, put_logs, rows_to_regenerate, take_logs
 from .features import callbacks_of
 from .logs import StepMarks, added_metrics, flat_rows, metrics_of_merged
+from .reuse import ReuseGuardCallback, squared_log_ratio
 from .sampled import Sampled, same
 from .saving import SavingGRPOTrainer
 
@@ -97,6 +102,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._is_set_up = False
         self._planner: Planner | None = None
         self._step_marks: dict[str, int] = {}
+        self._watched: dict[str, Any] | None = None  # micro-batch whose drift the guard of reuse wants to know
         reward_funcs = as_awaited(reward_funcs)
         data = (train_dataset, eval_dataset, processing_class, reward_processing_classes)
         super().__init__(model, reward_funcs, args, *data, callbacks, *further, **kwargs)
@@ -109,9 +115,14 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self.rollout = Rollout(self)
         self._num_rollouts = 0
         super().add_callback(StepMarks(self._step_marks, self._metrics["train"]))
+        self._dataset = self.train_dataset  # what callbacks and planner were set up for
         self._set_up(self.grpo_callbacks)
 
     # Seams of TRL
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._follow_dataset()
+        return super().train(*args, **kwargs)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         super().add_callback(callback)
@@ -146,10 +157,27 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._call("on_rollouts", sampled.batch)
         return self._finish(sampled)
 
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._watched = inputs if self.model.training and self.args.reuse_drift_limit is not None else None
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._watched = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._watched is not None and self._watched.get("old_per_token_logps") is not None:
+            inputs, self._watched = self._watched, None  # the reference model comes later, or before
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            guard = next(callback for callback in self.grpo_callbacks if isinstance(callback, ReuseGuardCallback))
+            guard.watch(squared_log_ratio(result[0], inputs["old_per_token_logps"], mask))
+        return result
+
     # The life of a batch
 
     def _plan(self, inputs: list[dict[str, Any]]) -> tuple[RolloutPlan, list[dict[str, Any]]]:
         """Which prompts, how many completions each, and this process's rows of them."""
+        self._follow_dataset()
         if self._planner is None:
             return RolloutPlan.equal(self.args.generation_batch_size, self.num_generations), inputs
         plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
@@ -219,6 +247,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         batch.tokens = {name: sampled.output[name] for name in names}
         batch.completion_lengths = self.rollout.lengths(sampled.loss_mask)
+        if any(callback.reads_prompt_features for callback in self.grpo_callbacks):
+            batch.prompt_features = self._prompt_features(batch)
         if not sampled.is_ours:
             batch.advantages = torch.tensor(list(self._logs["advantages"]))  # of all ranks
         elif self.multi_objective_aggregation == "normalize_then_sum":
@@ -267,6 +297,17 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
                 if field == "advantages":
                     check_advantages(callback, batch)
 
+    def _prompt_features(self, batch: RolloutBatch) -> Tensor:
+        """The policy's hidden state at the end of the prompt of each group of all processes, `(P, d)`."""
+        ids, mask = batch.tokens["prompt_ids"], batch.tokens["prompt_mask"]
+        prompts = equal_rows(ids, mask)
+        first = torch.zeros(int(prompts.max()) + 1, dtype=torch.long, device=ids.device)
+        first = first.scatter(0, prompts, torch.arange(len(prompts), device=ids.device))
+        own = prompt_features(self.model_wrapped, ids[first], mask[first])[prompts.cpu()]
+        features: Tensor = self.accelerator.gather(own.to(ids.device)).cpu()
+        some = torch.zeros(batch.num_groups, dtype=torch.long)
+        return features[some.scatter(0, batch.group_ids, torch.arange(batch.group_ids.numel()))]
+
     def _asked_to_replace(self, sampled: Sampled) -> Tensor:
         """Which groups `(P,)` any callback wants replaced."""
         replaced = torch.zeros(sampled.batch.num_groups, dtype=torch.bool)
@@ -288,7 +329,18 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         prompts, copies = torch.unique(index, return_inverse=True)
         fetched = dataset.__getitems__(prompts.tolist())
-        return [dict(fetched[i]) for i in copies.tolist()]
+        # A row that two completions share, or their reward functions, would be changed by both.
+        return [own_copy(fetched[i]) for i in copies.tolist()]
+
+    def _follow_dataset(self) -> None:
+        """Set up anew what reads the training dataset, where somebody has put another one into its place."""
+        if self.train_dataset is self._dataset:
+            return
+        self._dataset, self._planner = self.train_dataset, None
+        self._set_up([callback for callback in self.grpo_callbacks if callback.reads_dataset])
+        if plans(self.grpo_callbacks):
+            check_plannable(self.args, self.grpo_callbacks, self.train_dataset)
+            self._planner = self._planner or Planner(self.args, self.train_dataset)
 
     def _set_up(self, callbacks: list[GRPOCallback]) -> None:
         self._is_set_up = True

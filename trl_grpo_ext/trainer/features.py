@@ -1,15 +1,18 @@
 """From options to callbacks: what each option of [`AdaptiveGRPOConfig`] switches on."""
 
 from ..config import AdaptiveGRPOConfig
+from ..credit.baselines import BaselineCallback
 from ..hooks.callback import GRPOCallback
 from ..observe.kl import AdaptiveKLCallback
 from ..observe.monitor import MonitorCallback
 from ..plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
-from ..plan.group_size import ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from ..plan.group_size import SingleGroupSizeCallback, ThresholdGroupSizeCallback, VarianceGroupSizeCallback
+from ..plan.predicted import PredictedCurriculumCallback
 from ..rollouts import HierarchicalCallback, MultiTurnCallback
 from ..rollouts.hierarchical import IMPLEMENTATION_TEMPLATE, PLAN_TEMPLATE
 from ..shape.clipping import RewardClipCallback
 from ..shape.resampling import DynamicSamplingCallback
+from .reuse import ReuseGuardCallback
 
 
 def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
@@ -21,16 +24,24 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
     elif args.curriculum == "target":
         goal = args.curriculum_goal
         callbacks.append(TargetCurriculumCallback(column, levels, goal=goal, exploration=exploration))
+    elif args.curriculum == "predicted":
+        callbacks.append(PredictedCurriculumCallback(exploration=exploration))
     elif args.curriculum == "online":
         callbacks.append(OnlineCurriculumCallback(exploration=exploration))
-    if args.group_size == "threshold":
+    if args.group_size == "single":
+        callbacks.append(SingleGroupSizeCallback())
+    elif args.group_size == "threshold":
         callbacks.append(ThresholdGroupSizeCallback(args.group_std_threshold))
     elif args.group_size == "variance":
         callbacks.append(VarianceGroupSizeCallback())
     if args.reward_clip_range is not None or args.reward_clip_quantiles is not None:
         callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
+    if args.baseline != "group":
+        callbacks.append(BaselineCallback(args.baseline, args.baseline_shift))
     if args.dynamic_sampling_rounds > 0:
         callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
+    if args.reuse_drift_limit is not None:
+        callbacks.append(ReuseGuardCallback(args.reuse_drift_limit))
     length = args.max_conversation_length
     if args.rollout == "multi_turn":
         columns = args.turn_columns

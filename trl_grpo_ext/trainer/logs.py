@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import nanstd
@@ -11,8 +12,10 @@ from ..hooks.segments import total_rewards
 
 
 def flat_rows(batch: RolloutBatch) -> Tensor:
-    """Which completions `(N,)` are in a group whose rewards are all equal."""
-    return batch.flat_groups()[batch.group_ids]
+    """Which completions `(N,)` teach nothing: all rewards of the group are equal; alone in it, the advantage is 0."""
+    flat = batch.flat_groups()[batch.group_ids]
+    is_alone = (batch.group_sizes == 1)[batch.group_ids]
+    return torch.where(is_alone, ~batch.teaches, flat)
 
 
 def metrics_of_merged(batch: RolloutBatch, reward_weights: Tensor, with_lengths: bool) -> dict[str, float]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
+from trl_grpo_ext.config import EFFICIENT
 
 from .sampling import ask, sample
 
@@ -36,6 +37,8 @@ STOCK = "GRPO (TRL)"
 ALL = {"group_size": "variance", "curriculum": "online", "dynamic_sampling_rounds": 1}
 ALL |= {"reward_clip_quantiles": [0.05, 0.95], "share_prompts": True, "skip_zero_advantage": True}
 BATCH = {"group_size": "variance", "curriculum": "online", "scale_rewards": "batch"}
+SINGLE = {"group_size": "single", "scale_rewards": "batch"}
+PAIRS = {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
 HELPFUL |= {"share_prompts": True, "skip_zero_advantage": True}
@@ -57,6 +60,20 @@ METHODS = {
     "GRPO (TRL), batch scale": Method(GRPOTrainer, GRPOConfig, {"scale_rewards": "batch"}, tuned_as=STOCK),
     "variance + online, batch scale": Method(options=BATCH, tuned_as="variance + online"),
     "helpful.yaml": Method(options=HELPFUL),
+    # Further passes over each batch.
+    "GRPO (TRL), 2 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 2}),
+    "GRPO (TRL), 4 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 4}),
+    "PPO, 2 passes": Method(options={"num_iterations": 2}, has_critic=True),
+    # The preset efficient.yaml, and what is left of it without each of its parts.
+    "efficient": Method(options=EFFICIENT),
+    "efficient, two passes": Method(options=EFFICIENT | {"num_iterations": 2, "reuse_drift_limit": None}),
+    "efficient, one pass": Method(options=EFFICIENT | {"num_iterations": 1, "reuse_drift_limit": None}),
+    "efficient, without guard": Method(options=EFFICIENT | {"reuse_drift_limit": None}),
+    "efficient, without shift": Method(options=EFFICIENT | {"baseline_shift": 0.0}),
+    "efficient, batch mean": Method(options=EFFICIENT | {"baseline": "batch"}),
+    "efficient, without choosing": Method(options=EFFICIENT | {"curriculum": "none"}),
+    "efficient, pairs": Method(options=EFFICIENT | PAIRS),
+    "single, batch mean": Method(options=SINGLE | {"baseline": "batch"}),
 }
 
 
@@ -113,10 +130,9 @@ def _online(
     args = method.config(
         **_arguments(cell),
         per_device_train_batch_size=cell["rows"],
-        num_generations=cell["num_generations"],
         max_completion_length=task.max_completion_length,
-        max_steps=cell["rollouts"] // cell["rows"],
-        **method.options,
+        max_steps=cell["rollouts"] // cell["rows"] * method.options.get("num_iterations", 1),
+        **{"num_generations": cell["num_generations"], **method.options},
     )
     critic = CriticBaseline() if method.has_critic else None
     trainer = method.trainer(
