@@ -25,7 +25,7 @@ DOCS = Path(__file__).parent
 # First option of each section -> what stands above it. A new option joins the section before it.
 SECTIONS = {
     "group_size": "[Adaptive group size](group_size.md)",
-    "baseline": "[Fewer completions](efficient.md)",
+    "baseline": "[Fewest rollouts](efficient.md)",
     "dynamic_sampling_rounds": "[Dynamic sampling](dynamic_sampling.md)",
     "reward_clip_range": "[Reward clipping](reward_clipping.md)",
     "curriculum": "[Curricula](curriculum.md)",

@@ -28,6 +28,7 @@ ALARMS = (
     "nan_loss",
     "dead_reward",
     "advantage_bias",
+    "nothing_trained",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 
@@ -315,6 +316,11 @@ class AdaptiveGRPOConfig(GRPOConfig):
         _check_choice("curriculum", self.curriculum, CURRICULA)
         _check_choice("rollout", self.rollout, ROLLOUTS)
         check_clipping(self.reward_clip_range, self.reward_clip_quantiles, self.reward_clip_on)
+        if isinstance(self.generation_kwargs, dict) and self.generation_kwargs.get("seed") is not None:
+            raise ValueError(
+                f"generation_kwargs={self.generation_kwargs} has a seed, which makes all completions of a prompt equal "
+                "where each is generated on its own: take it out, and set `seed`, or the --seed of vLLM's server"
+            )
 
         self._check_baseline()
         smallest, largest = self.group_size_bounds

@@ -34,6 +34,8 @@ from comparison.smollm2 import SmolTask
 from comparison.tiny import POOLS, TinyTask
 from trl import TrlParser
 
+from trl_grpo_ext.recipe.script import flags_with_config
+
 
 @dataclass
 class Options:
@@ -129,6 +131,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    if "--config" not in sys.argv:
-        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "compare.yaml")]
-    main(*TrlParser((Options,)).parse_args_and_config())
+    main(*TrlParser((Options,)).parse_args_and_config(flags_with_config(__file__)))

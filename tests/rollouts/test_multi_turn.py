@@ -18,7 +18,7 @@ from trl_grpo_ext.credit.turns import leave_one_out_advantages, returns
 from trl_grpo_ext.hooks.records import Answer
 from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
 from trl_grpo_ext.rollouts.dialogue import RolloutError, read_turns
-from trl_grpo_ext.rollouts.multi_turn import fill_with_conversations
+from trl_grpo_ext.rollouts.shared import fill_with_conversations
 
 OPTIONS = {"rollout": "multi_turn", "turn_columns": ["letter"]}
 
@@ -629,7 +629,7 @@ def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
 
     plain = Dataset.from_dict({"prompt": ["a", "b"]})
     with pytest.raises(
-        ValueError, match=r"those of eval_dataset\['two'\] are not: make each prompt a list of messages"
+        ValueError, match=r"that of row 0 of eval_dataset\['two'\] is 'a': make each prompt a list of messages"
     ):
         build(one=conversations.select([0]), two=plain)
     if rollout == "multi_turn":
@@ -692,8 +692,8 @@ def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_
 def test_an_answer_that_ends_with_another_token_is_closed_too(model_path, tmp_path):
     trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
     talk = trainer.grpo_callbacks[0].talk
-    end, other = talk.end_of_turn[0], trainer.processing_class.pad_token_id
-    trainer.eos_token_ids = [end, other]
+    end, other = talk.template.closing[0], trainer.processing_class.pad_token_id
+    talk.template.eos_token_ids = [end, other]
     (dialogue,) = talk.open([{"prompt": [user("a")], "turns": ["b"]}], ["here"])
     for ids, closed in (([9, end], False), ([9, other], True), ([9], True)):
         answer = Answer(prompt=dialogue.messages, ids=ids, text="x", logprobs=None, glue_ids=[], turn=0)
@@ -713,8 +713,8 @@ def test_a_template_that_knows_no_tools_is_fine(model_path, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = ALTERNATING
     trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
-    end_of_turn, glue = trainer.grpo_callbacks[0].talk._glue([user("hi")])
-    assert tokenizer.decode(end_of_turn + glue) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
+    between = trainer.grpo_callbacks[0].talk.template.between([user("a")], [user("hi")])
+    assert tokenizer.decode(between) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_6"])
@@ -725,10 +725,9 @@ def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(nam
         pytest.skip(f"this TRL has no {name}")
     tokenizer.chat_template = path.read_text()
     trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
-    talk = trainer.grpo_callbacks[0].talk
-    end_of_turn, glue = talk._glue([user("hi")])
-    assert tokenizer.decode(end_of_turn) == "<|im_end|>"
-    assert tokenizer.decode(glue).startswith("\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    between = trainer.grpo_callbacks[0].talk.template.between([user("a")], [user("hi")])
+    said = "<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(between).startswith(said)
 
 
 # Resume

@@ -232,6 +232,7 @@ class OnlineCurriculumCallback(Curriculum):
 
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
+        self._effective = float(len(trainer.train_dataset))
 
     def on_prompt_weights(self, weights: Tensor, **kwargs: Any) -> Tensor:
         variance = self.posterior.variance()

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import AdaptiveGRPOConfig
 from ..hooks.records import RolloutBatch
 from ..host.state import check_state
+from .columns import known_names
 from .difficulty import as_levels, read_difficulty
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def check_same_dataset(saved: Any, current: Tensor) -> None:
 def posterior_of(args: "AdaptiveGRPOConfig", dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
     """A posterior over the prompts of a dataset, in strata by difficulty where it has the configured column."""
     strata = None
-    if args.difficulty_column is not None and args.difficulty_column in dataset.column_names:
+    if args.difficulty_column is not None and args.difficulty_column in known_names(dataset):
         names = args.difficulty_levels
         strata = as_levels(read_difficulty(dataset, args.difficulty_column, names), names)
     elif args.difficulty_column is not None:
