@@ -9,13 +9,18 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, settings
-from kit import config_kwargs, make_model, make_tokenizer
-
-from trl_grpo_ext import AdaptiveGRPOConfig
+from kit import args_of, make_letters, make_model, make_tokenizer, trainer_of
 
 # How fast an example runs says something about the machine only.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_machine")
+
+
+def pytest_collection_modifyitems(items):
+    """What asks for the tiny model trains it, or starts a process that does."""
+    for item in items:
+        if "model_path" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.training)
 
 
 @pytest.fixture(scope="session")
@@ -29,15 +34,7 @@ def model_path(tmp_path_factory) -> str:
 
 @pytest.fixture
 def dataset() -> Dataset:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return Dataset.from_dict(
-        {
-            "prompt": [f"say {a}" for a in letters],
-            "answer": list(letters),
-            "difficulty": [("easy", "medium", "hard")[i % 3] for i in range(26)],
-            "score": [float(i) for i in range(26)],
-        }
-    )
+    return make_letters()
 
 
 @pytest.fixture
@@ -47,7 +44,26 @@ def conversational(dataset) -> Dataset:
 
 @pytest.fixture
 def config(tmp_path):
-    def make(**overrides) -> AdaptiveGRPOConfig:
-        return AdaptiveGRPOConfig(**config_kwargs(tmp_path / "run", **overrides))
+    return lambda **options: args_of(tmp_path / "run", **options)
+
+
+@pytest.fixture
+def make_trainer(model_path, dataset, tmp_path):
+    """`trainer_of` the tiny model and the letters, in a folder of this test: `make_trainer("name", **given)`."""
+
+    def make(out="run", **given):
+        return trainer_of(**{"model": model_path, "dataset": dataset, "out": tmp_path / out, **given})
 
     return make
+
+
+@pytest.fixture
+def trained(make_trainer):
+    """The same, trained."""
+
+    def train(out="run", **given):
+        trainer = make_trainer(out, **given)
+        trainer.train()
+        return trainer
+
+    return train

@@ -1,13 +1,35 @@
-"""What the tests share: a tiny model and its tokenizer, rewards, options, and the path of the scripts they start."""
+"""
+What the tests share: a tiny model and its data, options, trainers, batches by hand, and processes of their own.
 
+Two-process tests name a function: `launch(model_path, out, function, **options)` calls it on every process and gives
+what each returned. `python kit.py` is the other end of that.
+"""
+
+import importlib
+import inspect
+import io
+import json
 import os
 import string
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from datasets import Dataset
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig
 
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
+from trl_grpo_ext.hooks.segments import total_rewards
+from trl_grpo_ext.host.processes import leave
+from trl_grpo_ext.host.state import check_savable
+from trl_grpo_ext.recipe.tiny import tiny_model, tiny_tokenizer
+
+NAN = float("nan")
 ROOT = Path(__file__).parents[1]
 # For scripts in processes of their own: what pytest puts on the path itself.
 PYTHONPATH = os.pathsep.join(
@@ -21,37 +43,28 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", " ", "user", "assistant", "system"]
-    words += ["\n", *(c for c in string.printable.strip())]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    pattern = Regex(r"<\|im_start\|>|<\|im_end\|>|user|assistant|system|[\s\S]")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-    )
+    words = ["<|im_start|>", "<|im_end|>", " ", "user", "assistant", "system", "\n", *string.printable.strip()]
+    return tiny_tokenizer(words, "<|im_end|>", chat_template=CHAT_TEMPLATE)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
+    return tiny_model(tokenizer, seed, hidden_size=32, num_key_value_heads=2, max_position_embeddings=4096)
+
+
+def make_letters() -> Dataset:
+    """A prompt for each letter, with its answer, a level of difficulty and a number."""
+    letters = string.ascii_lowercase
+    return Dataset.from_dict(
+        {
+            "prompt": [f"say {a}" for a in letters],
+            "answer": list(letters),
+            "difficulty": [("easy", "medium", "hard")[i % 3] for i in range(26)],
+            "score": [float(i) for i in range(26)],
+        }
     )
-    return LlamaForCausalLM(config)
+
+
+# Rewards
 
 
 def text_of(completion) -> str:
@@ -64,6 +77,9 @@ def count_vowels(completions, **kwargs) -> list[float]:
 
 def has_answer(completions, answer, **kwargs) -> list[float]:
     return [float(a in text_of(c)) for c, a in zip(completions, answer, strict=True)]
+
+
+# Options and trainers
 
 
 def config_kwargs(output_dir, **overrides) -> dict:
@@ -84,3 +100,233 @@ def config_kwargs(output_dir, **overrides) -> dict:
         "seed": 7,
         **overrides,
     }
+
+
+def args_of(output_dir: Any = "unused", **options: Any) -> AdaptiveGRPOConfig:
+    """The configuration of a tiny run."""
+    return AdaptiveGRPOConfig(**config_kwargs(output_dir, **options))
+
+
+def trainer_of(
+    model: Any,
+    dataset: Any,
+    out: Any,
+    reward_funcs: Any = has_answer,
+    callbacks: Sequence[Any] = (),
+    cls: type = AdaptiveGRPOTrainer,
+    **given: Any,
+) -> Any:
+    """
+    A tiny trainer, not yet trained.
+
+    What is an option of the configuration goes there; everything else that is `given` goes to the trainer. With a `cls`
+    of TRL's, the configuration is TRL's.
+    """
+    config = AdaptiveGRPOConfig if issubclass(cls, AdaptiveGRPOTrainer) else GRPOConfig
+    options = {name: given.pop(name) for name in [*given] if name in config.__dataclass_fields__}
+    args = config(**config_kwargs(out, **options))
+    return cls(
+        model=model, reward_funcs=reward_funcs, args=args, train_dataset=dataset, callbacks=list(callbacks), **given
+    )
+
+
+class Watched(AdaptiveGRPOTrainer):
+    """Remembers what each generation gave to the loss, and what TRL's tables and metrics held then."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.outputs: list[dict[str, Any]] = []
+        self.tables: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        self.outputs.append(output)
+        self.tables.append({"advantages": list(self._logs["advantages"]), **self._metrics["train"]})
+        return output
+
+
+class Record(GRPOCallback):
+    """Keeps every finished batch. Passed as a class, each trainer gets one of its own."""
+
+    def __init__(self) -> None:
+        self.batches: list[RolloutBatch] = []
+
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
+        self.batches.append(batch)
+
+
+def batches_of(trainer: AdaptiveGRPOTrainer) -> list[RolloutBatch]:
+    """What the [`Record`] of a trainer holds."""
+    return next(callback.batches for callback in trainer.grpo_callbacks if isinstance(callback, Record))
+
+
+def logs_of(trainer: Any) -> list[dict[str, Any]]:
+    """The logs of training, without those of evaluations and the summary."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def have_same_weights(one: Any, other: Any) -> bool:
+    first, second = weights_of(one), weights_of(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Interrupt(TrainerCallback):
+    """Stops as a kill after the checkpoint would: the learning rate schedule still expects all steps."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def interrupt(make: Callable[[str], Any], step: int) -> tuple[Any, Any, Any]:
+    """
+    Train three times: without interruption, until `step`, and on from there.
+
+    Args:
+        make (`Callable[[str], AdaptiveGRPOTrainer]`):
+            Builds a fresh trainer that writes into a folder of this name.
+        step (`int`):
+            Where the second run saves and stops.
+
+    Returns:
+        `tuple`: the three trainers.
+    """
+    whole = make("whole")
+    whole.train()
+    cut = make("cut")  # not before, because making a trainer sets the seed
+    cut.add_callback(Interrupt(step))
+    cut.train()
+    resumed = make("cut")
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-{step}")
+    return whole, cut, resumed
+
+
+# Callbacks and batches by hand
+
+
+def set_up(callback: Any, args: AdaptiveGRPOConfig | None = None, **columns: Any) -> Any:
+    """The callback, set up by a trainer whose dataset has these columns."""
+    trainer = SimpleNamespace(train_dataset=Dataset.from_dict(columns))
+    callback.on_setup(args=args or args_of(), state=state_at(0), control=None, trainer=trainer)
+    return callback
+
+
+def state_at(step: int, max_steps: int = 100) -> Any:
+    return SimpleNamespace(global_step=step, max_steps=max_steps)
+
+
+def batch_of(
+    rewards: dict[int, Any] | list[Any],
+    discarded: dict[int, Any] | list[Any] | None = None,
+    weights: Sequence[float] | None = None,
+    **fields: Any,
+) -> RolloutBatch:
+    """
+    A batch from the rewards of its groups.
+
+    Args:
+        rewards (`dict[int, list]` or `list[list]`):
+            For each prompt, or for each group where TRL's sampler chose the prompts, the rewards of its completions:
+            one number each, or a list with one for each reward function.
+        discarded (*optional*):
+            The same of groups that were replaced.
+        weights (`Sequence[float]`, *optional*):
+            Weights of the reward functions; 1 each by default.
+        fields:
+            Other fields of the batch.
+    """
+    prompts = list(rewards) if isinstance(rewards, dict) else None
+    groups = list(rewards.values()) if isinstance(rewards, dict) else rewards
+    sizes = torch.tensor([len(group) for group in groups])
+    per_func = torch.tensor([reward for group in groups for reward in group]).view(int(sizes.sum()), -1)
+    names = ["first", "second", "third"][: per_func.size(1)]
+    given = {
+        "step": 0,
+        "group_ids": torch.repeat_interleave(sizes),
+        "group_sizes": sizes,
+        "prompt_index": None if prompts is None else torch.tensor(prompts),
+        "rewards_per_func": per_func,
+        "raw_rewards_per_func": per_func,
+        "reward_names": names,
+        "rewards": total_rewards(per_func, torch.tensor([1.0] * len(names) if weights is None else weights)),
+        "discarded": None if discarded is None else batch_of(discarded, weights=weights),
+    }
+    return RolloutBatch(**{**given, **fields})
+
+
+def through_a_file(state: dict[str, Any]) -> Any:
+    """What a checkpoint makes of a state."""
+    check_savable(state)
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+# Processes of their own
+
+
+def launch(
+    model_path: str,
+    out: Path,
+    script: Any,
+    processes: int = 2,
+    environment: dict[str, str] | None = None,
+    **options: Any,
+) -> list[Any]:
+    """
+    Run a script, or a function of a module of tests, on several processes (gloo on the CPU).
+
+    Args:
+        model_path (`str`):
+            First argument.
+        out (`Path`):
+            Second argument: a folder, made here.
+        script (`Callable` or `str`):
+            Called as `function(model_path, out, **options)`; or a path, started with `model_path`, `out` and the
+            options as JSON, which writes `rank<n>.pt` into `out`.
+        options:
+            Plain data.
+
+    Returns:
+        `list`: what the function returned on each process.
+    """
+    out.mkdir(exist_ok=True)
+    command, path = [sys.executable], PYTHONPATH
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    if callable(script):
+        file = Path(inspect.getfile(script))
+        command += [__file__, f"{file.stem}:{script.__name__}"]
+        path = os.pathsep.join([path, str(file.parent)])
+    else:
+        command.append(str(script))
+    result = subprocess.run(
+        [*command, model_path, str(out), json.dumps(options)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def _run_one_process(function: str, model_path: str, out: str, options: str) -> None:
+    module, _, name = function.partition(":")
+    returned = getattr(importlib.import_module(module), name)(model_path, out, **json.loads(options))
+    torch.save(returned, f"{out}/rank{os.environ.get('RANK', 0)}.pt")
+    leave()
+
+
+if __name__ == "__main__":
+    _run_one_process(*sys.argv[1:])

@@ -38,7 +38,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_grpo_ext").rglob("*") if path.is_file()}
     ours = {name for name in ours if "__pycache__" not in name}
     assert {name for name in names if ".dist-info/" not in name} == ours
-    assert {"trl_grpo_ext/py.typed", "trl_grpo_ext/data/helpful.jsonl", "trl_grpo_ext/data/multi_turn.jsonl"} <= ours
+    assert {"trl_grpo_ext/py.typed", "trl_grpo_ext/recipe/data/helpful.jsonl"} <= ours
+    assert "trl_grpo_ext/recipe/data/multi_turn.jsonl" in ours
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -87,10 +88,17 @@ def imported(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["trl_grpo_ext", "trl_grpo_ext.rewards"])
-def test_importing_rewards_brings_no_model_and_no_download(module):
-    heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "sentence_transformers", "sklearn", "numpy"}
-    assert imported(f"import {module}") & heavy == set()
+MODELS = {"transformers", "trl", "datasets", "accelerate", "sentence_transformers", "sklearn"}
+NEEDS_LITTLE = {
+    "trl_grpo_ext": {"torch", "numpy"},
+    "trl_grpo_ext.rewards": {"torch", "numpy"},
+    "trl_grpo_ext.observe.report": set(),
+}
+
+
+@pytest.mark.parametrize("module", NEEDS_LITTLE)
+def test_what_scores_and_reads_brings_no_model_and_no_download(module):
+    assert imported(f"import {module}") & (MODELS | NEEDS_LITTLE[module]) == set()
 
 
 def test_importing_the_trainer_downloads_nothing():

@@ -21,10 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a se
 
 from datasets import Dataset
 from metering import append, read, spread
-from skills import MAX_COMPLETION, accuracy, as_dataset, is_right, make_examples, make_model, make_tokenizer, warm_start
+from skills import MAX_COMPLETION, accuracy, as_dataset, is_right, make_examples, make_tokenizer, warm_start
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 TOLERANCE = 0.25
 
@@ -163,7 +164,7 @@ def main(options: Options) -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         held_out = make_examples({"translate": 256}, seed=1_000_000 + seed)
         exclude = frozenset(example.prompt for example in held_out)
-        model = warm_start(make_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start_steps)
+        model = warm_start(tiny_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start_steps)
         start = str(folder / "warm_start")
         model.save_pretrained(start)
         dataset = as_dataset(make_examples({"translate": 512}, seed, exclude))

@@ -18,10 +18,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a second thread to help
 
-from skills import MAX_COMPLETION, as_dataset, is_right, make_examples, make_model, make_tokenizer, warm_start
+from skills import MAX_COMPLETION, as_dataset, is_right, make_examples, make_tokenizer, warm_start
 from transformers import HfArgumentParser, PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 HALF_LEARNT = {"translate": 512}
 MIXED = {"greet": 128, "hopeless": 256, "translate": 128}
@@ -57,7 +58,7 @@ def main(options: Options) -> None:
     folder = Path(options.output_dir)
     tokenizer = make_tokenizer()
     model = warm_start(
-        make_model(tokenizer, options.seed), tokenizer, seed=options.seed, steps=options.warm_start_steps
+        tiny_model(tokenizer, options.seed), tokenizer, seed=options.seed, steps=options.warm_start_steps
     )
     start = str(folder / "warm_start")
     model.save_pretrained(start)  # a path, because TRL loads the reference model from it

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from skills import LETTERS, fit
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+from trl_grpo_ext.recipe.tiny import tiny_tokenizer
+
 WORD = 3  # letters of a word
 SHIFTS = {"1": 3, "2": 8, "3": 13, "4": 18}  # plan -> how far its cipher moves every letter
 MARKS = "PQRS"
@@ -80,34 +81,8 @@ def is_right(
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
-    tokens = ["<pad>", "<unk>", "<eos>", "<u>", "<a>", *"?!", *SHIFTS, *MARKS, *LETTERS]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<eos>|<u>|<a>|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        padding_side="left",
-        chat_template=TEMPLATE,
-        **names,
-        extra_special_tokens=["<u>", "<a>"],
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int = 64) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    tokens = ["<eos>", "<u>", "<a>", *"?!", *SHIFTS, *MARKS, *LETTERS]
+    return tiny_tokenizer(tokens, chat_template=TEMPLATE, extra_special_tokens=["<u>", "<a>"])
 
 
 def log_probs(
@@ -156,18 +131,14 @@ def warm_start(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exclude: frozenset[str], seed: int, steps: int
 ) -> LlamaForCausalLM:
     """Supervised training on talks whose plan is right 40 % of the time and whose answers have slips."""
-    optimizer = torch.optim.AdamW(model.parameters())
     rng = random.Random(seed)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / steps)
+
+    def loss(step: int) -> Tensor:
         talks = []
         for task in make_tasks(256, seed, step + 2, exclude):
             plan = task.plan if rng.random() < 0.2 else rng.choice(list(SHIFTS))
             talks.append((task.prompt, plan, shift(task.prompt[1:], plan, rng)))
         planned, answered = log_probs(model, tokenizer, talks)
-        loss = -(planned + answered).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model
+        return -(planned + answered).mean()
+
+    return fit(model, loss, steps)

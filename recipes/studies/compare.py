@@ -11,7 +11,7 @@ reward function, through which all of them pass. Where there are several learnin
 does best on seeds that are not in the table: the mean of its held-out helpfulness over the run is largest. The grid is
 continued where the best one is at its end. Every
 training is a cell with a file of its own in `output_dir/cells`: started again, the comparison goes on where it stopped.
-Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/comparison.md.
+Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/measured/comparison.md.
 """
 
 import functools
@@ -34,11 +34,14 @@ from comparison.smollm2 import SmolTask
 from comparison.tiny import POOLS, TinyTask
 from trl import TrlParser
 
+from trl_grpo_ext.recipe.script import flags_with_config
+
 
 @dataclass
 class Options:
     task: str = field(default="tiny", metadata={"help": "'tiny' or 'smollm2'."})
-    seeds: int = field(default=5, metadata={"help": "Number of seeds: 0, 1, ..."})
+    seeds: int = field(default=5, metadata={"help": "Number of seeds: first_seed, first_seed + 1, ..."})
+    first_seed: int = field(default=0, metadata={"help": "First seed of the tables."})
     methods: list[str] = field(default_factory=lambda: [STOCK], metadata={"help": f"Of {', '.join(METHODS)}."})
     pools: list[str] = field(default_factory=lambda: list(POOLS), metadata={"help": "Which pools of prompts."})
     rollouts: int = field(default=3840, metadata={"help": "Budget of one run, in sampled completions."})
@@ -117,7 +120,7 @@ def main(options: Options) -> None:
     grid = {method: tune(options, cells, method) for method in options.methods}
     trainings = [
         make_cell(options, method, pool, seed, grid[method][0], rollouts)
-        for seed in range(options.seeds)
+        for seed in range(options.first_seed, options.first_seed + options.seeds)
         for pool in options.pools
         for method in options.methods
         for rollouts in [*(options.dpo_budgets if method == "DPO" else []), options.rollouts]
@@ -128,6 +131,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    if "--config" not in sys.argv:
-        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "compare.yaml")]
-    main(*TrlParser((Options,)).parse_args_and_config())
+    main(*TrlParser((Options,)).parse_args_and_config(flags_with_config(__file__)))

@@ -30,12 +30,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also because the training is forked
 
 import torch
-from skills import MAX_COMPLETION, as_dataset, is_right, make_examples, make_model, make_tokenizer
+from skills import MAX_COMPLETION, as_dataset, is_right, make_examples, make_tokenizer
 from transformers import HfArgumentParser, PrinterCallback
 from transformers.utils import logging
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.host.checkpoints import checkpoints_in, last_complete, why_incomplete
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 PHASES = {
     "_generate": "generate",
@@ -60,7 +61,7 @@ def train(folder: str, steps: int, limit: int | None, pipe: Any) -> None:
     logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     trainer = AdaptiveGRPOTrainer(
-        model=make_model(tokenizer, seed=0),
+        model=tiny_model(tokenizer, seed=0),
         reward_funcs=[is_right, vowels],
         args=AdaptiveGRPOConfig(
             output_dir=folder,

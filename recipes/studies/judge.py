@@ -25,10 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a se
 import httpx  # comes with the extra `test`
 import psutil  # comes with accelerate
 from judge_server import score
-from skills import MAX_COMPLETION, as_dataset, make_examples, make_model, make_tokenizer
-from transformers import HfArgumentParser, PrinterCallback, TrainerControl, TrainerState
+from skills import MAX_COMPLETION, as_dataset, make_examples, make_tokenizer
+from transformers import HfArgumentParser, PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
+from trl_grpo_ext.recipe.tiny import tiny_model
 from trl_grpo_ext.rewards import as_reward
 from trl_grpo_ext.rewards.scoring import TALLIES
 
@@ -83,9 +84,7 @@ class Ledger(GRPOCallback):
         self.counts: Counter[str] = Counter()
         self.memory: list[int] = []
 
-    def on_rollouts(
-        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         judged, right = batch.raw_rewards_per_func.unbind(1)
         missing = judged.isnan()
         self.counts["rows"] += missing.numel()
@@ -101,7 +100,7 @@ def right_score(completions: list[str], **kwargs: Any) -> list[float]:
 def train(options: Options, judge: Judge, ledger: Ledger) -> list[dict[str, Any]]:
     tokenizer = make_tokenizer()
     trainer = AdaptiveGRPOTrainer(
-        model=make_model(tokenizer, options.seed),
+        model=tiny_model(tokenizer, options.seed),
         reward_funcs=[
             as_reward(judge)
             .timeout(options.timeout)

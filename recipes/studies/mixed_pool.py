@@ -27,12 +27,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the model is too small for a se
 
 from datasets import Dataset
 from metering import OKABE_ITO, Evaluator, Meter, append, read, spread
-from skills import MAX_COMPLETION, Example, accuracy, as_dataset, is_right, make_examples, make_model, make_tokenizer
+from skills import MAX_COMPLETION, Example, accuracy, as_dataset, is_right, make_examples, make_tokenizer
 from skills import warm_start as warm_started
 from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.config import EFFICIENT
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 STOCK = "stock TRL"
 METHODS: dict[str, dict[str, Any]] = {
@@ -42,6 +44,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dynamic sampling": {"dynamic_sampling_rounds": 1},
     "online curriculum": {"curriculum": "online"},
     "variance + online": {"group_size": "variance", "curriculum": "online"},
+    "efficient": EFFICIENT,
+    "efficient, without choosing": EFFICIENT | {"curriculum": "none"},
 }
 POOLS = {"mixed": {"greet": 1 / 4, "hopeless": 1 / 2, "translate": 1 / 4}, "easy": {"translate": 1.0}}
 
@@ -92,7 +96,7 @@ def train(
         per_device_train_batch_size=options.rows,
         num_generations=options.num_generations,
         max_completion_length=MAX_COMPLETION,
-        max_steps=options.rollouts // options.rows,
+        max_steps=options.rollouts // options.rows * METHODS[method].get("num_iterations", 1),
         seed=seed,
         use_cpu=True,
         bf16=False,
@@ -189,7 +193,7 @@ def main(options: Options) -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         held_out = make_examples({"translate": options.held_out}, seed=1_000_000 + seed)
         exclude = frozenset(example.prompt for example in held_out)
-        model = warm_started(make_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
+        model = warm_started(tiny_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
         for pool in options.pools:
             counts = {skill: round(share * options.pool_size) for skill, share in POOLS[pool].items()}
             dataset = as_dataset(make_examples(counts, seed, exclude))

@@ -2,14 +2,16 @@
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_grpo_ext.recipe.tiny import tiny_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = 4  # letters of the word in a prompt
@@ -80,29 +82,7 @@ def is_right(completions: list[str], answer: list[str], **kwargs: Any) -> list[f
 
 def make_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
     """One token per character, those in `more` included."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<unk>", "<eos>", " ", "=", *"GTH", *LETTERS, *more])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", padding_side="left"
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden_size: int = 64) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_tokenizer(["<eos>", " ", "=", *"GTH", *LETTERS, *more])
 
 
 def answer_log_probs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Tensor:
@@ -141,14 +121,23 @@ def warm_start(
 ) -> LlamaForCausalLM:
     """Supervised training on demonstrations of all skills, noisy ones of `translate`, never a prompt in `exclude`."""
     model = copy.deepcopy(model).train()
+
+    def loss(step: int) -> Tensor:
+        counts = {"greet": 64, "hopeless": 8, "translate": 80}
+        batch = make_examples(counts, seed * 10_000 + step, exclude, noisy=True)
+        return -answer_log_probs(model, tokenizer, batch).mean()
+
+    return fit(model, loss, steps)
+
+
+def fit(model: LlamaForCausalLM, loss: Callable[[int], Tensor], steps: int) -> LlamaForCausalLM:
+    """Train a model on the loss of each step, with a learning rate that rises for 20 steps and falls to 0."""
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / steps)
-        counts = {"greet": 64, "hopeless": 8, "translate": 80}
-        batch = make_examples(counts, seed * 10_000 + step, exclude, noisy=True)
-        loss = -answer_log_probs(model, tokenizer, batch).mean()
+        value = loss(step)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model

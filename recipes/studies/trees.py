@@ -10,7 +10,7 @@ the plan matters. A tiny model is warm-started to name the right plan 40 % of th
 plan with slips, once per seed, and then trained from the same weights on the same prompts by a tree, and by flat GRPO
 on conversations of plan and implementation: 16 for each prompt (as many implementations as the tree) or 10 (as many
 sampled completions, since a tree has 4 + 16). Every run ends at the same number of generated tokens. Training is set
-in `configs/hierarchical.yaml`.
+in `configs/trees.yaml`.
 """
 
 import copy
@@ -19,7 +19,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,6 +49,8 @@ from trl_grpo_ext import (
     MultiTurnCallback,
     RolloutBatch,
 )
+from trl_grpo_ext.recipe.script import flags_with_config
+from trl_grpo_ext.recipe.tiny import tiny_model
 
 METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
 COLUMNS = ("right answers", "right plans", "right answers to the right plan")
@@ -84,9 +85,7 @@ class Budget(GRPOCallback):
         self.spent, self.completions = 0, 0
         self.curve: list[tuple[float, ...]] = []
 
-    def on_rollouts(
-        self, args: AdaptiveGRPOConfig, state: TrainerState, control: TrainerControl, batch: RolloutBatch, **kwargs: Any
-    ) -> None:
+    def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         self.spent += int(batch.completion_lengths.sum())
         self.completions += batch.completion_lengths.numel()
 
@@ -155,7 +154,7 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
         held_out = ciphers.make_tasks(options.held_out, seed, salt=1)
         exclude = frozenset(task.prompt for task in held_out)
         tasks = ciphers.make_tasks(options.prompts, seed, exclude=exclude)
-        model = ciphers.warm_start(ciphers.make_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
+        model = ciphers.warm_start(tiny_model(tokenizer, seed), tokenizer, exclude, seed, options.warm_start)
         measure = functools.partial(ciphers.accuracy, tokenizer=tokenizer, tasks=held_out)
         start, args.seed = measure(model), seed
         for method in options.methods:
@@ -177,6 +176,4 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    if "--config" not in sys.argv:
-        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "trees.yaml")]
-    main(*TrlParser((Options, AdaptiveGRPOConfig)).parse_args_and_config())
+    main(*TrlParser((Options, AdaptiveGRPOConfig)).parse_args_and_config(flags_with_config(__file__)))

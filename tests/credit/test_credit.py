@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_grpo_ext.credit.groups import EPS, group_advantages
@@ -82,7 +82,6 @@ def trees(draw):
 
 
 @given(trees(), st.sampled_from(["none", "group", "batch"]))
-@settings(deadline=None)
 def test_credit_sums_to_zero_over_plans_and_within_each_plan(tree, scale):
     rewards, parents, levels, groups = tree
     num_groups = int(groups.max()) + 1
@@ -93,7 +92,6 @@ def test_credit_sums_to_zero_over_plans_and_within_each_plan(tree, scale):
 
 
 @given(trees())
-@settings(deadline=None)
 def test_a_plan_is_worth_the_mean_of_its_implementations(tree):
     rewards, parents, levels, _ = tree
     values = returns(rewards, parents)
@@ -113,7 +111,6 @@ def flatten(rewards):
 
 
 @given(conversations)
-@settings(deadline=None)
 def test_turns_are_credited_against_the_others_that_came_as_far(rewards):
     flat, parents, turns = flatten(rewards)
     following = returns(flat, parents)
@@ -127,7 +124,6 @@ def test_turns_are_credited_against_the_others_that_came_as_far(rewards):
 
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=8), st.sampled_from(["group", "batch", "none"]))
-@settings(deadline=None)
 def test_leave_one_out_is_a_multiple_of_the_group_mean_baseline(values, scale):
     values, ids = torch.tensor(values), torch.zeros(len(values), dtype=torch.long)
     expected = group_advantages(values, ids, 1, scale) * len(values) / (len(values) - 1)
@@ -135,7 +131,6 @@ def test_leave_one_out_is_a_multiple_of_the_group_mean_baseline(values, scale):
 
 
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=4), st.booleans())
-@settings(deadline=None)
 def test_advantages_reach_the_tokens_of_their_answers(lengths, per_token):
     width = max(sum(row) + len(row) for row in lengths)  # a token of glue before each answer
     tokens, expected, answer = torch.full((len(lengths), width), -1), torch.zeros(len(lengths), width), 0

@@ -23,7 +23,7 @@ from trl_grpo_ext.credit.groups import group_advantages, normalize_then_sum
 from trl_grpo_ext.hooks.records import Answer, RolloutSequence
 from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
 from trl_grpo_ext.host.checkpoints import MANIFEST, CheckpointError, load_tensors
-from trl_grpo_ext.observe.monitor import RunRecord, read_lines
+from trl_grpo_ext.observe.record import RunRecord, entries_of
 from trl_grpo_ext.observe.report import NotARunError, read_run, write_report
 from trl_grpo_ext.observe.report.figures import axes_of, panels_of
 from trl_grpo_ext.observe.report.page import page_data, render
@@ -422,7 +422,7 @@ def test_the_record_goes_on_after_any_crash(tmp_path_factory, before, info, step
     record.start({"model": "m"}, step)
     record.log(step + 1, {"loss": 1.0}, [])
     record.update(status="finished")
-    kept = list(read_lines(record.metrics))
+    kept = list(entries_of(record.metrics, record.run.parent))
     assert [entry["step"] for entry in kept][-1] == step + 1
     assert all(entry["step"] <= step for entry in kept[:-1])
     assert len(record.metrics.read_text().splitlines()) == len(kept)

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from kit import config_kwargs, has_answer
-from test_resume import Interrupt
+from runs import Interrupt, same
 from transformers import TrainerCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MonitorCallback
+from trl_grpo_ext.config import ACTIONS
+from trl_grpo_ext.hooks.checks import check_conflicts
+from trl_grpo_ext.observe.actions import CLASSES, CoolLearningRate
 from trl_grpo_ext.observe.alarms import Alarm
 from trl_grpo_ext.observe.readings import Reading
 
@@ -57,12 +60,8 @@ def logged(trainer, name):
     return [entry.get(name) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def weights(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters()]
-
-
-def same(one, two):
-    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(two), strict=True))
+def test_every_action_of_the_configuration_has_a_class():
+    assert tuple(CLASSES) == ACTIONS
 
 
 # Cooling the learning rate
@@ -334,10 +333,8 @@ def test_refused_at_construction(name, model_path, dataset, tmp_path):
         make(model_path, dataset, tmp_path, None, **options)
 
 
-def test_deepspeed_is_refused():
-    from types import SimpleNamespace
-
-    from trl_grpo_ext.observe.actions import CoolLearningRate
-
+def test_deepspeed_is_refused(model_path, dataset, tmp_path):
+    trainer, _ = make(model_path, dataset, tmp_path, None)
+    trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match=r"asks for 'cool_lr', and DeepSpeed .*: use 'save_and_stop'"):
-        CoolLearningRate().on_setup(None, None, None, trainer=SimpleNamespace(is_deepspeed_enabled=True))
+        check_conflicts([CoolLearningRate()], trainer)

@@ -3,11 +3,10 @@
 import math
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kit import config_kwargs, count_vowels, has_answer
-from test_resume import run as run_until
+from runs import Interrupt, same
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, AdaptiveKLCallback, GRPOCallback
 from trl_grpo_ext.observe.kl import adapt_beta
@@ -123,10 +122,6 @@ def test_logged_beta_follows_the_rule_and_every_rollout_counts_once(name, model_
     assert trainer.beta != 0.1
 
 
-def weights(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters()]
-
-
 def test_steps_count_and_not_logs(model_path, dataset, tmp_path):
     options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "max_steps": 6}
     often = make_trainer(model_path, dataset, tmp_path / "a", **options)
@@ -146,28 +141,32 @@ def test_the_loss_uses_the_beta_of_the_moment(model_path, dataset, tmp_path):
     # Over an endless horizon β stays as it is, and so does all else.
     still = make_trainer(model_path, dataset, tmp_path / "b", **options, kl_target=1e-6, kl_horizon=1e30)
     still.train()
-    assert all(torch.equal(a, b) for a, b in zip(weights(fixed), weights(still), strict=True))
+    assert same(fixed, still)
     moved = make_trainer(model_path, dataset, tmp_path / "c", **options, kl_target=1e-6, kl_horizon=8)
     moved.train()
-    assert not all(torch.equal(a, b) for a, b in zip(weights(fixed), weights(moved), strict=True))
+    assert not same(fixed, moved)
 
 
 def test_beta_never_reaches_zero(model_path, dataset, tmp_path):
     callback = AdaptiveKLCallback(1e9, kl_horizon=8)
     trainer = make_trainer(model_path, dataset, tmp_path, callbacks=[callback], beta=0.1)
+    trainer.model.train()
     for _ in range(200):
-        trainer._metrics["train"]["kl"].append(0.0)
+        trainer.log_metric("kl", 0.0)
         callback.on_step_end(trainer.args, trainer.state, trainer.control)
     assert trainer.beta == 0.1 / 1e4
 
 
 def test_resume_equals_no_interruption(model_path, dataset, tmp_path):
     options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "logging_steps": 2, "group_size": "variance"}
-    whole, _ = run_until(model_path, dataset, tmp_path / "whole", **options)
-    run_until(model_path, dataset, tmp_path / "cut", stop_at=3, **options)
-    resumed, _ = run_until(model_path, dataset, tmp_path / "cut", resume=str(tmp_path / "cut/checkpoint-3"), **options)
+    options |= {"max_steps": 8, "per_device_train_batch_size": 16}
+    whole = make_trainer(model_path, dataset, tmp_path / "whole", **options)
+    whole.train()
+    make_trainer(model_path, dataset, tmp_path / "cut", callbacks=[Interrupt(3)], **options).train()
+    resumed = make_trainer(model_path, dataset, tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-3"))
     assert resumed.beta == whole.beta
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert same(whole, resumed)
 
 
 def test_benchmark_smoke(tmp_path):

@@ -9,50 +9,18 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels
+from kit import NAN, Record, args_of, batch_of, batches_of, count_vowels, logs_of, set_up, state_at
 
 from trl_grpo_ext import (
-    AdaptiveGRPOConfig,
-    AdaptiveGRPOTrainer,
-    GRPOCallback,
     OnlineCurriculumCallback,
-    RolloutBatch,
     StagedCurriculumCallback,
     TargetCurriculumCallback,
 )
 from trl_grpo_ext.plan.curriculum import move_target, staged_weights, with_exploration
 
-NAN = float("nan")
-ARGS = AdaptiveGRPOConfig(**config_kwargs("unused"))
-
-
-def at(step, max_steps=100):
-    return SimpleNamespace(global_step=step, max_steps=max_steps)
-
-
-def made(callback, **columns):
-    """The callback on a dataset with these columns."""
-    callback.on_setup(ARGS, None, None, trainer=SimpleNamespace(train_dataset=Dataset.from_dict(columns)))
-    return callback
-
 
 def weights_of(callback, num_prompts, state=None) -> torch.Tensor:
-    return callback.on_prompt_weights(None, state or at(0), None, weights=torch.ones(num_prompts))
-
-
-def rollouts(groups: dict[int, list[float]]) -> RolloutBatch:
-    rewards = torch.tensor([reward for group in groups.values() for reward in group])
-    sizes = torch.tensor([len(group) for group in groups.values()])
-    return RolloutBatch(
-        step=0,
-        group_ids=torch.repeat_interleave(sizes),
-        group_sizes=sizes,
-        prompt_index=torch.tensor(list(groups)),
-        rewards_per_func=rewards[:, None],
-        raw_rewards_per_func=rewards[:, None],
-        reward_names=["reward"],
-        rewards=rewards,
-    )
+    return callback.on_prompt_weights(state=state or state_at(0), weights=torch.ones(num_prompts))
 
 
 # Staged
@@ -69,7 +37,7 @@ def stages(draw):
 
 
 @given(stages(), st.floats(0, 1), widths)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_staged_weights_are_a_distribution_over_levels(case, progress, smoothing):
     levels, num_levels = case
     weights = staged_weights(levels, num_levels, progress, smoothing)
@@ -80,7 +48,7 @@ def test_staged_weights_are_a_distribution_over_levels(case, progress, smoothing
 
 
 @given(stages(), st.floats(0, 1), widths)
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_the_nearest_level_weighs_most(case, progress, smoothing):
     levels, num_levels = case
     total = torch.zeros(num_levels).index_add(0, levels, staged_weights(levels, num_levels, progress, smoothing))
@@ -95,7 +63,6 @@ def test_the_nearest_level_weighs_most(case, progress, smoothing):
 
 
 @given(st.lists(st.integers(0, 2), min_size=3, max_size=20), st.floats(0.1, 1.5))
-@settings(deadline=None)
 def test_mean_level_rises_with_progress(levels, smoothing):
     levels = torch.tensor(levels)
     means = [(staged_weights(levels, 3, i / 20, smoothing) * levels).sum().item() for i in range(21)]
@@ -119,28 +86,27 @@ def test_staged_weights_by_hand():
 
 def test_levels_by_name():
     names = ["hard", "easy", "medium", "easy"]
-    callback = made(StagedCurriculumCallback("d", smoothing=0, exploration=0), d=names)
+    callback = set_up(StagedCurriculumCallback("d", smoothing=0, exploration=0), d=names)
     assert callback.difficulty.tolist() == [2, 0, 1, 0]
-    assert weights_of(callback, 4, at(0)).tolist() == [0.0, 0.5, 0.0, 0.5]
-    assert weights_of(callback, 4, at(50)).tolist() == [0.0, 0.0, 1.0, 0.0]
-    assert weights_of(callback, 4, at(100)).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert weights_of(callback, 4, state_at(0)).tolist() == [0.0, 0.5, 0.0, 0.5]
+    assert weights_of(callback, 4, state_at(50)).tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert weights_of(callback, 4, state_at(100)).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_levels_by_own_names():
-    callback = made(StagedCurriculumCallback("d", levels=["b", "a"], smoothing=0, exploration=0), d=["a", "b", "b"])
-    assert weights_of(callback, 3, at(0)).tolist() == [0.0, 0.5, 0.5]
+    callback = set_up(StagedCurriculumCallback("d", levels=["b", "a"], smoothing=0, exploration=0), d=["a", "b", "b"])
+    assert weights_of(callback, 3, state_at(0)).tolist() == [0.0, 0.5, 0.5]
 
 
 def test_numbers_are_cut_into_levels_of_equal_size():
-    callback = made(StagedCurriculumCallback("d"), d=[5.0, -1.0, 3.0, 9.0, 4.0, 8.0])
+    callback = set_up(StagedCurriculumCallback("d"), d=[5.0, -1.0, 3.0, 9.0, 4.0, 8.0])
     assert callback.difficulty.tolist() == [1, 0, 0, 2, 1, 2]
 
 
 @given(st.lists(st.integers(-5, 5), min_size=3, max_size=30).filter(lambda numbers: len(set(numbers)) > 1))
-@settings(deadline=None)
 def test_equal_numbers_share_a_level_and_larger_ones_are_no_easier(numbers):
     assume(len(set(numbers)) > 1)
-    difficulty = made(StagedCurriculumCallback("d"), d=numbers).difficulty.tolist()
+    difficulty = set_up(StagedCurriculumCallback("d"), d=numbers).difficulty.tolist()
     by_number = sorted(zip(numbers, difficulty, strict=True))
     assert min(difficulty) == 0
     assert max(difficulty) <= 2
@@ -153,10 +119,10 @@ def test_equal_numbers_share_a_level_and_larger_ones_are_no_easier(numbers):
 
 
 def test_staged_logs_its_position():
-    callback = made(StagedCurriculumCallback("d"), d=["easy", "medium", "hard"])
+    callback = set_up(StagedCurriculumCallback("d"), d=["easy", "medium", "hard"])
     for step, position in {0: 0.0, 50: 0.5, 100: 1.0}.items():
-        batch = rollouts({0: [0.0], 2: [1.0], 1: [1.0]})
-        callback.on_rollouts(None, at(step), None, batch=batch)
+        batch = batch_of({0: [0.0], 2: [1.0], 1: [1.0]})
+        callback.on_rollouts(state=state_at(step), batch=batch)
         assert batch.metrics == {"curriculum/position": position, "curriculum/difficulty": 1.0}
 
 
@@ -164,7 +130,6 @@ def test_staged_logs_its_position():
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-20, 1e6)), min_size=1, max_size=20), st.floats(0, 1))
-@settings(deadline=None)
 def test_every_prompt_keeps_its_share_of_exploration(weights, exploration):
     mixed = with_exploration(torch.tensor(weights), exploration)
     assert mixed.sum().item() == pytest.approx(1, abs=1e-5)
@@ -177,11 +142,10 @@ def test_every_prompt_keeps_its_share_of_exploration(weights, exploration):
 
 @pytest.mark.parametrize("kind", [StagedCurriculumCallback, TargetCurriculumCallback])
 @given(step=st.integers(0, 100), exploration=st.floats(0.01, 1), target=st.floats(0, 1))
-@settings(deadline=None)
 def test_no_prompt_falls_below_the_floor(kind, step, exploration, target):
-    callback = made(kind("d", exploration=exploration), d=[0.0, 1.0, 2.0, 50.0, 100.0])
+    callback = set_up(kind("d", exploration=exploration), d=[0.0, 1.0, 2.0, 50.0, 100.0])
     callback.target = target
-    weights = weights_of(callback, 5, at(step))
+    weights = weights_of(callback, 5, state_at(step))
     assert weights.min() >= exploration / 5 - 1e-6
     assert weights.sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -189,10 +153,10 @@ def test_no_prompt_falls_below_the_floor(kind, step, exploration, target):
 @pytest.mark.parametrize("kind", [StagedCurriculumCallback, TargetCurriculumCallback, OnlineCurriculumCallback])
 def test_weights_of_earlier_hooks_are_kept(kind):
     column = () if kind is OnlineCurriculumCallback else ("d",)
-    callback = made(kind(*column, exploration=0.5), d=[0.0, 1.0, 2.0])
+    callback = set_up(kind(*column, exploration=0.5), d=[0.0, 1.0, 2.0])
     earlier = torch.tensor([0.0, 1.0, 2.0])
-    later = callback.on_prompt_weights(None, at(50), None, weights=earlier.clone())
-    torch.testing.assert_close(later, earlier * weights_of(callback, 3, at(50)))
+    later = callback.on_prompt_weights(state=state_at(50), weights=earlier.clone())
+    torch.testing.assert_close(later, earlier * weights_of(callback, 3, state_at(50)))
 
 
 # Online
@@ -202,10 +166,10 @@ HARD, UNCERTAIN, EASY = [0.0] * 4, [0.0, 1.0, 1.0, 0.0], [1.0] * 4
 
 
 def online(num_prompts, batches, **kwargs) -> OnlineCurriculumCallback:
-    callback = made(OnlineCurriculumCallback(**kwargs), d=[0] * num_prompts)
+    callback = set_up(OnlineCurriculumCallback(**kwargs), d=[0] * num_prompts)
     for batch in batches:
         weights_of(callback, num_prompts)
-        callback.on_rollouts(None, None, None, batch=rollouts(batch))
+        callback.on_rollouts(batch=batch_of(batch))
     return callback
 
 
@@ -225,7 +189,7 @@ def test_online_follows_the_policy():
     callback = online(2, [{0: HARD, 1: UNCERTAIN}] * 4)
     before = weights_of(callback, 2)
     for _ in range(4):
-        callback.on_rollouts(None, None, None, batch=rollouts({0: UNCERTAIN, 1: EASY}))
+        callback.on_rollouts(batch=batch_of({0: UNCERTAIN, 1: EASY}))
     after = weights_of(callback, 2)
     assert before[0] < before[1]
     assert after[0] > after[1]
@@ -249,8 +213,8 @@ def test_online_logs_over_how_many_prompts_the_draw_spreads():
     callback = online(4, [])
     for expected in (4.0, None):
         weights = weights_of(callback, 4)
-        batch = rollouts({0: HARD, 1: UNCERTAIN, 2: HARD, 3: HARD})
-        callback.on_rollouts(None, None, None, batch=batch)
+        batch = batch_of({0: HARD, 1: UNCERTAIN, 2: HARD, 3: HARD})
+        callback.on_rollouts(batch=batch)
         expected = expected or (1 / weights.square().sum()).item()
         assert batch.metrics["curriculum/effective_prompts"] == pytest.approx(expected)
     assert expected < 3
@@ -263,7 +227,7 @@ def test_online_state_round_trip():
     for batch in ({1: EASY, 2: UNCERTAIN}, {0: UNCERTAIN, 3: HARD}):
         assert torch.equal(weights_of(second, 4), weights_of(first, 4))
         for callback in (first, second):
-            callback.on_rollouts(None, None, None, batch=rollouts(batch))
+            callback.on_rollouts(batch=batch_of(batch))
     assert torch.equal(weights_of(second, 4), weights_of(first, 4))
 
 
@@ -286,7 +250,6 @@ def test_target_by_hand():
 
 
 @given(st.floats(0, 1), st.lists(st.floats(-10, 10), max_size=20))
-@settings(deadline=None)
 def test_target_stays_in_range_and_moves_with_the_reward(target, rewards):
     for reward in rewards:
         moved = move_target(target, reward, goal=0.5, step_size=0.05, sensitivity=2.0, low=0.0, high=1.0)
@@ -297,12 +260,12 @@ def test_target_stays_in_range_and_moves_with_the_reward(target, rewards):
 
 
 def test_target_rises_while_the_reward_is_above_the_goal():
-    callback = made(TargetCurriculumCallback("d", goal=0.5, step_size=0.3, sensitivity=2.0), d=[0.0, 10.0, 30.0])
+    callback = set_up(TargetCurriculumCallback("d", goal=0.5, step_size=0.3, sensitivity=2.0), d=[0.0, 10.0, 30.0])
     assert callback.difficulty.tolist() == pytest.approx([0.0, 1 / 3, 1.0])
     position = 0.0
     for reward in (1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, NAN):
-        batch = rollouts({0: [reward], 1: [reward, NAN]})
-        callback.on_rollouts(None, None, None, batch=batch)
+        batch = batch_of({0: [reward], 1: [reward, NAN]})
+        callback.on_rollouts(batch=batch)
         move = 0.0 if math.isnan(reward) else 0.3 * math.tanh(2 * (reward - 0.5))
         position = min(max(position + move, 0.0), 1.0)
         assert batch.metrics["curriculum/position"] == callback.target == pytest.approx(position)
@@ -311,15 +274,15 @@ def test_target_rises_while_the_reward_is_above_the_goal():
 
 
 def test_target_counts_what_was_sampled_and_thrown_away():
-    callback = made(TargetCurriculumCallback("d", goal=0.9, step_size=0.3, sensitivity=2.0), d=[0.0, 10.0, 30.0])
-    batch = rollouts({0: [1.0, 0.0, 1.0, 1.0]})
-    batch.discarded = rollouts({1: [1.0] * 8, 2: [1.0] * 8})
-    callback.on_rollouts(None, None, None, batch=batch)
+    callback = set_up(TargetCurriculumCallback("d", goal=0.9, step_size=0.3, sensitivity=2.0), d=[0.0, 10.0, 30.0])
+    batch = batch_of({0: [1.0, 0.0, 1.0, 1.0]})
+    batch.discarded = batch_of({1: [1.0] * 8, 2: [1.0] * 8})
+    callback.on_rollouts(batch=batch)
     assert callback.target == pytest.approx(0.3 * math.tanh(2 * (19 / 20 - 0.9)))
 
 
 def test_target_draws_prompts_near_it():
-    callback = made(TargetCurriculumCallback("d", width=0.1, exploration=0.0), d=["easy", "hard", "medium"])
+    callback = set_up(TargetCurriculumCallback("d", width=0.1, exploration=0.0), d=["easy", "hard", "medium"])
     for target, nearest in {0.0: 0, 0.5: 2, 1.0: 1}.items():
         callback.target = target
         assert weights_of(callback, 3).argmax() == nearest
@@ -327,15 +290,15 @@ def test_target_draws_prompts_near_it():
 
 
 def test_target_weights_by_hand():
-    callback = made(TargetCurriculumCallback("d", width=0.5, exploration=0.2), d=[0.0, 5.0, 10.0])
+    callback = set_up(TargetCurriculumCallback("d", width=0.5, exploration=0.2), d=[0.0, 5.0, 10.0])
     weights = [1, math.exp(-0.5), math.exp(-2)]
     expected = [0.8 * w / sum(weights) + 0.2 / 3 for w in weights]
     assert weights_of(callback, 3).tolist() == pytest.approx(expected)
 
 
 def test_target_state_round_trip():
-    first, second = (made(TargetCurriculumCallback("d"), d=[0.0, 1.0]) for _ in range(2))
-    first.on_rollouts(None, None, None, batch=rollouts({0: [1.0]}))
+    first, second = (set_up(TargetCurriculumCallback("d"), d=[0.0, 1.0]) for _ in range(2))
+    first.on_rollouts(batch=batch_of({0: [1.0]}))
     second.load_state_dict(first.state_dict())
     assert torch.equal(weights_of(second, 2), weights_of(first, 2))
     assert second.target == first.target > 0
@@ -379,7 +342,7 @@ class Rows:
 @pytest.mark.parametrize("kind", [StagedCurriculumCallback, TargetCurriculumCallback])
 def test_names_and_numbers_do_not_mix(kind):
     with pytest.raises(ValueError, match="Column 'd' mixes names and numbers: use one kind"):
-        kind("d").on_setup(ARGS, None, None, trainer=SimpleNamespace(train_dataset=Rows(["easy", 3, "hard"])))
+        kind("d").on_setup(args=args_of(), trainer=SimpleNamespace(train_dataset=Rows(["easy", 3, "hard"])))
 
 
 @pytest.mark.parametrize("curriculum", ["staged", "target"])
@@ -398,66 +361,51 @@ def test_names_and_numbers_do_not_mix(kind):
         ("absent", None, r"difficulty_column='absent' is not a column .* \['prompt', .*curriculum='online'"),
     ],
 )
-def test_unreadable_difficulty_is_refused_at_construction(curriculum, column, value, message, model_path, tmp_path):
+def test_unreadable_difficulty_is_refused_at_construction(curriculum, column, value, message, make_trainer):
     data = {"prompt": list("abcdef"), "level": ["easy", "hard"] * 3, "number": [1.0, 2.0] * 3, "flag": [True] * 6}
     if column in data:
         data[column][3] = value
     with pytest.raises(ValueError, match=message):
-        construct(model_path, Dataset.from_dict(data), tmp_path, curriculum=curriculum, difficulty_column=column)
+        make_trainer(dataset=Dataset.from_dict(data), curriculum=curriculum, difficulty_column=column)
 
 
 @pytest.mark.parametrize("curriculum", ["staged", "target"])
-def test_one_difficulty_for_all_is_refused_at_construction(curriculum, model_path, tmp_path):
+def test_one_difficulty_for_all_is_refused_at_construction(curriculum, make_trainer):
     data = Dataset.from_dict({"prompt": list("abcdef"), "d": ["hard"] * 6})
     with pytest.raises(ValueError, match=r"All prompts have d='hard'.* a curriculum needs different"):
-        construct(model_path, data, tmp_path, curriculum=curriculum, difficulty_column="d")
+        make_trainer(dataset=data, curriculum=curriculum, difficulty_column="d")
 
 
 @pytest.mark.parametrize("curriculum", ["staged", "target", "online"])
-def test_streams_are_refused_at_construction(curriculum, model_path, dataset, tmp_path):
+def test_streams_are_refused_at_construction(curriculum, make_trainer, dataset):
     stream = IterableDataset.from_generator(lambda: iter(dataset))
     with pytest.raises(ValueError, match=r"a IterableDataset does not allow: pass a datasets.Dataset|streaming=False"):
-        construct(model_path, stream, tmp_path, curriculum=curriculum, difficulty_column="difficulty")
+        make_trainer(dataset=stream, curriculum=curriculum, difficulty_column="difficulty")
 
 
 # Real runs
 
 
-class Watch(GRPOCallback):
-    def __init__(self):
-        self.drawn = []
-
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.drawn.append(batch.prompt_index)
+OPTIONS = {"reward_funcs": count_vowels, "max_completion_length": 2}
 
 
-def construct(model_path, dataset, out, callbacks=None, **options):
-    args = AdaptiveGRPOConfig(**config_kwargs(out, max_completion_length=2, **options))
-    return AdaptiveGRPOTrainer(model_path, count_vowels, args, dataset, callbacks=callbacks)
-
-
-def test_staged_run_goes_from_easy_to_hard(model_path, dataset, tmp_path):
-    watch = Watch()
-    options = {"curriculum": "staged", "difficulty_column": "difficulty", "curriculum_exploration": 0.0}
-    trainer = construct(model_path, dataset, tmp_path, callbacks=[watch], max_steps=6, num_generations=2, **options)
-    trainer.train()
+def test_staged_run_goes_from_easy_to_hard(trained, dataset):
+    options = {"curriculum": "staged", "difficulty_column": "difficulty", "curriculum_exploration": 0.0, **OPTIONS}
+    trainer = trained(callbacks=[Record], max_steps=6, num_generations=2, **options)
     level = torch.tensor([("easy", "medium", "hard").index(name) for name in dataset["difficulty"]]).float()
-    means = [level[drawn].mean().item() for drawn in watch.drawn]
+    means = [level[batch.prompt_index].mean().item() for batch in batches_of(trainer)]
     assert sum(means[:2]) < sum(means[2:4]) < sum(means[4:])
-    logs = trainer.state.log_history[:6]
+    logs = logs_of(trainer)
     assert [entry["curriculum/difficulty"] for entry in logs] == pytest.approx(means)
     assert [entry["curriculum/position"] for entry in logs] == pytest.approx([0.0, 0.0, 0.25, 0.5, 0.75, 1.0])
 
 
-def test_target_run_by_numbers_moves_the_target(model_path, dataset, tmp_path):
-    options = {"curriculum": "target", "difficulty_column": "score", "curriculum_goal": -1.0}
-    trainer = construct(model_path, dataset, tmp_path, **options)
-    trainer.train()
-    positions = [entry["curriculum/position"] for entry in trainer.state.log_history[:3]]
+def test_target_run_by_numbers_moves_the_target(trained):
+    trainer = trained(curriculum="target", difficulty_column="score", curriculum_goal=-1.0, **OPTIONS)
+    positions = [entry["curriculum/position"] for entry in logs_of(trainer)]
     assert 0 < positions[0] < positions[1] < positions[2]
 
 
-def test_difficulty_is_read_from_a_dataset_of_tensors_too(model_path, dataset, tmp_path):
-    options = {"curriculum": "target", "difficulty_column": "score"}
-    trainer = construct(model_path, dataset.with_format("torch"), tmp_path, **options)
+def test_difficulty_is_read_from_a_dataset_of_tensors_too(make_trainer, dataset):
+    trainer = make_trainer(dataset=dataset.with_format("torch"), curriculum="target", difficulty_column="score")
     assert trainer.grpo_callbacks[0].difficulty[[0, -1]].tolist() == [0.0, 1.0]

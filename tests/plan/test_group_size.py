@@ -1,69 +1,33 @@
 """Group sizes follow what a prompt's rewards did before, within bounds, in any unit of reward."""
 
-import io
-from types import SimpleNamespace
-
 import pytest
 import torch
-from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs, has_answer
+from kit import NAN, Record, args_of, batch_of, batches_of, has_answer, set_up, through_a_file
 
 from trl_grpo_ext import (
     AdaptiveGRPOConfig,
-    AdaptiveGRPOTrainer,
-    GRPOCallback,
-    RolloutBatch,
     ThresholdGroupSizeCallback,
     VarianceGroupSizeCallback,
 )
-from trl_grpo_ext.plan.group_size import PromptPosterior
-
-NAN = float("nan")
+from trl_grpo_ext.plan.posterior import PromptPosterior
 
 
 def bounded(low: int, high: int, **options) -> AdaptiveGRPOConfig:
-    options |= {"min_group_size": low, "max_group_size": high, "per_device_train_batch_size": 16}
-    return AdaptiveGRPOConfig(**config_kwargs("unused", **options))
+    return args_of(min_group_size=low, max_group_size=high, per_device_train_batch_size=16, **options)
 
 
 ARGS = bounded(2, 6)
 
 
-def rollouts(groups: dict[int, list[float]], discarded: dict[int, list[float]] | None = None) -> RolloutBatch:
-    """A batch from the rewards of each prompt."""
-    rewards = torch.tensor([reward for group in groups.values() for reward in group])
-    sizes = torch.tensor([len(group) for group in groups.values()])
-    return RolloutBatch(
-        step=0,
-        group_ids=torch.repeat_interleave(sizes),
-        group_sizes=sizes,
-        prompt_index=torch.tensor(list(groups)),
-        rewards_per_func=rewards[:, None],
-        raw_rewards_per_func=rewards[:, None],
-        reward_names=["reward"],
-        rewards=rewards,
-        discarded=None if discarded is None else rollouts(discarded),
-    )
-
-
 def made(callback, num_prompts=8, args=ARGS):
-    data = Dataset.from_dict({"level": ["easy", "hard"] * num_prompts}).select(range(num_prompts))
-    callback.on_setup(args, None, None, trainer=SimpleNamespace(train_dataset=data))
-    return callback
+    return set_up(callback, args, level=(["easy", "hard"] * num_prompts)[:num_prompts])
 
 
 def sizes(callback, prompts, num_rows=16, args=ARGS) -> list[int]:
     index = torch.tensor(prompts)
-    return callback.on_group_sizes(args, None, None, prompt_index=index, num_rows=num_rows).tolist()
-
-
-def through_a_file(state: dict) -> dict:
-    """What a checkpoint makes of a state."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    return callback.on_group_sizes(args=args, prompt_index=index, num_rows=num_rows).tolist()
 
 
 # Threshold
@@ -74,53 +38,52 @@ def test_threshold_rule_by_hand_over_several_visits():
     assert sizes(callback, [0, 1, 2]) == [4, 4, 4]
     varies, flat = [0.0, 1.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]  # std 0.577 and 0
     for expected in ([5, 3, 4], [6, 2, 4], [6, 2, 4]):  # then at the bounds
-        callback.on_rollouts(ARGS, None, None, batch=rollouts({0: varies, 1: flat}))
+        callback.on_rollouts(batch=batch_of({0: varies, 1: flat}))
         assert sizes(callback, [0, 1, 2]) == expected
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: flat, 1: varies}))
+    callback.on_rollouts(batch=batch_of({0: flat, 1: varies}))
     assert sizes(callback, [1, 0, 2]) == [3, 5, 4]
 
 
 def test_threshold_is_in_units_of_the_reward_and_not_reached_by_equality():
-    batch = rollouts({0: [0.0, 2.0, 1.0], 1: [0.0, 20.0, 10.0]})  # std exactly 1 and 10
+    batch = batch_of({0: [0.0, 2.0, 1.0], 1: [0.0, 20.0, 10.0]})  # std exactly 1 and 10
     callback = made(ThresholdGroupSizeCallback(std_threshold=1.0))
-    callback.on_rollouts(ARGS, None, None, batch=batch)
+    callback.on_rollouts(batch=batch)
     assert sizes(callback, [0, 1]) == [3, 5]
 
 
 def test_threshold_learns_from_discarded_groups():
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5))
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: [0.0, 2.0]}, discarded={1: [1.0, 1.0], 2: [0.0, 2.0]}))
+    callback.on_rollouts(batch=batch_of({0: [0.0, 2.0]}, discarded={1: [1.0, 1.0], 2: [0.0, 2.0]}))
     assert sizes(callback, [0, 1, 2, 3]) == [5, 3, 5, 4]
 
 
 def test_threshold_leaves_a_group_alone_that_nothing_scored():
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5))
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: [NAN] * 4, 1: [1.0, NAN, NAN, NAN]}))
+    callback.on_rollouts(batch=batch_of({0: [NAN] * 4, 1: [1.0, NAN, NAN, NAN]}))
     assert sizes(callback, [0, 1]) == [4, 4]
 
 
 @given(st.lists(st.booleans(), max_size=20), st.integers(2, 4), st.integers(4, 9))
-@settings(deadline=None)
 def test_threshold_sizes_are_a_walk_between_the_bounds(visits, low, high):
     args = bounded(low, high)
     callback = made(ThresholdGroupSizeCallback(std_threshold=0.5), args=args)
     expected = 4
     for varies in visits:
-        callback.on_rollouts(args, None, None, batch=rollouts({3: [0.0, 2.0 * varies]}))
+        callback.on_rollouts(batch=batch_of({3: [0.0, 2.0 * varies]}))
         expected = min(max(expected + (1 if varies else -1), low), high)
         assert sizes(callback, [3], args=args) == [expected]
 
 
 def test_threshold_state_round_trip():
     first = made(ThresholdGroupSizeCallback(std_threshold=0.5))
-    batch = rollouts({0: [0.0, 2.0], 1: [1.0, 1.0]})
-    first.on_rollouts(ARGS, None, None, batch=batch)
+    batch = batch_of({0: [0.0, 2.0], 1: [1.0, 1.0]})
+    first.on_rollouts(batch=batch)
     second = made(ThresholdGroupSizeCallback(std_threshold=0.5))
     second.load_state_dict(through_a_file(first.state_dict()))
     for _ in range(2):
         assert sizes(second, range(8)) == sizes(first, range(8))
         for callback in (first, second):
-            callback.on_rollouts(ARGS, None, None, batch=batch)
+            callback.on_rollouts(batch=batch)
 
 
 # Posterior
@@ -141,7 +104,6 @@ def fed(posterior: PromptPosterior, batches, scale: float = 1.0) -> PromptPoster
 
 
 @given(evidence(), st.floats(0, 1))
-@settings(deadline=None)
 def test_posterior_without_a_pool_is_the_decayed_average(batches, decay):
     posterior = fed(PromptPosterior(5, decay=decay, prior=1e-12), batches)
     count, mean, variance = [0.0] * 5, [0.0] * 5, [0.0] * 5
@@ -158,7 +120,6 @@ def test_posterior_without_a_pool_is_the_decayed_average(batches, decay):
 
 
 @given(evidence())
-@settings(deadline=None)
 def test_posterior_lies_between_evidence_and_pool(batches):
     posterior = fed(PromptPosterior(6, decay=0.7, prior=3.0), batches)
     alone = fed(PromptPosterior(6, decay=0.7, prior=1e-12), batches)
@@ -171,7 +132,6 @@ def test_posterior_lies_between_evidence_and_pool(batches):
 
 
 @given(evidence(), st.sampled_from([1e-3, 0.1, 100.0, 1e6]))
-@settings(deadline=None)
 def test_posterior_variance_scales_with_the_square_of_the_reward(batches, scale):
     scaled = fed(PromptPosterior(5, prior=1.0), batches, scale).variance()
     torch.testing.assert_close(scaled / scale**2, fed(PromptPosterior(5, prior=1.0), batches).variance())
@@ -213,7 +173,6 @@ def test_prompts_of_a_stratum_share_what_is_known():
 
 
 @given(evidence())
-@settings(deadline=None)
 def test_one_stratum_is_the_same_as_none(batches):
     plain = fed(PromptPosterior(5, decay=0.7, prior=3.0), batches)
     strata = fed(PromptPosterior(5, decay=0.7, prior=3.0, strata=torch.zeros(5, dtype=torch.long)), batches)
@@ -230,14 +189,14 @@ def test_groups_with_fewer_than_two_rewards_say_nothing():
 
 def test_posterior_learns_from_discarded_groups():
     posterior = PromptPosterior(4)
-    posterior.observe(rollouts({0: [0.0, 2.0]}, discarded={1: [1.0, 1.0], 2: [0.0, 4.0]}))
+    posterior.observe(batch_of({0: [0.0, 2.0]}, discarded={1: [1.0, 1.0], 2: [0.0, 4.0]}))
     unseen, kept, flat, alive = posterior.variance(torch.tensor([3, 0, 1, 2])).tolist()
     assert flat < unseen < alive
     assert kept != unseen
 
 
 def test_batches_of_trls_own_sampler_say_nothing():
-    posterior, batch = PromptPosterior(2), rollouts({0: [0.0, 1.0]})
+    posterior, batch = PromptPosterior(2), batch_of({0: [0.0, 1.0]})
     batch.prompt_index = None
     posterior.observe(batch)
     assert posterior.count.tolist() == [0.0, 0.0]
@@ -268,10 +227,10 @@ def test_posterior_that_cannot_work_is_refused(wrong):
 
 def test_restored_posterior_does_not_share_memory():
     first, second = PromptPosterior(2), PromptPosterior(2)
-    first.observe(rollouts({0: [0.0, 1.0]}))
+    first.observe(batch_of({0: [0.0, 1.0]}))
     second.load_state_dict(first.state_dict())
     before = first.variance()
-    second.observe(rollouts({0: [0.0, 9.0], 1: [0.0, 9.0]}))
+    second.observe(batch_of({0: [0.0, 9.0], 1: [0.0, 9.0]}))
     assert torch.equal(first.variance(), before)
 
 
@@ -284,7 +243,7 @@ HARD, UNCERTAIN, EASY = [0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1
 def test_uncertain_prompts_get_more_of_the_same_number_of_rows():
     callback = made(VarianceGroupSizeCallback())
     assert sizes(callback, [0, 1, 2, 3]) == [4, 4, 4, 4]  # nothing known yet
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: HARD, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
+    callback.on_rollouts(batch=batch_of({0: HARD, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
     hard, uncertain, easy, also_uncertain = sizes(callback, [0, 1, 2, 3])
     assert hard + uncertain + easy + also_uncertain == 16
     assert 2 <= min(hard, easy) <= max(hard, easy) < min(uncertain, also_uncertain) <= 6
@@ -292,10 +251,10 @@ def test_uncertain_prompts_get_more_of_the_same_number_of_rows():
 
 def test_a_prompt_that_becomes_certain_shrinks_again():
     callback = made(VarianceGroupSizeCallback())
-    callback.on_rollouts(ARGS, None, None, batch=rollouts({0: UNCERTAIN, 1: EASY, 2: EASY, 3: EASY}))
+    callback.on_rollouts(batch=batch_of({0: UNCERTAIN, 1: EASY, 2: EASY, 3: EASY}))
     before = sizes(callback, [0, 1, 2, 3])
     for _ in range(6):
-        callback.on_rollouts(ARGS, None, None, batch=rollouts({0: EASY, 1: UNCERTAIN, 2: EASY, 3: EASY}))
+        callback.on_rollouts(batch=batch_of({0: EASY, 1: UNCERTAIN, 2: EASY, 3: EASY}))
     after = sizes(callback, [0, 1, 2, 3])
     assert before[0] > before[1]
     assert after[0] < after[1]
@@ -305,19 +264,17 @@ def test_a_prompt_that_becomes_certain_shrinks_again():
     st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=4, max_size=4),
     st.sampled_from([2.0**-20, 2.0**-4, 2.0**7, 2.0**20]),
 )
-@settings(deadline=None)
 def test_sizes_do_not_depend_on_the_unit_of_the_reward(rewards, scale):
     plain, scaled = made(VarianceGroupSizeCallback()), made(VarianceGroupSizeCallback())
-    plain.on_rollouts(ARGS, None, None, batch=rollouts(dict(enumerate([float(r) for r in g] for g in rewards))))
-    scaled.on_rollouts(ARGS, None, None, batch=rollouts(dict(enumerate([r * scale for r in g] for g in rewards))))
+    plain.on_rollouts(batch=batch_of(dict(enumerate([float(r) for r in g] for g in rewards))))
+    scaled.on_rollouts(batch=batch_of(dict(enumerate([r * scale for r in g] for g in rewards))))
     assert sizes(scaled, [0, 1, 2, 3]) == sizes(plain, [0, 1, 2, 3])
 
 
 @given(st.lists(st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4), min_size=8, max_size=8))
-@settings(deadline=None)
 def test_variance_sizes_add_up_within_bounds_and_follow_the_posterior(rewards):
     callback = made(VarianceGroupSizeCallback())
-    callback.on_rollouts(ARGS, None, None, batch=rollouts(dict(enumerate(rewards))))
+    callback.on_rollouts(batch=batch_of(dict(enumerate(rewards))))
     prompts = [6, 2, 4, 0]
     chosen = sizes(callback, prompts)
     assert sum(chosen) == 16
@@ -335,31 +292,23 @@ def test_variance_uses_as_many_prompts_as_with_a_fixed_size():
 def test_variance_learns_by_level_of_difficulty():
     args = bounded(2, 6, difficulty_column="level")
     callback = made(VarianceGroupSizeCallback(), args=args)  # even prompts are easy, odd ones hard
-    callback.on_rollouts(args, None, None, batch=rollouts({0: EASY, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
+    callback.on_rollouts(batch=batch_of({0: EASY, 1: UNCERTAIN, 2: EASY, 3: UNCERTAIN}))
     easy, hard, also_easy, also_hard = sizes(callback, [4, 5, 6, 7], args=args)
     assert max(easy, also_easy) < min(hard, also_hard)
 
 
 def test_variance_state_round_trip():
     first, second = made(VarianceGroupSizeCallback()), made(VarianceGroupSizeCallback())
-    first.on_rollouts(ARGS, None, None, batch=rollouts({0: HARD, 1: UNCERTAIN}, discarded={2: EASY}))
+    first.on_rollouts(batch=batch_of({0: HARD, 1: UNCERTAIN}, discarded={2: EASY}))
     second.load_state_dict(through_a_file(first.state_dict()))
-    for batch in (rollouts({1: EASY, 3: UNCERTAIN}), rollouts({0: UNCERTAIN, 1: EASY})):
+    for batch in (batch_of({1: EASY, 3: UNCERTAIN}), batch_of({0: UNCERTAIN, 1: EASY})):
         assert sizes(second, [0, 1, 2, 3]) == sizes(first, [0, 1, 2, 3])
         for callback in (first, second):
-            callback.on_rollouts(ARGS, None, None, batch=batch)
+            callback.on_rollouts(batch=batch)
     torch.testing.assert_close(second.posterior.variance(), first.posterior.variance(), rtol=0, atol=0)
 
 
 # Real runs
-
-
-class Watch(GRPOCallback):
-    def __init__(self):
-        self.batches = []
-
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.batches.append(batch)
 
 
 def alternate(completions, prompts, **kwargs):
@@ -368,24 +317,19 @@ def alternate(completions, prompts, **kwargs):
 
 
 @pytest.mark.parametrize("group_size", ["threshold", "variance"])
-def test_real_run_grows_groups_whose_rewards_vary(group_size, model_path, dataset, config):
-    watch = Watch()
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
+def test_real_run_grows_groups_whose_rewards_vary(group_size, trained, dataset):
+    trainer = trained(
+        dataset=dataset.select([0, 1, 2, 23, 24, 25]),
         reward_funcs=[alternate, has_answer],
-        args=config(
-            group_size=group_size,
-            max_steps=6,
-            per_device_train_batch_size=16,
-            max_completion_length=2,
-            reward_weights=[1.0, 0.0],
-        ),
-        train_dataset=dataset.select([0, 1, 2, 23, 24, 25]),
-        callbacks=[watch],
+        reward_weights=[1.0, 0.0],
+        callbacks=[Record],
+        group_size=group_size,
+        max_steps=6,
+        per_device_train_batch_size=16,
+        max_completion_length=2,
     )
-    trainer.train()
     varying, flat = [], []
-    for batch in watch.batches[2:]:
+    for batch in batches_of(trainer)[2:]:
         assert batch.group_sizes.sum() == 16
         assert batch.advantages.shape == (16,)
         for prompt, size in zip(batch.prompt_index.tolist(), batch.group_sizes.tolist(), strict=True):

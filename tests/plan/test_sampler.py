@@ -3,19 +3,20 @@
 import signal
 from collections import Counter
 from itertools import combinations, permutations
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs
+from kit import args_of, set_up, state_at
 from trl.trainer.utils import RepeatSampler
 
-from trl_grpo_ext import AdaptiveGRPOConfig, GRPOCallback, OnlineCurriculumCallback, VarianceGroupSizeCallback
+from trl_grpo_ext import GRPOCallback, OnlineCurriculumCallback, VarianceGroupSizeCallback
+from trl_grpo_ext.hooks import RolloutPlan
 from trl_grpo_ext.plan.planner import Planner
-from trl_grpo_ext.plan.sampler import PromptSampler, RolloutPlan, fit_group_sizes, num_groups_that_fit
+from trl_grpo_ext.plan.sampler import PromptSampler
+from trl_grpo_ext.plan.sizes import fit_group_sizes, num_groups_that_fit
 
 wish = st.one_of(st.just(0.0), st.floats(0, 1e6), st.floats(0, 1e-6))
 
@@ -43,7 +44,7 @@ def batches(draw):
 
 
 @given(fits())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_sizes_add_up_within_bounds(case):
     wishes, rows, low, high = case
     sizes = fit_group_sizes(wishes, rows, low, high)
@@ -54,7 +55,7 @@ def test_sizes_add_up_within_bounds(case):
 
 
 @given(fits())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_larger_wishes_get_no_smaller_groups(case):
     wishes, rows, low, high = case
     by_wish = sorted(zip(wishes.tolist(), fit_group_sizes(wishes, rows, low, high).tolist(), strict=True))
@@ -64,7 +65,6 @@ def test_larger_wishes_get_no_smaller_groups(case):
 
 
 @given(st.integers(1, 20), st.data())
-@settings(deadline=None)
 def test_equal_wishes_differ_by_at_most_one_and_the_first_get_more(num_groups, data):
     rows = data.draw(st.integers(2 * num_groups, 9 * num_groups))
     sizes = fit_group_sizes(torch.full((num_groups,), data.draw(wish)), rows, 2, 9).tolist()
@@ -73,14 +73,12 @@ def test_equal_wishes_differ_by_at_most_one_and_the_first_get_more(num_groups, d
 
 
 @given(fits(), st.integers(0, 60))
-@settings(deadline=None)
 def test_sizes_do_not_depend_on_the_unit_of_the_wishes(case, exponent):
     wishes, rows, low, high = case
     assert torch.equal(fit_group_sizes(wishes * 2.0**exponent, rows, low, high), fit_group_sizes(*case))
 
 
 @given(fits(), st.data())
-@settings(deadline=None)
 def test_sizes_follow_their_wishes_through_a_permutation(case, data):
     wishes, rows, low, high = case
     assume(wishes.unique().numel() == wishes.numel())
@@ -90,7 +88,6 @@ def test_sizes_follow_their_wishes_through_a_permutation(case, data):
 
 
 @given(fits())
-@settings(deadline=None)
 def test_sizes_that_already_add_up_are_kept(case):
     sizes = fit_group_sizes(*case)
     assert torch.equal(fit_group_sizes(sizes.float(), *case[1:]), sizes)
@@ -116,7 +113,7 @@ def test_rows_that_cannot_be_filled_are_refused(rows, bounds):
 
 
 @given(batches(), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_number_of_groups_is_always_feasible(batch, data):
     rows, num_generations, low, high = batch
     fewest, most = rows // num_generations, rows // low
@@ -154,7 +151,6 @@ def test_plan_repeats_each_group(sizes):
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=30), st.booleans(), st.integers(0, 99))
-@settings(deadline=None)
 def test_draws_are_distinct_and_epochs_visit_each_prompt_once(num_prompts, counts, shuffle, seed):
     sampler = PromptSampler(num_prompts, seed, shuffle)
     visits = Counter(dict.fromkeys(range(num_prompts), 0))
@@ -168,7 +164,6 @@ def test_draws_are_distinct_and_epochs_visit_each_prompt_once(num_prompts, count
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @given(num_prompts=st.integers(1, 40), count=st.integers(1, 8), seed=st.integers(0, 2**31))
-@settings(deadline=None)
 def test_first_epoch_is_in_the_order_of_trl(shuffle, num_prompts, count, seed):
     sampler = PromptSampler(num_prompts, seed, shuffle)
     ours = [i for _ in range(num_prompts // count) for i in sampler.draw(count).tolist()]
@@ -183,7 +178,6 @@ def test_epochs_are_shuffled_differently():
 
 
 @given(st.integers(1, 20), st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=12))
-@settings(deadline=None)
 def test_prompts_that_are_not_kept_come_back(num_prompts, draws):
     sampler, frugal = PromptSampler(num_prompts, seed=5), PromptSampler(num_prompts, seed=5)
     for count, kept in draws:
@@ -202,7 +196,7 @@ def test_prompts_that_are_not_kept_come_next():
 
 
 @given(st.integers(2, 12), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_excluded_prompts_are_drawn_only_when_others_run_out(num_prompts, data):
     sampler = PromptSampler(num_prompts, data.draw(st.integers(0, 99)))
     sampler.draw(data.draw(st.integers(1, num_prompts)))
@@ -215,7 +209,7 @@ def test_excluded_prompts_are_drawn_only_when_others_run_out(num_prompts, data):
 
 
 @given(st.integers(2, 10), st.integers(0, 99), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_as_many_prompts_as_asked_for_after_any_history(num_prompts, seed, data):
     """Batches of nearly the whole dataset, replaced groups, prompts that come back: what is pending piles up."""
     sampler = PromptSampler(num_prompts, seed)
@@ -252,7 +246,6 @@ def test_weighted_draws_without_replacement_match_the_weights():
 
 
 @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e12)), min_size=1, max_size=20), st.integers(0, 999))
-@settings(deadline=None)
 def test_prompts_of_weight_zero_come_last(weights, seed):
     weights = torch.tensor(weights)
     drawn = PromptSampler(len(weights), seed).draw(len(weights), weights)
@@ -310,7 +303,6 @@ def play(sampler: PromptSampler, steps) -> list[list[int]]:
 
 
 @given(st.lists(step, max_size=8), st.lists(step, max_size=8))
-@settings(deadline=None)
 def test_restored_sampler_continues_identically(before, after):
     sampler = PromptSampler(10, seed=4)
     play(sampler, before)
@@ -333,7 +325,7 @@ class Wishes(GRPOCallback):
         self.wishes = torch.tensor(wishes)
         self.first = first
 
-    def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+    def on_group_sizes(self, prompt_index, **kwargs):
         return self.wishes[prompt_index[: self.first]]
 
 
@@ -342,25 +334,22 @@ class Weights(GRPOCallback):
         self.factor = factor
         self.seen = None
 
-    def on_prompt_weights(self, args, state, control, weights, **kwargs):
+    def on_prompt_weights(self, weights, **kwargs):
         self.seen = weights.clone()
         return None if self.factor is None else weights * self.factor
 
 
-STATE = SimpleNamespace(global_step=0, max_steps=10)
+STATE = state_at(0)
 
 
-def arguments(rows=16, num_generations=4, low=2, high=8) -> AdaptiveGRPOConfig:
-    options = {"per_device_train_batch_size": rows, "num_generations": num_generations, "seed": 0}
-    return AdaptiveGRPOConfig(**config_kwargs("unused", min_group_size=low, max_group_size=high, **options))
-
-
-def planner(num_prompts, *args, **kwargs) -> Planner:
-    return Planner(arguments(*args, **kwargs), Dataset.from_dict({"prompt": ["p"] * num_prompts}))
+def planner(num_prompts, rows=16, num_generations=4, low=2, high=8) -> Planner:
+    options = {"num_generations": num_generations, "min_group_size": low, "max_group_size": high}
+    args = args_of(per_device_train_batch_size=rows, seed=0, **options)
+    return Planner(args, Dataset.from_dict({"prompt": torch.zeros(num_prompts, dtype=torch.int8).numpy()}))
 
 
 @given(batches(), st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_plans_fill_the_rows_with_distinct_prompts(batch, data):
     rows, num_generations, low, high = batch
     num_prompts = rows // num_generations + data.draw(st.integers(0, 40))
@@ -404,7 +393,7 @@ def test_only_the_first_candidates_may_be_sized():
 
 def test_the_last_answer_of_the_hooks_counts():
     class Silent(GRPOCallback):
-        def on_group_sizes(self, args, state, control, prompt_index, num_rows, **kwargs):
+        def on_group_sizes(self, **kwargs):
             return None
 
     assert planner(20).plan([Silent()], STATE, None).group_sizes.tolist() == [4] * 4
@@ -444,7 +433,7 @@ def test_weights_that_are_none_are_refused(value, no_hang):
 
 def test_weights_of_another_length_are_refused(no_hang):
     class Short(GRPOCallback):
-        def on_prompt_weights(self, args, state, control, weights, **kwargs):
+        def on_prompt_weights(self, weights, **kwargs):
             return weights[:5]
 
     with pytest.raises(ValueError, match="on_prompt_weights"):
@@ -471,7 +460,6 @@ def test_ranks_agree():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @given(data=st.data())
-@settings(deadline=None)
 def test_replace_replaces_only_what_is_asked(weighted, data):
     ours = planner(12)
     callbacks = [Weights(torch.arange(1.0, 13.0))] if weighted else []
@@ -499,12 +487,10 @@ def test_prompts_are_distinct_after_replacing_from_a_small_dataset():
 
 def test_a_million_prompts_are_planned_with_little_state():
     num_prompts = 1_000_000
-    args = arguments(rows=64, num_generations=8, low=4, high=16)
-    data = Dataset.from_dict({"prompt": torch.zeros(num_prompts, dtype=torch.int8).numpy()})
-    ours = Planner(args, data)
+    ours, column = planner(num_prompts, rows=64, num_generations=8, low=4, high=16), torch.zeros(num_prompts).numpy()
     callbacks = [OnlineCurriculumCallback(), VarianceGroupSizeCallback()]
     for callback in callbacks:
-        callback.on_setup(args, STATE, None, trainer=SimpleNamespace(train_dataset=data))
+        set_up(callback, ours.args, prompt=column)
     for chosen in (callbacks, callbacks[1:]):
         plan = ours.plan(chosen, STATE, None)
         assert plan.group_sizes.sum() == 64

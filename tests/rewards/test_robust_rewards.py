@@ -26,8 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer import utils
 
+from trl_grpo_ext.host.calls import is_async
 from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
-from trl_grpo_ext.rewards.base import is_async
 from trl_grpo_ext.rewards.guards import Guard
 from trl_grpo_ext.rewards.scoring import number_or_problem
 

@@ -55,7 +55,7 @@ def main(model_path: str, out: str, options: str) -> None:
         "batches": [{name: getattr(batch, name).tolist() for name in fields} for batch in record.batches],
         "weights": weights,
         "generated": generated,
-        "own": [[(answer.turn, answer.text) for answer in row.answers] for row in trainer.rollout.rows],
+        "own": [[(answer.turn, answer.text) for answer in row.answers] for row in trainer.rollout.sequences],
         "logs": trainer.state.log_history,
     }
     torch.save(saved, f"{out}/rank{trainer.accelerator.process_index}.pt")

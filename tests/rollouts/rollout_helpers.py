@@ -34,12 +34,12 @@ class Record(GRPOCallback):
     def __init__(self):
         self.batches = []
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
+    def on_rollouts(self, batch, **kwargs):
         self.batches.append(batch)
 
 
 class Recorder(AdaptiveGRPOTrainer):
-    """Remembers the rows and the tensors of every generation."""
+    """Remembers the sequences and the tensors of every generation."""
 
     def __init__(self, *args, **kwargs):
         self.seen = []
@@ -47,7 +47,7 @@ class Recorder(AdaptiveGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        self.seen.append((self.rollout.rows, output))
+        self.seen.append((getattr(self.rollout, "sequences", None), output))
         return output
 
 

@@ -1,10 +1,11 @@
 """Rollouts of several turns on two real processes: as many generation calls, and the same view of the batch."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import launch
+from trainer.test_distributed import launch
 
 SETTINGS = {
     "shared": {"kind": "shared"},
@@ -17,7 +18,9 @@ SETTINGS = {
 
 def run(model_path, out, **options):
     defaults = {"per_device_train_batch_size": 12, "num_generations": 4, "max_steps": 3}
-    return launch(model_path, out, script="distributed_rollout.py", **{**defaults, **options})
+    return launch(
+        model_path, out, script=str(Path(__file__).with_name("distributed_rollout.py")), **{**defaults, **options}
+    )
 
 
 def assert_same(one, two):

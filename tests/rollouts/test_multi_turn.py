@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import config_kwargs, make_model, make_tokenizer
 from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, user
-from test_resume import Interrupt
+from trainer.test_resume import Interrupt
 from trl import GRPOConfig, GRPOTrainer, chat_template_utils
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
 from trl_grpo_ext.credit.turns import leave_one_out_advantages, returns
+from trl_grpo_ext.hooks.records import Answer
 from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
-from trl_grpo_ext.rollouts.answers import Answer
 from trl_grpo_ext.rollouts.dialogue import RolloutError, read_turns
-from trl_grpo_ext.rollouts.multi_turn import fill_with_conversations
+from trl_grpo_ext.rollouts.shared import fill_with_conversations
 
 OPTIONS = {"rollout": "multi_turn", "turn_columns": ["letter"]}
 
@@ -70,7 +70,7 @@ def test_shared_history_is_plain_grpo_on_the_flattened_rows(model_path, tmp_path
     trainer = make_trainer(model_path, tmp_path, [length_of_text, has_letter], dataset, **options)
     trainer.model.train()
     output = trainer._generate_and_score_completions([])
-    rows = trainer.rollout.rows
+    rows = trainer.rollout.sequences
     answers = [row.answers[0] for row in rows]
     assert [answer.turn for answer in answers] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
 
@@ -521,7 +521,7 @@ def test_peft(model_path, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"rollout": "multi_turn", **OPTIONS}])
 def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_path):
     class Decay(GRPOCallback):
-        def on_advantages(self, args, state, control, batch, **kwargs):
+        def on_advantages(self, batch, **kwargs):
             assert batch.turns.shape == batch.rewards.shape
             longest = int(batch.completion_lengths.max())
             self.given = batch.advantages[:, None] * 0.5 ** torch.arange(longest)
@@ -530,11 +530,6 @@ def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_pa
     decay, record = Decay(), Record()
     dataset = make_conversations()
     trainer = make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[decay, record], max_steps=1, **options)
-    if not options:
-        trainer.rollout = type("None", (), {"rows": None})  # only for the recorder
-        trainer.rollout = None
-        trainer.seen = None
-        trainer.__class__ = type(trainer).__mro__[1]
     trainer.train()
     slices = trainer._buffered_inputs
     got = torch.cat([batch["advantages"] for batch in slices])
@@ -551,7 +546,7 @@ def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_pa
 
 def test_advantages_of_another_shape_are_refused(model_path, tmp_path):
     class Wrong(GRPOCallback):
-        def on_advantages(self, args, state, control, batch, **kwargs):
+        def on_advantages(self, batch, **kwargs):
             return batch.advantages[:, None].expand(-1, 999)
 
     trainer = make_trainer(model_path, tmp_path, callbacks=[Wrong()], **OPTIONS)
@@ -634,7 +629,7 @@ def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
 
     plain = Dataset.from_dict({"prompt": ["a", "b"]})
     with pytest.raises(
-        ValueError, match=r"those of eval_dataset\['two'\] are not: make each prompt a list of messages"
+        ValueError, match=r"that of row 0 of eval_dataset\['two'\] is 'a': make each prompt a list of messages"
     ):
         build(one=conversations.select([0]), two=plain)
     if rollout == "multi_turn":
@@ -697,9 +692,9 @@ def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_
 def test_an_answer_that_ends_with_another_token_is_closed_too(model_path, tmp_path):
     trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
     talk = trainer.grpo_callbacks[0].talk
-    end, other = talk.end_of_turn[0], trainer.processing_class.pad_token_id
-    trainer.eos_token_ids = [end, other]
-    (dialogue,) = talk.begin([{"prompt": [user("a")], "turns": ["b"]}], ["here"])
+    end, other = talk.template.closing[0], trainer.processing_class.pad_token_id
+    talk.template.eos_token_ids = [end, other]
+    (dialogue,) = talk.open([{"prompt": [user("a")], "turns": ["b"]}], ["here"])
     for ids, closed in (([9, end], False), ([9, other], True), ([9], True)):
         answer = Answer(prompt=dialogue.messages, ids=ids, text="x", logprobs=None, glue_ids=[], turn=0)
         after = talk.carry_on(dialogue, answer, [user("b")], [])
@@ -718,8 +713,8 @@ def test_a_template_that_knows_no_tools_is_fine(model_path, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = ALTERNATING
     trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
-    end_of_turn, glue = trainer.grpo_callbacks[0].talk._glue([user("hi")])
-    assert tokenizer.decode(end_of_turn + glue) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
+    between = trainer.grpo_callbacks[0].talk.template.between([user("a")], [user("hi")])
+    assert tokenizer.decode(between) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_6"])
@@ -730,10 +725,9 @@ def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(nam
         pytest.skip(f"this TRL has no {name}")
     tokenizer.chat_template = path.read_text()
     trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
-    talk = trainer.grpo_callbacks[0].talk
-    end_of_turn, glue = talk._glue([user("hi")])
-    assert tokenizer.decode(end_of_turn) == "<|im_end|>"
-    assert tokenizer.decode(glue).startswith("\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    between = trainer.grpo_callbacks[0].talk.template.between([user("a")], [user("hi")])
+    said = "<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(between).startswith(said)
 
 
 # Resume

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels, has_answer
+from kit import batch_of, count_vowels, has_answer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RewardClipCallback, RolloutBatch
-from trl_grpo_ext.credit.groups import group_advantages, total_rewards
+from trl_grpo_ext import GRPOCallback, RewardClipCallback, RolloutBatch
+from trl_grpo_ext.credit.groups import group_advantages
+from trl_grpo_ext.hooks.segments import total_rewards
 from trl_grpo_ext.shape.clipping import clip_to_quantiles, clip_to_range
 
 NAN, INF = math.nan, math.inf
@@ -19,18 +20,8 @@ bounds = st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=2, unique
 quantiles = st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True).map(sorted)
 
 
-def rollouts(rewards: list[list[float]], weights=(1.0, 1.0)) -> RolloutBatch:
-    rewards = torch.tensor(rewards)
-    return RolloutBatch(
-        step=0,
-        group_ids=torch.zeros(len(rewards), dtype=torch.long),
-        group_sizes=torch.tensor([len(rewards)]),
-        prompt_index=None,
-        rewards_per_func=rewards,
-        raw_rewards_per_func=rewards,
-        reward_names=["first", "second"],
-        rewards=total_rewards(rewards, torch.tensor(weights)),
-    )
+def one_group(rewards: list[list[float]]) -> RolloutBatch:
+    return batch_of([rewards])
 
 
 def assert_keeps_order_and_nan(before, after):
@@ -47,7 +38,6 @@ def equal(actual, expected):
 
 
 @given(values, bounds)
-@settings(deadline=None)
 def test_range_bounds_keeps_and_is_idempotent(rewards, bounds):
     low, high = bounds
     clipped = clip_to_range(rewards, low, high)
@@ -60,7 +50,6 @@ def test_range_bounds_keeps_and_is_idempotent(rewards, bounds):
 
 
 @given(values, quantiles)
-@settings(deadline=None)
 def test_quantiles_bound_and_keep(rewards, quantiles):
     clipped = clip_to_quantiles(rewards, *quantiles)
     assert_keeps_order_and_nan(rewards, clipped)
@@ -74,7 +63,6 @@ def test_quantiles_bound_and_keep(rewards, quantiles):
 
 
 @given(values, quantiles, st.data())
-@settings(deadline=None)
 def test_quantiles_do_not_depend_on_the_order_of_rows(rewards, quantiles, data):
     order = torch.tensor(data.draw(st.permutations(range(len(rewards)))))
     torch.testing.assert_close(
@@ -83,7 +71,6 @@ def test_quantiles_do_not_depend_on_the_order_of_rows(rewards, quantiles, data):
 
 
 @given(values, quantiles)
-@settings(deadline=None)
 def test_each_column_has_its_own_quantiles(rewards, quantiles):
     columns = [rewards, rewards.flip(0) * 100 + 7, torch.full_like(rewards, NAN)]
     clipped = clip_to_quantiles(torch.stack(columns, dim=1), *quantiles)
@@ -93,7 +80,6 @@ def test_each_column_has_its_own_quantiles(rewards, quantiles):
 
 
 @given(values)
-@settings(deadline=None)
 def test_quantiles_zero_to_one_change_nothing(rewards):
     torch.testing.assert_close(clip_to_quantiles(rewards, 0.0, 1.0), rewards, rtol=0, atol=0, equal_nan=True)
 
@@ -122,15 +108,15 @@ def test_infinite_reward_does_not_spoil_the_others(outlier):
 
 
 def test_range_is_applied_before_quantiles():
-    batch = rollouts([[0.0, 0.0], [10.0, 1.0], [1000.0, 2.0]])
-    clipped = RewardClipCallback((0, 20), (0.0, 0.75)).on_rewards(None, None, None, batch=batch)
+    batch = one_group([[0.0, 0.0], [10.0, 1.0], [1000.0, 2.0]])
+    clipped = RewardClipCallback((0, 20), (0.0, 0.75)).on_rewards(batch=batch)
     equal(clipped, [[0.0, 0.0], [10.0, 1.0], [15.0, 1.5]])  # of 0, 10, 20 the quantile 3/4 is 15
 
 
 def test_share_of_clipped_rewards_is_logged():
-    batch = rollouts([[-3.0, NAN], [0.0, 5.0], [3.0, NAN], [1.0, NAN]])
+    batch = one_group([[-3.0, NAN], [0.0, 5.0], [3.0, NAN], [1.0, NAN]])
     equal(
-        RewardClipCallback((-1, 1)).on_rewards(None, None, None, batch=batch),
+        RewardClipCallback((-1, 1)).on_rewards(batch=batch),
         [[-1.0, NAN], [0.0, 1.0], [1.0, NAN], [1.0, NAN]],
     )
     expected = {"reward_clip/frac": 3 / 5, "reward_clip/first/frac": 2 / 4, "reward_clip/second/frac": 1.0}
@@ -138,17 +124,17 @@ def test_share_of_clipped_rewards_is_logged():
 
 
 def test_total_is_clipped_instead_of_each():
-    batch = rollouts([[-3.0, 1.0], [5.0, -4.0], [NAN, 2.0], [NAN, NAN]])
+    batch = one_group([[-3.0, 1.0], [5.0, -4.0], [NAN, 2.0], [NAN, NAN]])
     callback = RewardClipCallback((-1, 1), on="total")
-    assert callback.on_rewards(None, None, None, batch=batch) is None
-    equal(callback.on_total_rewards(None, None, None, batch=batch), [-1.0, 1.0, 1.0, NAN])
+    assert callback.on_rewards(batch=batch) is None
+    equal(callback.on_total_rewards(batch=batch), [-1.0, 1.0, 1.0, NAN])
     assert batch.metrics == {"reward_clip/frac": 2 / 3}
-    assert RewardClipCallback((-1, 1)).on_total_rewards(None, None, None, batch=batch) is None
+    assert RewardClipCallback((-1, 1)).on_total_rewards(batch=batch) is None
 
 
 def test_batch_without_rewards_is_left_alone():
-    batch = rollouts([[NAN, NAN], [NAN, NAN]])
-    equal(RewardClipCallback((0, 1), (0.1, 0.9)).on_rewards(None, None, None, batch=batch), [[NAN, NAN], [NAN, NAN]])
+    batch = one_group([[NAN, NAN], [NAN, NAN]])
+    equal(RewardClipCallback((0, 1), (0.1, 0.9)).on_rewards(batch=batch), [[NAN, NAN], [NAN, NAN]])
     assert math.isnan(batch.metrics["reward_clip/frac"])
 
 
@@ -163,22 +149,11 @@ def test_callback_with_nothing_to_do_is_refused():
 class Count(GRPOCallback):
     calls = 0
 
-    def on_rewards(self, args, state, control, batch, **kwargs):
+    def on_rewards(self, **kwargs):
         self.calls += 1
 
 
-def trained(model_path, dataset, out, funcs, max_steps=1, eval_dataset=None, callbacks=None, **options):
-    options = {"scale_rewards": "none", "max_completion_length": 16, "max_steps": max_steps, **options}
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=funcs,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        eval_dataset=eval_dataset,
-        callbacks=callbacks,
-    )
-    trainer.train()
-    return trainer
+OPTIONS = {"scale_rewards": "none", "max_completion_length": 16, "max_steps": 1}
 
 
 def big(completions, **kwargs):
@@ -196,11 +171,11 @@ def table_of(trainer, rows=8) -> tuple[torch.Tensor, torch.Tensor]:
     return rewards[-rows:], torch.tensor(list(trainer._logs["advantages"]))[-rows:]
 
 
-def test_training_is_clipped_and_evaluation_and_logged_means_are_not(model_path, dataset, tmp_path):
+def test_training_is_clipped_and_evaluation_and_logged_means_are_not(trained, dataset):
+    options = {"reward_funcs": big, "reward_clip_range": [0.0, 900.0], **OPTIONS}
+    evaluation = {"eval_dataset": dataset.select(range(2)), "eval_strategy": "steps", "eval_steps": 1}
     count = Count()
-    options = {"reward_clip_range": [0.0, 900.0], "eval_strategy": "steps", "eval_steps": 1}
-    data = {"dataset": dataset, "eval_dataset": dataset.select(range(2)), "callbacks": [count]}
-    trainer = trained(model_path, out=tmp_path, funcs=[big], per_device_eval_batch_size=8, **data, **options)
+    trainer = trained(callbacks=[count], per_device_eval_batch_size=8, **evaluation, **options)
     logs, eval_logs = trainer.state.log_history[:2]
     ids = torch.arange(2).repeat_interleave(4)
     # The evaluation came last. Its advantages are those of raw rewards.
@@ -211,8 +186,7 @@ def test_training_is_clipped_and_evaluation_and_logged_means_are_not(model_path,
     assert not any("clip/frac" in key for key in eval_logs)
     assert count.calls == 1
     # Training: a step of the same seed without evaluation leaves its table.
-    trainer = trained(model_path, dataset, tmp_path, [big], **{**options, "eval_strategy": "no"})
-    raw, advantages = table_of(trainer)
+    raw, advantages = table_of(trained(**options))
     assert (raw > 900).any()
     torch.testing.assert_close(advantages, group_advantages(raw[:, 0].clamp(0, 900), ids, 2, "none"))
     assert logs["reward"] == logs["rewards/big/mean"] == pytest.approx(raw.mean().item())
@@ -220,9 +194,9 @@ def test_training_is_clipped_and_evaluation_and_logged_means_are_not(model_path,
 
 
 @pytest.mark.parametrize("on", ["each", "total"])
-def test_two_functions_are_clipped_each_or_in_total(on, model_path, dataset, tmp_path):
-    options = {"reward_clip_quantiles": [0.2, 0.8], "reward_clip_on": on, "reward_weights": [0.01, 20.0]}
-    trainer = trained(model_path, dataset, tmp_path, [big, small], per_device_train_batch_size=16, **options)
+def test_two_functions_are_clipped_each_or_in_total(on, trained):
+    options = {"reward_clip_quantiles": [0.2, 0.8], "reward_clip_on": on, "reward_weights": [0.01, 20.0], **OPTIONS}
+    trainer = trained(reward_funcs=[big, small], per_device_train_batch_size=16, **options)
     raw, advantages = table_of(trainer, rows=16)
     weights = torch.tensor([0.01, 20.0])
     each = total_rewards(torch.stack([clip_to_quantiles(c, 0.2, 0.8) for c in raw.T], dim=1), weights)
@@ -236,14 +210,8 @@ def test_two_functions_are_clipped_each_or_in_total(on, model_path, dataset, tmp
     assert logged == {"reward_clip/frac"} | names
 
 
-def test_total_cannot_be_clipped_after_normalisation(model_path, dataset, tmp_path):
-    options = {"reward_clip_range": [-1, 1], "reward_clip_on": "total"}
+def test_total_cannot_be_clipped_after_normalisation(make_trainer):
+    options = {"reward_clip_range": [-1, 1], "multi_objective_aggregation": "normalize_then_sum"}
     with pytest.raises(ValueError, match=r"normalize_then_sum.*already normalised: use reward_clip_on='each'"):
-        trained(
-            model_path,
-            dataset,
-            tmp_path,
-            [count_vowels, has_answer],
-            multi_objective_aggregation="normalize_then_sum",
-            **options,
-        )
+        make_trainer(reward_funcs=[count_vowels, has_answer], reward_clip_on="total", **options)
+    make_trainer(reward_funcs=[count_vowels, has_answer], **options)

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs
+from kit import NAN, Record, Watched, batch_of, batches_of, logs_of
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, DynamicSamplingCallback, GRPOCallback, RolloutBatch
-from trl_grpo_ext.credit.groups import flat_groups, group_advantages
+from trl_grpo_ext import DynamicSamplingCallback
+from trl_grpo_ext.credit.groups import group_advantages
+from trl_grpo_ext.hooks.checks import check_conflicts
 from trl_grpo_ext.shape.resampling import (
     global_positions,
     put_logs,
@@ -37,7 +38,6 @@ def ranks(draw):
 
 
 @given(ranks())
-@settings(deadline=None)
 def test_all_rows_of_replaced_groups_are_regenerated_and_no_others(case):
     replaced, ids, num_ranks = case
     positions, count = rows_to_regenerate(replaced, ids, num_ranks)
@@ -103,7 +103,6 @@ TRL_PADS |= {"tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1
     positions=st.lists(st.integers(0, 4), max_size=5, unique=True),
     spare=st.integers(0, 2),
 )
-@settings(deadline=None)
 def test_rows_are_replaced_and_padded_as_trl_pads(lengths, positions, spare):
     old_prompt, old_completion, new_prompt, new_completion = lengths
     old = rollout_batch(5, old_prompt, old_completion, base=0)
@@ -210,18 +209,16 @@ def test_column_that_only_one_round_logged_is_filled_with_none():
 
 def test_flat_groups_are_replaced_for_a_bounded_number_of_rounds():
     callback = DynamicSamplingCallback(max_rounds=2)
-    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, float("nan"), 0.0])
-    batch = RolloutBatch(0, torch.arange(6) // 2, torch.tensor([2, 2, 2]), None, rewards[:, None], rewards[:, None], [])
-    batch.rewards = rewards
+    batch = batch_of([[1.0, 1.0], [0.0, 1.0], [NAN, 0.0]])
     for round in (0, 1):
-        assert callback.on_resample(None, None, None, batch=batch, round=round).tolist() == [True, False, True]
-    assert callback.on_resample(None, None, None, batch=batch, round=2) is None
+        assert callback.on_resample(batch=batch, round=round).tolist() == [True, False, True]
+    assert callback.on_resample(batch=batch, round=2) is None
 
 
 def test_vision_language_models_are_refused():
     with pytest.raises(ValueError, match=r"vision-language models.* set dynamic_sampling_rounds=0"):
-        DynamicSamplingCallback().on_setup(None, None, None, trainer=SimpleNamespace(_is_vlm=True))
-    DynamicSamplingCallback().on_setup(None, None, None, trainer=SimpleNamespace(_is_vlm=False))
+        check_conflicts([DynamicSamplingCallback()], SimpleNamespace(is_vlm=True))
+    check_conflicts([DynamicSamplingCallback()], SimpleNamespace(is_vlm=False))
 
 
 # Real runs
@@ -247,35 +244,19 @@ class Rewards:
         return [self.of(p, c) for p, c in zip(prompts, completions, strict=True)]
 
 
-class Watch(GRPOCallback):
-    def __init__(self):
-        self.batches = []
+@pytest.fixture
+def resampled(trained):
+    def train(reward=None, **options):
+        options = {"dynamic_sampling_rounds": 2, "per_device_train_batch_size": 16, **options}
+        return trained(reward_funcs=reward or Rewards(), callbacks=[Record], cls=Watched, **options)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.batches.append(batch)
-
-
-def trained(model_path, dataset, out, reward=None, **options):
-    reward, watch = reward or Rewards(), Watch()
-    options = {"dynamic_sampling_rounds": 2, "per_device_train_batch_size": 16, **options}
-    trainer = AdaptiveGRPOTrainer(
-        model_path, reward, AdaptiveGRPOConfig(**config_kwargs(out, **options)), dataset, callbacks=[watch]
-    )
-    outputs = []
-    generate = trainer._generate_and_score_completions
-
-    def spy(inputs):
-        outputs.append(generate(inputs))
-        return outputs[-1]
-
-    trainer._generate_and_score_completions = spy
-    trainer.train()
-    return trainer, reward, watch.batches, outputs
+    return train
 
 
-def test_counts_in_the_logs_add_up(model_path, dataset, tmp_path):
-    trainer, reward, batches, _ = trained(model_path, dataset, tmp_path)
-    logs = trainer.state.log_history[:3]
+def test_counts_in_the_logs_add_up(resampled):
+    reward = Rewards()
+    trainer = resampled(reward)
+    logs, batches = logs_of(trainer), batches_of(trainer)
     assert logs[-1]["rollouts/total"] == reward.scored > 3 * 16
     discarded = sum(entry["dynamic_sampling/discarded"] for entry in logs)
     assert reward.scored == 3 * 16 + discarded
@@ -285,14 +266,12 @@ def test_counts_in_the_logs_add_up(model_path, dataset, tmp_path):
         thrown_away = batch.discarded.group_ids.numel() if batch.discarded else 0
         assert entry["dynamic_sampling/discarded"] == thrown_away
         if batch.discarded:
-            part = batch.discarded
-            assert flat_groups(part.rewards, part.group_ids, part.num_groups).all()
-            assert (dataset_rows(part) <= 13).any()
+            assert batch.discarded.flat_groups().all()
+            assert (dataset_rows(batch.discarded) <= 13).any()
         assert entry["reward"] == pytest.approx(batch.rewards.mean().item())
         assert entry["rewards/length/mean"] == pytest.approx(batch.rewards.mean().item())
         assert entry["reward_std"] == pytest.approx(batch.rewards.std().item())
-        flat = flat_groups(batch.rewards, batch.group_ids, batch.num_groups)
-        assert entry["frac_reward_zero_std"] == flat.float().mean().item()
+        assert entry["frac_reward_zero_std"] == batch.flat_groups()[batch.group_ids].float().mean().item()
 
 
 def dataset_rows(batch) -> torch.Tensor:
@@ -300,8 +279,9 @@ def dataset_rows(batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group_size", ["fixed", "threshold"])
-def test_trained_rows_and_tables_are_true_row_by_row(group_size, model_path, dataset, tmp_path):
-    trainer, _, batches, outputs = trained(model_path, dataset, tmp_path, group_size=group_size)
+def test_trained_rows_and_tables_are_true_row_by_row(group_size, resampled, dataset):
+    trainer = resampled(group_size=group_size)
+    batches, outputs = batches_of(trainer), trainer.outputs
     assert any(batch.discarded for batch in batches)
     tokenizer, logs = trainer.processing_class, trainer._logs
     batch, output = batches[-1], outputs[-1]
@@ -323,8 +303,9 @@ def test_trained_rows_and_tables_are_true_row_by_row(group_size, model_path, dat
     assert torch.equal(batch.completion_lengths, output["completion_mask"].sum(1))
 
 
-def test_logged_lengths_are_those_of_the_trained_rows(model_path, dataset, tmp_path):
-    trainer, _, batches, _ = trained(model_path, dataset, tmp_path, max_completion_length=24)
+def test_logged_lengths_are_those_of_the_trained_rows(resampled):
+    trainer = resampled(max_completion_length=24)
+    batches = batches_of(trainer)
     assert any(batch.discarded for batch in batches)
     for entry, batch in zip(trainer.state.log_history, batches, strict=False):
         lengths = batch.completion_lengths.float()
@@ -333,32 +314,31 @@ def test_logged_lengths_are_those_of_the_trained_rows(model_path, dataset, tmp_p
         assert entry["completions/mean_length"] == pytest.approx(lengths.mean().item())
 
 
-def test_online_curriculum_does_not_redraw_what_was_discarded(model_path, dataset, tmp_path):
-    _, _, batches, _ = trained(model_path, dataset.select(range(13)), tmp_path, curriculum="online")
-    for batch in batches:
+def test_online_curriculum_does_not_redraw_what_was_discarded(resampled, dataset):
+    for batch in batches_of(resampled(dataset=dataset.select(range(13)), curriculum="online")):
         sampled = torch.cat([batch.prompt_index, batch.discarded.prompt_index])
         assert sampled.unique().numel() == sampled.numel() == 12  # all flat: 4 prompts, replaced twice
 
 
 @pytest.mark.parametrize("curriculum", ["none", "online"])
-def test_prompts_stay_distinct_when_fresh_ones_run_out(curriculum, model_path, dataset, tmp_path):
+def test_prompts_stay_distinct_when_fresh_ones_run_out(curriculum, resampled, dataset):
     rows = dataset.select([0, 1, 2, 24, 25])  # 5 prompts for batches of 4
-    _, _, batches, _ = trained(model_path, rows, tmp_path, curriculum=curriculum, max_steps=6)
+    batches = batches_of(resampled(dataset=rows, curriculum=curriculum, max_steps=6))
     assert any(batch.discarded and batch.discarded.num_groups > 3 for batch in batches)
     for batch in batches:
         assert batch.prompt_index.unique().numel() == batch.num_groups == 4
 
 
-def test_nothing_is_resampled_without_flat_groups(model_path, dataset, tmp_path):
+def test_nothing_is_resampled_without_flat_groups(resampled):
     calls = []
 
     def alternating(prompts, **kwargs):
         calls.append(len(prompts))
         return [float(i % 2) for i in range(len(prompts))]
 
-    trainer, _, batches, _ = trained(model_path, dataset, tmp_path, reward=alternating, max_steps=2)
+    trainer = resampled(alternating, max_steps=2)
     assert calls == [16, 16]
-    assert batches[-1].discarded is None
+    assert batches_of(trainer)[-1].discarded is None
     last = trainer.state.log_history[1]
     assert last["dynamic_sampling/rounds"] == last["dynamic_sampling/discarded"] == 0
     assert last["rollouts/total"] == 32

@@ -12,6 +12,8 @@ import pytest
 import skills
 import torch
 
+from trl_grpo_ext.recipe.tiny import tiny_model
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,7 +69,7 @@ def test_recorder_counts_rows_of_groups_whose_rewards_differ():
 
 def test_accuracy_is_what_sampling_would_measure():
     tokenizer = skills.make_tokenizer()
-    model = skills.warm_start(skills.make_model(tokenizer, seed=0), tokenizer, steps=200)
+    model = skills.warm_start(tiny_model(tokenizer, seed=0), tokenizer, steps=200)
     examples = skills.make_examples({"translate": 400}, seed=1)
     expected = skills.accuracy(model, tokenizer, examples)
     assert 0.02 < expected < 0.98
@@ -84,7 +86,7 @@ def test_accuracy_is_what_sampling_would_measure():
 
 def test_looking_draws_no_random_numbers():
     tokenizer = skills.make_tokenizer()
-    model = skills.make_model(tokenizer, seed=0)
+    model = tiny_model(tokenizer, seed=0)
     before = torch.get_rng_state()
     skills.accuracy(model, tokenizer, skills.make_examples({"greet": 4}, seed=0))
     assert torch.equal(torch.get_rng_state(), before)

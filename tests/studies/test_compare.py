@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def parse(*flags: str, config: str = "compare.yaml") -> compare.Options:
-    path = str(ROOT / "recipes" / "configs" / config)
+    path = str(ROOT / "recipes" / "studies" / "configs" / config)
     return TrlParser((compare.Options,)).parse_args_and_config(["--config", path, *flags])[0]
 
 

@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from .columns import column_values, known_names
+
 
 def check_levels(level_names: Sequence[str]) -> None:
     """Raise `ValueError` unless there are at least two different names."""
@@ -22,7 +24,7 @@ def read_difficulty(dataset: Dataset, column: str | None, level_names: Sequence[
         dataset ([`~datasets.Dataset`]):
             Training dataset.
         column (`str`):
-            Its column with the difficulty.
+            Its column with the difficulty, or the key under which a transform puts it into the rows.
         level_names (`Sequence[str]`):
             Names of the levels, from easy to hard.
 
@@ -42,12 +44,12 @@ def read_difficulty(dataset: Dataset, column: str | None, level_names: Sequence[
 
     ```
     """
-    if column not in dataset.column_names:
+    values = None if column is None else column_values(dataset, column)
+    if values is None:
         raise ValueError(
             f"difficulty_column={column!r} is not a column of the training dataset, which has "
-            f"{dataset.column_names}: name one of them, or use curriculum='online', which needs none"
+            f"{known_names(dataset)}: name one of them, or use curriculum='online', which needs none"
         )
-    values = list(dataset.with_format(None)[column])  # and not as tensors
     names = set(level_names)
     for row, value in enumerate(values):
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

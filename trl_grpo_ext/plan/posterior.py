@@ -10,13 +10,14 @@ from torch import Tensor
 from ..config import AdaptiveGRPOConfig
 from ..hooks.records import RolloutBatch
 from ..host.state import check_state
+from .columns import known_names
 from .difficulty import as_levels, read_difficulty
 
 logger = logging.getLogger(__name__)
 
 RECENT = 256  # groups whose variances say what is usual
-OUTLIER = 25.0  # a variance above so many times the median of these counts as that
-SPREADS = 20.0  # and a mean farther from the pool's than so many standard deviations of that size
+ENOUGH = 16  # as soon as there are so many of them
+OUTLIER = 100.0  # a group whose variance is above so many times their median is left out
 LARGEST = 1e30  # whatever the rewards are, float32 holds it
 
 
@@ -108,11 +109,15 @@ class PromptPosterior:
         self.recent = torch.cat([self.recent, seen])[-RECENT:]
         limit = self._limit()
         # One reward far from all others, or a broken one, must not decide what is expected of every prompt.
-        variance = variance.clamp(max=limit)
-        centre = self._overall(1)
-        reach = SPREADS * limit**0.5
+        if self.pool[:, 2].sum() > limit * self.pool[:, 0].sum():
+            self.pool.zero_()
+            self.count[self._variance > limit] = 0.0
+        is_outlier = variance > limit
+        index, mean, variance, count = (x[~is_outlier] for x in (index, mean, variance, count))
         mean = mean.double().clamp(-LARGEST, LARGEST)
-        mean = mean if centre is None else mean.clamp(centre - reach, centre + reach)
+        variance = variance.clamp(max=LARGEST)
+        if index.numel() == 0:
+            return
         self.pool *= 0.9
         stratum = torch.zeros_like(index) if self.strata is None else self.strata[index].long()
         weight = count.double()
@@ -126,13 +131,9 @@ class PromptPosterior:
         self.count[touched] = (old + new).float()
 
     def _limit(self) -> float:
-        """The largest variance that counts in full: many times the usual one."""
+        """The largest variance of a group that is believed: many times the usual one."""
         known = self.recent[self.recent > 0]
-        return OUTLIER * known.median().item() if known.numel() > 0 else LARGEST
-
-    def _overall(self, moment: int) -> float | None:
-        weight = self.pool[:, 0].sum()
-        return (self.pool[:, moment].sum() / weight).item() if weight > 0 else None
+        return OUTLIER * known.median().item() if known.numel() >= ENOUGH else LARGEST
 
     def variance(self, prompt_index: Tensor | None = None, expected: Tensor | None = None) -> Tensor:
         """
@@ -198,7 +199,7 @@ def check_same_dataset(saved: Any, current: Tensor) -> None:
 def posterior_of(args: "AdaptiveGRPOConfig", dataset: Dataset, decay: float, prior: float) -> PromptPosterior:
     """A posterior over the prompts of a dataset, in strata by difficulty where it has the configured column."""
     strata = None
-    if args.difficulty_column is not None and args.difficulty_column in dataset.column_names:
+    if args.difficulty_column is not None and args.difficulty_column in known_names(dataset):
         names = args.difficulty_levels
         strata = as_levels(read_difficulty(dataset, args.difficulty_column, names), names)
     elif args.difficulty_column is not None:

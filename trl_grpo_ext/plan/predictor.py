@@ -165,4 +165,5 @@ def prompt_text(prompt: Any) -> str:
         return prompt
     contents = [message.get("content") for message in prompt if isinstance(message, dict)]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return "\n".join(str(part.get("text", "") if isinstance(part, dict) else part) for part in parts if part)
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "\n".join(str(text) for text in texts if text)

@@ -1,4 +1,4 @@
-"""What is sampled for a row, behind one interface: one completion by TRL, or what a callback generates."""
+"""What is sampled for each row: one completion by TRL, or the sequence that a callback generates."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,8 @@ from ..credit.turns import spread_over_tokens
 from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutPlan, RolloutSequence
-from ..host.processes import fail, gather_rewards, gather_values
+from ..host.calls import own_copy
+from ..host.processes import fail, gather_rewards, gather_values, together
 from ..host.seams import drop_pending_logs, pending_columns, plain_rewards
 from .answers import AnswerIndex, answer_of_token, as_rollout_output, layout_of
 
@@ -43,7 +44,7 @@ class Rollout:
         """This process's dataset rows, for which TRL is about to generate."""
 
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
-        """Score what was generated: keeps the rewards of the completions, and returns those of the sequences."""
+        """Score what was generated: keep the rewards of the completions, and return the rewards of the sequences."""
         nothing = torch.zeros(len(prompts), len(self.trainer.reward_funcs), device=self.accelerator.device)
         self.rewards = gather_rewards(self.accelerator, calculate, nothing)
         return self.rewards
@@ -98,7 +99,7 @@ class CallbackRollout(Rollout):
     def __init__(self, trainer: HookedTrainer) -> None:
         super().__init__(trainer)
         self.callback: GRPOCallback = next(c for c in trainer.grpo_callbacks if c.overrides("on_generate"))
-        self._check_conversational()
+        self._check_datasets()
         self.rows: list[Row] = []
         self.sequences: list[RolloutSequence] = []
         self.index = AnswerIndex.build([], 0)
@@ -113,6 +114,9 @@ class CallbackRollout(Rollout):
         return [(number, answer) for number, sequence in enumerate(self.sequences) for answer in sequence.answers]
 
     def begin(self, rows: list[Row]) -> None:
+        with together():
+            for number, row in enumerate(rows):
+                self._check_row(row, f"row {number} of the batch")
         self.rows = rows
 
     def generate(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -128,14 +132,14 @@ class CallbackRollout(Rollout):
         name = type(self.callback).__name__
         sequences: list[RolloutSequence] | None = call_hook(self.callback, "on_generate", self.trainer, rows=self.rows)
         if sequences is None or len(sequences) != num_rows:
-            returned = "nothing" if sequences is None else f"{len(sequences)} rows"
+            returned = "nothing" if sequences is None else f"{len(sequences)} sequences"
             raise ValueError(
                 f"{name}.on_generate returned {returned}: return one RolloutSequence for each of the {num_rows} rows"
             )
         for number, sequence in enumerate(sequences):
             if not sequence.answers or not all(answer.ids for answer in sequence.answers):
                 raise ValueError(
-                    f"{name}.on_generate returned row {number} with an answer of no tokens: end it with the "
+                    f"{name}.on_generate returned sequence {number} with an answer of no tokens: end it with the "
                     "end-of-turn token at least"
                 )
         return sequences
@@ -159,21 +163,31 @@ class CallbackRollout(Rollout):
         self, answers: list[tuple[Row, Answer]], spare: list[tuple[Row, Answer]] | None = None
     ) -> tuple[Tensor, slice]:
         """
-        Ask the reward functions about answers. Every process must call this, with any number of them.
+        Ask the reward functions about answers. Every process must call this, with any number of answers.
 
-        Returns rewards `(A, K)` of all processes, in rank order, NaN for answers that are not scored; and which of them
-        are this process's. `spare` holds one to ask about, in vain, where this process has no answers and others have.
+        Args:
+            answers (`list[tuple[dict, Answer]]`):
+                This process's answers, each with its dataset row.
+            spare (`list[tuple[dict, Answer]]`, *optional*):
+                An answer to ask about where this process has none and others have some. Its rewards are dropped.
+
+        Returns:
+            `tuple[torch.Tensor, slice]`:
+                Rewards `(A, K)` of the answers of all processes, in rank order, NaN for answers that are not scored;
+                and the place of this process's answers among them.
         """
         flags = gather_values([answer.is_scored for _, answer in answers])
         most = max(1, *(sum(rank) for rank in flags))  # TRL needs a row to ask about
         asked = [(row, answer) for row, answer in answers if answer.is_scored]
-        # What is gathered must have one shape on all processes: some are asked about twice, and dropped below.
+        # What is gathered must have one shape on all processes. So some answers are asked about again, in vain.
         asked += (asked or answers or spare or [])[:1] * (most - len(asked))
+        # Each answer has objects of its own: what a reward function changes in place, no other call may see.
         rows = [
-            {**row, **answer.columns, "turn": answer.turn + 1, "last_turn": answer.is_last} for row, answer in asked
+            {**own_copy({**row, **answer.columns}), "turn": answer.turn + 1, "last_turn": answer.is_last}
+            for row, answer in asked
         ]
-        messages = ([a.prompt for _, a in asked], [a.completion for _, a in asked])
-        calculate = partial(plain_rewards, self.trainer, rows, *messages, [a.ids for _, a in asked])
+        messages = ([own_copy(a.prompt) for _, a in asked], [a.completion for _, a in asked])
+        calculate = partial(plain_rewards, self.trainer, rows, *messages, [list(a.ids) for _, a in asked])
         nothing = torch.zeros(len(asked), len(self.trainer.reward_funcs), device=self.accelerator.device)
         gathered = gather_rewards(self.accelerator, calculate, nothing)
         rewards = gathered.new_full((sum(map(len, flags)), gathered.size(1)), torch.nan)
@@ -193,7 +207,7 @@ class CallbackRollout(Rollout):
             "group_ids": group_ids,
             "group_sizes": sizes,
             "prompt_index": prompt_index,
-            "rows": [rows[number] for number, _ in self._numbered],
+            "rows": [own_copy(rows[number]) for number, _ in self._numbered],
             "turns": self.index.turns,
             "parents": self.index.parents,
         }
@@ -231,16 +245,27 @@ class CallbackRollout(Rollout):
             for k, name in enumerate(self.trainer.reward_func_names):
                 self.trainer.log_metric(f"rewards/{name}/turn_{turn}/mean", own[:, k].nanmean().item())
 
-    def _check_conversational(self) -> None:
-        for place, dataset in {"train_dataset": self.trainer.train_dataset, **eval_datasets(self.trainer)}.items():
-            first = next(iter(dataset), None)
-            if first is None:
+    def _check_datasets(self) -> None:
+        datasets: dict[str, Any] = {"train_dataset": self.trainer.train_dataset, **eval_datasets(self.trainer)}
+        for place, dataset in datasets.items():
+            if not hasattr(dataset, "__len__"):
+                continue  # a row that is taken from a stream may be lost: each is checked when it comes
+            if len(dataset) == 0:
                 raise ValueError(f"{place} is empty: pass at least one conversation, or leave it out")
-            if not is_conversational(first):
-                raise ValueError(
-                    f"{type(self.callback).__name__} needs conversational prompts, and those of {place} are not: make "
-                    'each prompt a list of messages, such as [{"role": "user", "content": "..."}]'
-                )
+            self._check_row(dataset[0], f"row 0 of {place}")
+
+    def _check_row(self, row: Row, where: str) -> None:
+        name = type(self.callback).__name__
+        if "prompt" not in row:
+            raise ValueError(
+                f"{name} needs a column 'prompt', and {where} has only {list(row)}: name the column with the messages "
+                "'prompt'"
+            )
+        if not is_conversational({"prompt": row["prompt"]}):
+            raise ValueError(
+                f"{name} needs conversational prompts, and that of {where} is {row['prompt']!r:.80}: make each prompt "
+                'a list of messages, such as [{"role": "user", "content": "..."}]'
+            )
 
 
 def eval_datasets(trainer: HookedTrainer) -> dict[str, Any]:

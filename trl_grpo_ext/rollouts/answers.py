@@ -16,6 +16,7 @@ def as_rollout_output(sequences: list[RolloutSequence]) -> dict[str, Any]:
     Example:
 
     ```python
+    >>> from trl_grpo_ext.hooks import Answer, RolloutSequence
     >>> first, second = Answer([], ids=[7, 8], text=""), Answer([], ids=[9], text="", glue_ids=[1, 2])
     >>> as_rollout_output([RolloutSequence(prompt_ids=[5], answers=[first, second])])["env_mask"]
     [[1, 1, 0, 0, 1]]
@@ -106,6 +107,7 @@ def layout_of(sequences: list[RolloutSequence]) -> list[tuple[int, int, int, int
     Example:
 
     ```python
+    >>> from trl_grpo_ext.hooks import Answer, RolloutSequence
     >>> plan, answer = Answer([], ids=[7, 8], text="", is_scored=False), Answer([], ids=[9], text="", turn=1)
     >>> layout_of([RolloutSequence([5], [plan]), RolloutSequence([5, 7, 8], [answer], parent=0)])
     [(0, 0, -1, 2, False), (1, 1, 0, 1, True)]
@@ -130,6 +132,7 @@ def answer_of_token(sequences: list[RolloutSequence], width: int) -> Tensor:
     Example:
 
     ```python
+    >>> from trl_grpo_ext.hooks import Answer, RolloutSequence
     >>> first, second = Answer([], ids=[7, 8], text=""), Answer([], ids=[9], text="", glue_ids=[1])
     >>> answer_of_token([RolloutSequence([5], [first, second])], width=5).tolist()
     [[0, 0, -1, 1, -1]]

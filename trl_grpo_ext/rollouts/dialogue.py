@@ -1,9 +1,9 @@
-"""Conversations that go on by token ids: nothing that was generated is tokenised again."""
+"""Conversations that go on by tokens: what the model wrote is never tokenised again."""
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any
 
 from trl.chat_template_utils import get_training_chat_template
@@ -11,12 +11,12 @@ from trl.chat_template_utils import get_training_chat_template
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutSequence
 from ..host.processes import gather_values
-
-Message = dict[str, Any]
+from .limits import longest_conversation
+from .template import Message, TurnTemplate
 
 
 class RolloutError(RuntimeError):
-    """A simulated user or a choice of what to carry on failed; the message names the row and the turn."""
+    """A simulated user failed, or the choice of an answer; the message names the row and the turn."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Dialogue:
         messages (`list[dict]`):
             Everything before the answer.
         ids (`list[int]`):
-            The same as tokens.
+            Tokens of the messages, up to where the answer begins.
         script (`list[list[dict]]`):
             What is said between the answers to come, one entry for each.
         turn (`int`, *optional*, defaults to `0`):
@@ -79,7 +79,9 @@ def read_turns(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]
 
     ```
     """
-    prompt, turns = row.get("prompt"), row.get("turns") or []
+    prompt, turns = row.get("prompt"), row.get("turns")
+    turns = [] if turns is None else turns.tolist() if hasattr(turns, "tolist") else turns
+    turns = list(turns) if isinstance(turns, tuple) else turns
     if not isinstance(prompt, list) or not prompt or not all(map(_is_message, prompt)):
         raise ValueError(
             f"prompt={prompt!r:.500} is no list of messages: write "
@@ -103,7 +105,7 @@ def read_turns(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]
 
 
 def _is_message(value: Any, is_whole: bool = False) -> bool:
-    """Whether `value` is a message of a chat. Only that of an assistant who is still to answer has no content."""
+    """Whether `value` is a message. A message has a content, except where the assistant has not answered yet."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     is_open = value["role"] == "assistant" and not is_whole
@@ -123,25 +125,14 @@ class Talk:
 
     def __init__(self, trainer: HookedTrainer, max_conversation_length: int | None = None) -> None:
         self.trainer = trainer
-        limits = [max_conversation_length, getattr(trainer.model.config, "max_position_embeddings", None)]
-        if trainer.use_vllm and trainer.vllm_mode == "colocate":
-            limits.append(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
-        self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        self.max_length = longest_conversation(trainer, max_conversation_length)
         if self.max_length is not None and self.max_length <= trainer.max_completion_length:
             raise ValueError(
                 f"max_completion_length={trainer.max_completion_length} leaves no room for a prompt in a conversation "
-                f"of {self.max_length} tokens (max_conversation_length, or what the model can hold): lower it, or "
-                "raise max_conversation_length"
+                f"of {self.max_length} tokens (max_conversation_length, or what the model or vLLM can hold): lower it, "
+                "or raise max_conversation_length"
             )
-        # Once, so that a template that cannot be carried on is refused before anything is trained.
-        self.template: str | None = trainer.chat_template
-        said = [{"role": "user", "content": "dummy"}]
-        try:
-            self.end_of_turn, _ = self._glue(said)
-        except ValueError:  # TRL has its own version of some templates that write the last answer differently
-            with suppress(ValueError):
-                self.template = self.template or get_training_chat_template(trainer.processing_class)
-            self.end_of_turn, _ = self._glue(said)
+        self.template = self._read_template()
 
     def open(self, rows: list[dict[str, Any]], where: list[str]) -> list[Dialogue]:
         """The conversations of dataset rows, before the first answer."""
@@ -154,28 +145,28 @@ class Talk:
 
     def answer(self, dialogues: list[Dialogue]) -> list[Answer]:
         """
-        One answer to each. Every process must call this, with any number of conversations.
+        One answer to each conversation. Every process must call this, with any number of conversations.
 
-        Where there is no room for one, which only a first answer can meet, it is an end of text that is not scored.
+        Where a prompt leaves no room for an answer, an end of text that is not scored stands in its place.
         """
         answers = iter(self._generate([dialogue for dialogue in dialogues if self.has_room(dialogue)]))
         return [next(answers) if self.has_room(dialogue) else self.nothing(dialogue) for dialogue in dialogues]
 
     def nothing(self, dialogue: Dialogue) -> Answer:
-        """What stands where no answer can be generated, because rows have a fixed number and at least one token."""
+        """An end of text in place of an answer for which there is no room, since each sequence needs a token."""
         return Answer(
             prompt=dialogue.messages,
             ids=[self.trainer.tokenizer.eos_token_id],
             text="",
-            logprobs=[0.0] if self.trainer.use_vllm else None,
+            logprobs=[math.nan] if self.trainer.use_vllm else None,  # TRL's metrics leave NaN out
             glue_ids=dialogue.glue_ids,
             turn=dialogue.turn,
             is_scored=False,
         )
 
     def _generate(self, dialogues: list[Dialogue]) -> list[Answer]:
-        # vLLM's server slices what it returns by one number of prompts for all processes, and a sharded model hangs
-        # unless all generate: processes with fewer generate throw-away answers.
+        # All processes must ask for as many answers: vLLM's server divides what it returns by their number, and a
+        # sharded model hangs unless all generate. Processes with fewer conversations throw the others away.
         most = max(gather_values(len(dialogues)))
         if most == 0:
             return []
@@ -199,9 +190,7 @@ class Talk:
         self, dialogue: Dialogue, answer: Answer, said: list[Message], script: list[list[Message]]
     ) -> Dialogue:
         """The conversation after an answer and what the user said to it."""
-        end_of_turn, glue_ids = self._glue(said)
-        if answer.ids[-1:] != end_of_turn:  # cut off, or ended with another token
-            glue_ids = end_of_turn + glue_ids
+        glue_ids = self.template.rest(answer.ids, self.template.between(dialogue.messages, said))
         return replace(
             dialogue,
             messages=dialogue.messages + answer.completion + said,
@@ -215,46 +204,20 @@ class Talk:
         """Whether the longest answer would still fit."""
         return self.max_length is None or len(dialogue.ids) + self.trainer.max_completion_length <= self.max_length
 
-    def _glue(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """
-        The token that ends an answer (none where the model has no such token), and those between it and the next.
-
-        From a dummy conversation, as TRL does for tool results.
-        """
+    def _read_template(self) -> TurnTemplate:
+        """The template of the run, or TRL's training version of it where only that one can be carried on."""
         trainer = self.trainer
-        dummy, other = (
-            [{"role": "user", "content": "dummy"}, {"role": "assistant", "content": content}]
-            for content in ("dummy", "another")
-        )
-
-        def render(conversation: list[Message], add_generation_prompt: bool) -> list[int]:
-            ids: list[int] = trainer.processing_class.apply_chat_template(
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                chat_template=self.template,
-                return_dict=False,
-                **trainer.chat_template_kwargs,
-            )
-            return ids
-
-        before, after = render(dummy, False), render(dummy + messages, True)
-        # What the model generates ends with the end of the turn; a template may write more, such as a line break.
-        ends = [i for i, token in enumerate(before) if token in trainer.eos_token_ids]
-        if ends and trainer.tokenizer.decode(before[ends[-1] + 1 :]).strip():
-            ends = []  # that of an earlier turn: this template does not end the assistant's
-        if ends:
-            end_of_turn, before, closing = before[ends[-1] : ends[-1] + 1], before[: ends[-1] + 1], before[:0]
-        else:  # what stands behind an answer whatever it says, and the model does not write
-            pairs = zip(reversed(before), reversed(render(other, False)), strict=False)
-            num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            end_of_turn, closing = [], before[len(before) - num_shared :]
-        if after[: len(before)] != before:
-            raise ValueError(
-                "The chat template writes earlier turns differently once others follow, so a conversation cannot be "
-                "carried on by tokens: pass a processing_class whose chat_template only appends"
-            )
-        return end_of_turn, closing + after[len(before) :]
+        arguments = (trainer.processing_class, trainer.tokenizer, trainer.eos_token_ids)
+        try:
+            return TurnTemplate(*arguments, trainer.chat_template, trainer.chat_template_kwargs)
+        except ValueError:
+            training: str | None = None
+            if trainer.chat_template is None:
+                with suppress(ValueError):
+                    training = get_training_chat_template(trainer.processing_class)
+            if training is None:
+                raise
+        return TurnTemplate(*arguments, training, trainer.chat_template_kwargs)
 
 
 def roll_out(
@@ -269,20 +232,21 @@ def roll_out(
         talk ([`Talk`]):
             Generates.
         dialogues (`list[Dialogue]`):
-            This process's conversations. The number of generation calls is that of the longest one of all processes.
+            This process's conversations. Every process makes as many generation calls as the longest conversation of
+            all processes has turns.
         next_turn (`Callable[[Dialogue, Answer], Dialogue | None]`):
             Carries a conversation on; `None` ends it.
     """
-    rows = [RolloutSequence(dialogue.ids, []) for dialogue in dialogues]
+    sequences = [RolloutSequence(dialogue.ids, []) for dialogue in dialogues]
     waiting = dict(enumerate(dialogues))
     while max(gather_values(len(waiting))) > 0:
         answers = talk.answer(list(waiting.values()))
         still: dict[int, Dialogue] = {}
         for (number, dialogue), answer in zip(waiting.items(), answers, strict=True):
-            rows[number].answers.append(answer)
+            sequences[number].answers.append(answer)
             following = next_turn(dialogue, answer)
             answer.is_last = following is None
             if following is not None:
                 still[number] = following
         waiting = still
-    return rows
+    return sequences

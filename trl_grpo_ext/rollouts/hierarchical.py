@@ -1,5 +1,6 @@
 """Plans and their implementations: a tree with two levels, each with credit of its own."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from ..hooks.callback import GRPOCallback
 from ..hooks.conflicts import Conflict
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutBatch, RolloutPlan, RolloutSequence
+from ..plan.columns import fetched_rows, row_keys
 from .adapter import eval_datasets
 from .dialogue import Dialogue, Talk, read_turns, roll_out
+from .template import Message
 
 PLAN_TEMPLATE = "{prompt}\n\nFirst write a short plan of how you will answer. Do not answer yet."
 IMPLEMENTATION_TEMPLATE = "Now answer, following your plan."
@@ -117,14 +120,14 @@ class HierarchicalCallback(GRPOCallback):
     def on_generate(self, rows: list[dict[str, Any]], **kwargs: Any) -> list[RolloutSequence]:
         if not self.trainer.model.training:
             rolled = roll_out(self.talk, self._begin(rows), self._next)
-            without = sum(len(row.answers) == 1 for row in rolled) / len(rolled)
+            without = sum(len(sequence.answers) == 1 for sequence in rolled) / len(rolled)
         else:
             rolled, without = self._grow(self._begin(rows[:: self.num_rows]))
-        for row in rolled:
-            before = row.answers[0] if row.parent is None else rolled[row.parent].answers[0]
-            for answer in row.answers:
+        for sequence in rolled:
+            plan = sequence.answers[0] if sequence.parent is None else rolled[sequence.parent].answers[0]
+            for answer in sequence.answers:
                 answer.is_scored = answer.is_scored and answer.turn == 1
-                answer.columns = {"plan": before.text, "plan_ids": before.ids}
+                answer.columns = {"plan": plan.text, "plan_ids": plan.ids}
         self.trainer.log_metric("hierarchical/overflowed", without)
         return rolled
 
@@ -150,8 +153,9 @@ class HierarchicalCallback(GRPOCallback):
 
     def _begin(self, rows: list[dict[str, Any]]) -> list[Dialogue]:
         asking = []
-        for row in rows:
-            *before, last = read_turns(row)[0]
+        for number, row in enumerate(rows):  # of a stream, none has been checked before
+            _check_keys(row.keys(), f"row {number} of the batch")
+            *before, last = _opening(row, f"Row {number} of the batch")
             said = {**last, "content": self.plan_template.replace("{prompt}", last["content"])}
             asking.append({**row, "prompt": [*before, said], "question": last["content"]})
         return self.talk.open(asking, [f"row {i} of the batch" for i in range(len(rows))])
@@ -193,21 +197,28 @@ class HierarchicalCallback(GRPOCallback):
 
 
 def _check_prompts(dataset: Dataset, place: str) -> None:
-    taken = sorted({"plan", "plan_ids", "turn", "last_turn"} & set(dataset.column_names))
+    _check_keys(row_keys(dataset), place)
+    for number, row in enumerate(fetched_rows(dataset, ("prompt", "turns"))):
+        _opening(row, f"Row {number} of {place}")
+
+
+def _check_keys(keys: Collection[str], place: str) -> None:
+    taken = sorted({"plan", "plan_ids", "turn", "last_turn"} & set(keys))
     if taken:
         raise ValueError(f"The columns {taken} of {place} would be replaced by those of the rollout: rename them")
-    columns = [name for name in ("prompt", "turns") if name in dataset.column_names]
-    for number, row in enumerate(dataset.select_columns(columns)):
-        try:
-            opening, script = read_turns(row)
-        except ValueError as error:
-            raise ValueError(f"Row {number} of {place}: {error}") from error
-        if script:
-            raise ValueError(
-                f"Row {number} of {place} has {len(script) + 1} turns: a plan is made for prompts of one turn"
-            )
-        if not isinstance(opening[-1]["content"], str):
-            raise ValueError(
-                f"Row {number} of {place} does not end in a text of the user, which plan_template is made of: end the "
-                'prompt with {"role": "user", "content": "..."}'
-            )
+
+
+def _opening(row: dict[str, Any], where: str) -> list[Message]:
+    """The messages of a prompt of one turn, which ends in a text of the user."""
+    try:
+        opening, script = read_turns(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if script:
+        raise ValueError(f"{where} has {len(script) + 1} turns: a plan is made for prompts of one turn")
+    if not isinstance(opening[-1]["content"], str):
+        raise ValueError(
+            f"{where} does not end in a text of the user, which plan_template is made of: end the prompt with "
+            '{"role": "user", "content": "..."}'
+        )
+    return opening

@@ -1,7 +1,7 @@
 """Conversations: a group from one history per turn, or whole trajectories with credit per turn."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,13 @@ from ..hooks.callback import GRPOCallback
 from ..hooks.conflicts import Conflict
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutBatch, RolloutPlan, RolloutSequence
+from ..host.calls import own_copy
 from ..host.state import check_state
+from ..plan.columns import fetched_rows, row_keys
 from .adapter import eval_datasets
-from .dialogue import Dialogue, Message, RolloutError, Talk, read_turns, roll_out
+from .dialogue import Dialogue, RolloutError, Talk, read_turns, roll_out
+from .shared import Thread, fill_with_conversations
+from .template import Message
 
 HISTORIES = ("shared", "independent")
 CARRIES = ("random", "best")
@@ -136,7 +140,9 @@ class MultiTurnCallback(GRPOCallback):
         for place, dataset in eval_datasets(trainer).items():
             if isinstance(dataset, Dataset):
                 self._read(dataset, place)
-        self.num_batches = 0
+        self.num_batches = self._num_overflows = 0
+        self._layout: list[list[tuple[int, list[int]]]] = []
+        self._lengths: list[int] = []
         if self.history == "shared":
             own_rows = args.generation_batch_size // args.world_size
             longest = int(self.num_turns.max())
@@ -160,18 +166,20 @@ class MultiTurnCallback(GRPOCallback):
         return RolloutPlan(group_sizes=sizes, prompt_index=indices)
 
     def on_generate(self, args: AdaptiveGRPOConfig, rows: list[dict[str, Any]], **kwargs: Any) -> list[RolloutSequence]:
-        self._lengths: list[int] = []
-        self._num_overflows = 0
+        self._lengths, self._num_overflows = [], 0
         if self.trainer.model.training and self.history == "shared":
             rolled = self._share_history(rows, args.seed)
             self.num_batches += 1
         else:
+            for number, row in enumerate(rows):  # of a stream, none has been checked before
+                self._check_keys(row.keys(), f"row {number} of the batch")
+                self._turns_of(row, f"Row {number} of the batch")
             where = [f"row {i} of the batch, which begins {_beginning(row)}" for i, row in enumerate(rows)]
             rolled = roll_out(self.talk, self.talk.open(rows, where), self._next)
-            self._lengths = [len(row.answers) for row in rolled]
-            for row, inputs in zip(rolled, rows, strict=True):
-                for answer in row.answers:
-                    answer.columns = self._columns_of(inputs, answer.turn)
+            self._lengths = [len(sequence.answers) for sequence in rolled]
+            for sequence, row in zip(rolled, rows, strict=True):
+                for answer in sequence.answers:
+                    answer.columns = self._columns_of(row, answer.turn)
         self.trainer.log_metric("multi_turn/turns", sum(self._lengths) / len(self._lengths))
         self.trainer.log_metric("multi_turn/overflowed", self._num_overflows / len(self._lengths))
         return rolled
@@ -192,46 +200,61 @@ class MultiTurnCallback(GRPOCallback):
     # Rollout
 
     def _share_history(self, rows: list[dict[str, Any]], seed: int) -> list[RolloutSequence]:
-        process = self.trainer.accelerator.process_index
-        own = self._layout[process]
-        firsts = [sum(sum(sizes) for _, sizes in own[:slot]) for slot in range(len(own))]
-        fresh = self.talk.open([rows[first] for first in firsts], [f"row {index} of the dataset" for index, _ in own])
-        waiting: list[Dialogue] = list(fresh)
-        carried: list[int | None] = [None] * len(own)
-        rolled: list[RolloutSequence] = []
-        order: list[int] = []  # where each rolled row belongs
+        """A group of answers to one history for each turn, in the order of the plan."""
+        threads = self._threads(rows)
+        sequences: dict[int, RolloutSequence] = {}
         spare: list[tuple[dict[str, Any], Answer]] = []  # each process has an answer in the first step at least
-        # As many generation calls on every process as the longest conversation of all of them has turns.
+        # As many generation calls on every process as the longest conversation of all processes has turns.
         for step in range(max(len(sizes) for layout in self._layout for _, sizes in layout)):
-            slots = [slot for slot, (_, sizes) in enumerate(own) if step < len(sizes)]
-            asked = [(slot, waiting[slot]) for slot in slots for _ in range(own[slot][1][step])]
-            answers = self.talk.answer([dialogue for _, dialogue in asked])
-            for (_, dialogue), answer in zip(asked, answers, strict=True):
-                answer.columns = self._columns_of(dialogue.row, answer.turn)
-                answer.is_last = not dialogue.script and self.user is None
-            scored = [(dialogue.row, answer) for (_, dialogue), answer in zip(asked, answers, strict=True)]
-            spare = spare or scored[:1]
-            rewards = self._rewards_of(scored, spare)
-            for slot in slots:
-                sizes = own[slot][1]
-                start = sum(sizes[:step])
-                where = [i for i, (other, _) in enumerate(asked) if other == slot]
-                group = [answers[i] for i in where]
+            asked = [thread for thread in threads if step < len(thread.sizes)]
+            groups = self._sample(asked, step)
+            answers = [
+                (thread.waiting.row, answer) for thread, group in zip(asked, groups, strict=True) for answer in group
+            ]
+            spare = spare or answers[:1]
+            rewards = self._rewards_of(answers, spare).split([len(group) for group in groups])
+            for thread, group, values in zip(asked, groups, rewards, strict=True):
+                row = thread.row_of(step)
                 for number, answer in enumerate(group):
-                    answer.glue_ids = []  # the row's prompt holds it
-                    rolled.append(RolloutSequence(waiting[slot].ids, [answer], carried[slot]))
-                    order.append(firsts[slot] + start + number)
-                draw = random.Random(f"{seed} {self.num_batches} {process} {slot} {step}")
-                choice = self._choose(waiting[slot], group, rewards[where], draw)
-                following = self._next(waiting[slot], group[choice])
-                for answer in group:
-                    answer.is_last = following is None
-                carried[slot] = None if following is None else len(rolled) - len(group) + choice
-                if following is None or step + 1 == len(sizes):
-                    self._lengths.append(waiting[slot].turn + 1)
-                # A conversation that ended early begins again: the number of rows is fixed.
-                waiting[slot] = following or fresh[slot]
-        return _in_order(rolled, order)
+                    sequences[row + number] = RolloutSequence(thread.waiting.ids, [answer], thread.parent)
+                draw = random.Random(f"{seed} {self.num_batches} {self._process} {thread.number} {step}")
+                choice = self._choose(thread.waiting, group, values, draw)
+                self._carry_on(thread, group, choice, row, is_end=step + 1 == len(thread.sizes))
+        return [sequences[row] for row in sorted(sequences)]
+
+    @property
+    def _process(self) -> int:
+        return int(self.trainer.accelerator.process_index)
+
+    def _threads(self, rows: list[dict[str, Any]]) -> list[Thread]:
+        """This process's conversations, each with the rows that the plan gives it."""
+        own = self._layout[self._process]
+        firsts = [sum(sum(sizes) for _, sizes in own[:number]) for number in range(len(own))]
+        fresh = self.talk.open([rows[first] for first in firsts], [f"row {index} of the dataset" for index, _ in own])
+        return [
+            Thread(number, first, sizes, dialogue, dialogue)
+            for number, (first, (_, sizes), dialogue) in enumerate(zip(firsts, own, fresh, strict=True))
+        ]
+
+    def _sample(self, threads: list[Thread], step: int) -> list[list[Answer]]:
+        """The group of each conversation at this step, all of them from one generation call."""
+        asked = [thread.waiting for thread in threads for _ in range(thread.sizes[step])]
+        answers = self.talk.answer(asked)
+        for dialogue, answer in zip(asked, answers, strict=True):
+            answer.columns = self._columns_of(dialogue.row, answer.turn)
+            answer.is_last = not dialogue.script and self.user is None
+            answer.glue_ids = []  # the prompt of the sequence holds them
+        left = iter(answers)
+        return [[next(left) for _ in range(thread.sizes[step])] for thread in threads]
+
+    def _carry_on(self, thread: Thread, group: list[Answer], choice: int, row: int, is_end: bool) -> None:
+        """Carry the chosen answer of a group on, whose first one lies in `row`."""
+        following = self._next(thread.waiting, group[choice])
+        for answer in group:
+            answer.is_last = following is None
+        if following is None or is_end:
+            self._lengths.append(thread.waiting.turn + 1)
+        thread.go_on(following, row + choice)
 
     def _next(self, dialogue: Dialogue, answer: Answer) -> Dialogue | None:
         """The conversation after an answer, or `None` where it ends."""
@@ -258,7 +281,7 @@ class MultiTurnCallback(GRPOCallback):
     def _ask(self, user: User, dialogue: Dialogue, answer: Answer) -> Message | None:
         place = f"user, {dialogue.where}, turn {dialogue.turn + 1}"
         try:
-            said = user(dialogue.messages + answer.completion)
+            said = own_copy(user(own_copy(dialogue.messages + answer.completion)))
         except Exception as error:
             raise RolloutError(f"{place}: raised {type(error).__name__}: {error}") from error
         if isinstance(said, str):
@@ -277,7 +300,7 @@ class MultiTurnCallback(GRPOCallback):
         if self.carry == "random":
             return draw.randrange(len(group))
         assert callable(self.carry)
-        choice = self.carry(dialogue.messages, [answer.text for answer in group])
+        choice = self.carry(own_copy(dialogue.messages), [answer.text for answer in group])
         if not isinstance(choice, int) or not 0 <= choice < len(group):
             raise RolloutError(
                 f"carry, {dialogue.where}, turn {dialogue.turn + 1}: returned {choice!r}: return a position from 0 to "
@@ -295,99 +318,44 @@ class MultiTurnCallback(GRPOCallback):
         return self.trainer.score(answers, spare)
 
     def _columns_of(self, row: dict[str, Any], turn: int) -> dict[str, Any]:
-        return {name: row[name][turn] if turn < len(row[name] or []) else None for name in self.turn_columns}
+        """The value of this turn in each of the `turn_columns`, `None` behind the end of the row's values."""
+        return {name: row[name][turn] if turn < len(row[name]) else None for name in self.turn_columns}
 
     def _read(self, dataset: Dataset, place: str = "the training dataset") -> Tensor:
         """Number of turns of each row, all of which are checked."""
-        missing = [name for name in self.turn_columns if name not in dataset.column_names]
+        names = ("prompt", "turns", *self.turn_columns)
+        self._check_keys(row_keys(dataset), place)
+        turns = [self._turns_of(row, f"Row {i} of {place}") for i, row in enumerate(fetched_rows(dataset, names))]
+        return torch.tensor(turns, dtype=torch.long)
+
+    def _check_keys(self, keys: Collection[str], place: str) -> None:
+        missing = [name for name in self.turn_columns if name not in keys]
         if missing:
             raise ValueError(
-                f"turn_columns names {missing[0]!r}, which is not a column of {place}, only {dataset.column_names}: "
-                "name those with one value per turn"
+                f"turn_columns names {missing[0]!r}, which is not a column of {place}, only {list(keys)}: name those "
+                "with one value per turn"
             )
-        taken = sorted({"turn", "last_turn"} & set(dataset.column_names))
+        taken = sorted({"turn", "last_turn"} & set(keys))
         if taken:
             raise ValueError(f"Column {taken[0]!r} of {place} is what reward functions are told: rename it")
-        columns = [name for name in ("prompt", "turns", *self.turn_columns) if name in dataset.column_names]
-        counts = []
-        for number, row in enumerate(dataset.select_columns(columns)):
-            try:
-                _, script = read_turns(row)
-            except ValueError as error:
-                raise ValueError(f"Row {number} of {place}: {error}") from error
-            for name in self.turn_columns:
-                if not isinstance(row[name], list) or len(row[name]) != len(script) + 1:
-                    raise ValueError(
-                        f"Row {number} of {place} has {len(script) + 1} turns and {name}={row[name]!r}: give a list "
-                        "with one value for each turn"
-                    )
-            longest = len(script) + 1 if self.max_turns is None else min(len(script) + 1, self.max_turns)
-            counts.append(self.max_turns if self.user is not None and self.max_turns is not None else longest)
-        return torch.tensor(counts)
 
-
-def fill_with_conversations(
-    turns: list[int], num_rows: int, group_size: int, num_processes: int
-) -> list[list[tuple[int, list[int]]]]:
-    """
-    Which conversations each process takes, and how large the groups of their turns are, so that all rows are filled.
-
-    A conversation lies on one process. Each process takes the first candidates that still fit with `group_size` rows
-    a turn; rows that are left over make the first groups larger.
-
-    Args:
-        turns (`list[int]`):
-            Turns of each candidate, in the order of their draw; no more than `num_rows // group_size`.
-        num_rows (`int`):
-            Rows of one process.
-        group_size (`int`):
-            Fewest answers of a turn.
-        num_processes (`int`):
-            Number of processes.
-
-    Returns:
-        `list[list[tuple[int, list[int]]]]`:
-            For each process, positions among the candidates with the group sizes of their turns.
-
-    Raises:
-        `ValueError`: when there are too few candidates.
-
-    Example:
-
-    ```python
-    >>> fill_with_conversations([3, 2, 1], num_rows=16, group_size=4, num_processes=1)
-    [[(0, [4, 4, 4]), (2, [4])]]
-    >>> fill_with_conversations([2, 3], num_rows=14, group_size=4, num_processes=2)
-    [[(0, [7, 7])], [(1, [5, 5, 4])]]
-
-    ```
-    """
-    left = list(range(len(turns)))
-    chosen = []
-    for _ in range(num_processes):
-        room = num_rows // group_size
-        own = []
-        for position in list(left):
-            if turns[position] <= room:
-                own.append(position)
-                left.remove(position)
-                room -= turns[position]
-        if not own:
-            raise ValueError(
-                f"{len(turns)} conversations do not suffice for {num_processes} processes, each of which needs one: "
-                "add conversations to the dataset"
-            )
-        groups = sum(turns[position] for position in own)
-        sizes = iter([num_rows // groups + (i < num_rows % groups) for i in range(groups)])
-        chosen.append([(position, [next(sizes) for _ in range(turns[position])]) for position in own])
-    return chosen
-
-
-def _in_order(rolled: list[RolloutSequence], order: list[int]) -> list[RolloutSequence]:
-    rows = [row for _, row in sorted(zip(order, rolled, strict=True), key=lambda pair: pair[0])]
-    for row in rows:
-        row.parent = None if row.parent is None else order[row.parent]
-    return rows
+    def _turns_of(self, row: dict[str, Any], where: str) -> int:
+        """Most turns of a row, which is checked."""
+        try:
+            _, script = read_turns(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        turns = len(script) + 1
+        for name in self.turn_columns:
+            values: Any = row.get(name)  # a list, or an array or tensor where the dataset has such a format
+            is_list = isinstance(values, list | tuple) or getattr(values, "ndim", 0) > 0
+            if not is_list or len(values) != turns:
+                raise ValueError(
+                    f"{where} has {turns} turns and {name}={values!r}: give a list with one value for each turn"
+                )
+        if self.max_turns is None:
+            return turns
+        return self.max_turns if self.user is not None else min(turns, self.max_turns)
 
 
 def _beginning(row: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
+from trl_grpo_ext.config import EFFICIENT
 
 from .sampling import ask, sample
 
@@ -37,7 +38,7 @@ ALL = {"group_size": "variance", "curriculum": "online", "dynamic_sampling_round
 ALL |= {"reward_clip_quantiles": [0.05, 0.95], "share_prompts": True, "skip_zero_advantage": True}
 BATCH = {"group_size": "variance", "curriculum": "online", "scale_rewards": "batch"}
 SINGLE = {"group_size": "single", "scale_rewards": "batch"}
-TWICE = {"num_iterations": 2, "baseline_shift": 0.5}
+PAIRS = {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
 HELPFUL |= {"share_prompts": True, "skip_zero_advantage": True}
@@ -58,22 +59,25 @@ METHODS = {
     # Advantages divided by the standard deviation of the batch, not of the group.
     "GRPO (TRL), batch scale": Method(GRPOTrainer, GRPOConfig, {"scale_rewards": "batch"}, tuned_as=STOCK),
     "variance + online, batch scale": Method(options=BATCH, tuned_as="variance + online"),
+    # Each completion against the others of its group alone, so that small groups weigh no less.
+    "variance + online, leave one out": Method(
+        options=BATCH | {"baseline": "leave_one_out"}, tuned_as="variance + online, batch scale"
+    ),
     "helpful.yaml": Method(options=HELPFUL),
-    # Further passes over each batch, and baselines below what a prompt earns.
+    # Further passes over each batch.
     "GRPO (TRL), 2 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 2}),
     "GRPO (TRL), 4 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 4}),
     "PPO, 2 passes": Method(options={"num_iterations": 2}, has_critic=True),
-    "single, batch": Method(options=SINGLE | {"baseline": "batch"}),
-    "single, batch, 2 passes": Method(options=SINGLE | {"baseline": "batch", "num_iterations": 2}),
-    "single, batch - 0.5 s, 2 passes": Method(options=SINGLE | TWICE | {"baseline": "batch"}),
-    "single, predicted - 0.5 s": Method(options=SINGLE | {"baseline": "predicted", "baseline_shift": 0.5}),
-    "single, predicted, 2 passes": Method(options=SINGLE | {"baseline": "predicted", "num_iterations": 2}),
-    "efficient": Method(options=SINGLE | TWICE | {"baseline": "predicted"}),
-    "efficient, choosing": Method(options=SINGLE | TWICE | {"baseline": "predicted", "curriculum": "predicted"}),
-    "efficient, 4 passes": Method(options=SINGLE | TWICE | {"baseline": "predicted", "num_iterations": 4}),
-    "pairs, shrunk - 0.5 s, 2 passes": Method(
-        options=TWICE | {"baseline": "shrunk", "scale_rewards": "batch", "num_generations": 2}
-    ),
+    # The preset efficient.yaml, and what is left of it without each of its parts.
+    "efficient": Method(options=EFFICIENT),
+    "efficient, two passes": Method(options=EFFICIENT | {"num_iterations": 2, "reuse_drift_limit": None}),
+    "efficient, one pass": Method(options=EFFICIENT | {"num_iterations": 1, "reuse_drift_limit": None}),
+    "efficient, without guard": Method(options=EFFICIENT | {"reuse_drift_limit": None}),
+    "efficient, without shift": Method(options=EFFICIENT | {"baseline_shift": 0.0}),
+    "efficient, batch mean": Method(options=EFFICIENT | {"baseline": "batch"}),
+    "efficient, without choosing": Method(options=EFFICIENT | {"curriculum": "none"}),
+    "efficient, pairs": Method(options=EFFICIENT | PAIRS),
+    "single, batch mean": Method(options=SINGLE | {"baseline": "batch"}),
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from trl_grpo_ext.recipe.tiny import tiny_model
 from trl_grpo_ext.rewards import Length, Reward, as_reward
 
 from .sampling import mean_scores, sample
@@ -78,7 +79,7 @@ class TinyTask:
 
     def policy(self) -> LlamaForCausalLM:
         """The warm-started model, trained once for each seed."""
-        model = skills.make_model(self.tokenizer, self.seed)
+        model = tiny_model(self.tokenizer, self.seed)
         path = self.folder / f"warm_{self.seed}_{self.warm_start}_{self.held_out}.pt"
         if not path.exists():
             part = path.with_suffix(f".{os.getpid()}.part")
@@ -90,18 +91,14 @@ class TinyTask:
     def _warm_started(self, model: LlamaForCausalLM) -> LlamaForCausalLM:
         rng = random.Random(self.seed)
         model = copy.deepcopy(model).train()
-        optimizer = torch.optim.AdamW(model.parameters())
-        for step in range(self.warm_start):
-            optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, step / 20) * (1 - step / self.warm_start)
+
+        def loss(step: int) -> torch.Tensor:
             batch = [
                 self._demonstration(skill, rng) for skill in ["greet"] * 64 + ["hopeless"] * 8 + ["translate"] * 80
             ]
-            loss = -skills.answer_log_probs(model, self.tokenizer, batch).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        return model
+            return -skills.answer_log_probs(model, self.tokenizer, batch).mean()
+
+        return skills.fit(model, loss, self.warm_start)
 
     def _demonstration(self, skill: str, rng: random.Random) -> skills.Example:
         example = skills.make_example(skill, rng, noisy=True, rates=RATES)
