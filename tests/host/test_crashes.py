@@ -255,6 +255,17 @@ def test_old_checkpoints_go_first_those_that_are_not_complete_then_by_step(tmp_p
     assert set(others[: len(folders) - len(left)]) == set(folders) - left
 
 
+@pytest.mark.parametrize("ages", [(3, 2, 1, 0), (0, 0, 0, 0), (1, 3, 0, 2)])
+def test_a_copied_run_loses_its_lowest_steps(tmp_path, ages):
+    folders = [tmp_path / f"checkpoint-{step}" for step in (9, 10, 11, 100)]
+    for age, folder in zip(ages, folders, strict=True):
+        begin(folder)
+        complete(folder)
+        os.utime(folder, (age, age))
+    delete_old(folders[-1], 2, None)
+    assert checkpoints_in(tmp_path) == [folders[3], folders[2]]
+
+
 # --- a real trainer ---------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +384,28 @@ def test_what_goes_to_the_hub_is_complete(model_path, dataset, tmp_path, monkeyp
     monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
     trainer.train()
     assert pushed == [("checkpoint-1", None), ("checkpoint-2", None)]
+
+
+def test_a_run_folder_of_somebody_else_overwrites_nothing_of_whoever_resumes_in_it(run, model_path, dataset, tmp_path):
+    """Links wait under every name that a training writes."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    names = [path.name for path in (run / "checkpoint-3").iterdir()]
+    shutil.rmtree(run / "checkpoint-3")
+    (run / "checkpoint-3").mkdir()
+    for name in [*names, f"{MANIFEST}.tmp", "grpo_callbacks.pt.tmp"]:
+        (run / "checkpoint-3" / name).symlink_to(precious)
+    for name in ("README.md", "model.safetensors", "training_args.bin", "config.json", "tokenizer.json"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(precious)
+    (run / "completions").mkdir()
+    (run / "completions" / "completions_00003.parquet").symlink_to(precious)
+    trainer = make(model_path, dataset, run, log_completions=True)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    trainer.save_model()
+    assert precious.read_text() == "precious"
+    assert why_incomplete(run / "checkpoint-3") is None
+    assert not [path for path in run.rglob("*") if path.is_symlink()]
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
