@@ -28,6 +28,28 @@ def media_keys(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in OF_MEDIA or name.startswith(("pixel_", "image_", "video_", "audio_"))]
 
 
+def has_image(row: dict[str, Any]) -> bool:
+    """
+    Whether a dataset row comes with an image, in a column or within a message.
+
+    Example:
+
+    ```python
+    >>> has_image({"prompt": "Hi", "images": []})
+    False
+    >>> has_image({"prompt": [{"role": "user", "content": [{"type": "image", "image": ...}]}]})
+    True
+
+    ```
+    """
+    if row.get("image") is not None or row.get("images"):
+        return True
+    messages = row.get("prompt")
+    contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part.get("type") == "image" for part in parts)
+
+
 @dataclass(frozen=True)
 class Teachers:
     """

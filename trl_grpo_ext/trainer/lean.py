@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from ..compute.forward import Trials, costs_of, positions_from, shared_logps, unwrapped, why_not_shared
 from ..compute.generation import SharedPrefill, adapter_merged, why_not_merged, why_not_prefilled
 from ..compute.packing import equal_rows
-from ..compute.rows import Cut, Teachers, first_with_context, live_rows, media_keys, regrouped
+from ..compute.rows import Cut, Teachers, first_with_context, has_image, live_rows, media_keys, regrouped
 from ..host.seams import TAKES_NUM_GENERATIONS, asking_for, eos_token_ids_of
 
 logger = get_logger(__name__)
@@ -60,6 +60,20 @@ class LeanGRPOTrainer(GRPOTrainer):
             raise ValueError(f"merge_adapter=True cannot be used here, because {reason}; or leave merge_adapter out")
 
     # TRL's seams
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            return output
+        except Exception as error:
+            has_images = [has_image(row) for row in inputs]
+            if any(has_images) and not all(has_images):
+                raise ValueError(
+                    f"Row {has_images.index(False)} of the batch has no image, and others have some. TRL cannot "
+                    f"put them into one batch ({type(error).__name__}: {error}): give every row of the dataset an "
+                    "image, or train on rows with images and on rows without in runs of their own"
+                ) from error
+            raise
 
     def _generate_single_turn(
         self,
