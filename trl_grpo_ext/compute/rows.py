@@ -113,9 +113,12 @@ class Cut:
         num_completion_columns: int,
         rows: Tensor,
         trim_left: bool,
+        trim_right: bool = True,
     ) -> "Cut":
         """The given rows of a batch, without the columns that hold padding in all of them."""
         columns = used_columns(attention_mask[rows], num_completion_columns, trim_left)
+        if not trim_right:
+            columns = slice(columns.start, input_ids.size(1))
         return cls(
             input_ids[rows, columns],
             attention_mask[rows, columns],
