@@ -1,7 +1,6 @@
 """Replacing groups: the right rows, padded as TRL pads, the tables row by row true, and every rollout counted."""
 
 from collections import defaultdict, deque
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from kit import NAN, Record, Watched, batch_of, batches_of, logs_of
 
 from trl_grpo_ext import DynamicSamplingCallback
 from trl_grpo_ext.credit.groups import group_advantages
-from trl_grpo_ext.hooks.checks import check_conflicts
 from trl_grpo_ext.shape.resampling import (
     global_positions,
     put_logs,
@@ -215,10 +213,45 @@ def test_flat_groups_are_replaced_for_a_bounded_number_of_rounds():
     assert callback.on_resample(batch=batch, round=2) is None
 
 
-def test_vision_language_models_are_refused():
-    with pytest.raises(ValueError, match=r"vision-language models.* set dynamic_sampling_rounds=0"):
-        check_conflicts([DynamicSamplingCallback()], SimpleNamespace(is_vlm=True))
-    check_conflicts([DynamicSamplingCallback()], SimpleNamespace(is_vlm=False))
+def test_rows_are_replaced_with_their_images():
+    """Two images of 2 and 4 patches in the old row, one of 6 in the new; columns of the prompt are padded left."""
+    grids = torch.tensor([[1, 1, 2], [1, 2, 2], [1, 1, 3]])
+    batch = {
+        "prompt_ids": torch.tensor([[0, 5], [5, 6]]),
+        "completion_ids": torch.tensor([[7], [8]]),
+        "pixel_values": torch.arange(9.0)[:, None],
+        "image_grid_thw": grids,
+        "num_images": [2, 1],
+        "mm_token_type_ids": torch.tensor([[0, 1, 0], [1, 1, 0]]),
+        "num_items_in_batch": torch.tensor(2.0),
+    }
+    fresh = {
+        "prompt_ids": torch.tensor([[9, 9, 9]]),
+        "completion_ids": torch.tensor([[4, 4]]),
+        "pixel_values": 100 + torch.arange(6.0)[:, None],
+        "image_grid_thw": torch.tensor([[1, 2, 3]]),
+        "num_images": [1],
+        "mm_token_type_ids": torch.tensor([[1, 1, 1, 0, 0]]),
+        "num_items_in_batch": torch.tensor(2.0),
+    }
+    merged = replace_rows(batch, fresh, torch.tensor([0]), pad_token_id=0)
+    assert merged["num_images"] == [1, 1]
+    assert merged["image_grid_thw"].tolist() == [[1, 2, 3], [1, 1, 3]]
+    assert merged["pixel_values"].flatten().tolist() == [100, 101, 102, 103, 104, 105, 6, 7, 8]
+    assert merged["prompt_ids"].tolist() == [[9, 9, 9], [0, 5, 6]]
+    assert merged["mm_token_type_ids"].tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
+    assert batch["num_images"] == [2, 1]
+
+
+def test_images_that_are_padded_to_one_tensor_for_each_row():
+    """As of Idefics: rows have as many images as the one with most, of the largest height and width."""
+    batch = {"pixel_values": torch.ones(2, 1, 3, 4, 4), "pixel_attention_mask": torch.ones(2, 1, 4, 4)}
+    fresh = {"pixel_values": torch.full((1, 2, 3, 2, 6), 2.0), "pixel_attention_mask": torch.ones(1, 2, 2, 6)}
+    merged = replace_rows(batch | {"num_images": [1, 1]}, fresh | {"num_images": [2]}, torch.tensor([1]), 0)
+    assert merged["pixel_values"].shape == (2, 2, 3, 4, 6)
+    assert merged["pixel_values"].sum() == 3 * 4 * 4 + 2 * 2 * 3 * 2 * 6
+    assert merged["pixel_attention_mask"].sum(dim=(1, 2, 3)).tolist() == [16, 24]
+    assert merged["num_images"] == [1, 2]
 
 
 # Real runs

@@ -15,6 +15,8 @@ from ..host.seams import HAS_FUSED_HEAD
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
 from .trials import in_evaluation, nudged, relative_error, rounding, why_not
 
+# Rotary embeddings whose frequencies depend on the longest position of a batch.
+BY_LENGTH = ("dynamic", "longrope")
 # Logits that take no more bytes are kept for the backward pass on a CPU.
 KEPT_LOGITS = 2**28
 
@@ -55,6 +57,8 @@ def why_not_shared(model: PreTrainedModel, peft_config: Any = None) -> str | Non
         return f"attn_implementation={attention!r} takes no mask of its own: use 'sdpa', 'eager' or 'flex_attention'"
     if not takes_positions(model):
         return "its forward pass takes no position_ids"
+    if not has_fixed_frequencies(model):
+        return "the frequencies of its positions depend on the length of the sequence"
     return None
 
 
@@ -62,6 +66,13 @@ def reads_in_order(model: PreTrainedModel) -> bool:
     """Whether a model keeps a state of what it has read, rather than keys and values of each token."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     return getattr(model, "_is_stateful", False) or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"})
+
+
+def has_fixed_frequencies(model: PreTrainedModel) -> bool:
+    """Whether rotary embeddings, if a model has any, are the same in batches of any length."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]  # one for each type of layer
+    return not any(values.get("rope_type") in BY_LENGTH for values in [parameters, *by_layer])
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -28,6 +28,28 @@ def media_keys(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in OF_MEDIA or name.startswith(("pixel_", "image_", "video_", "audio_"))]
 
 
+def has_image(row: dict[str, Any]) -> bool:
+    """
+    Whether a dataset row comes with an image, in a column or within a message.
+
+    Example:
+
+    ```python
+    >>> has_image({"prompt": "Hi", "images": []})
+    False
+    >>> has_image({"prompt": [{"role": "user", "content": [{"type": "image", "image": ...}]}]})
+    True
+
+    ```
+    """
+    if row.get("image") is not None or row.get("images"):
+        return True
+    messages = row.get("prompt")
+    contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part.get("type") == "image" for part in parts)
+
+
 @dataclass(frozen=True)
 class Teachers:
     """
@@ -91,9 +113,12 @@ class Cut:
         num_completion_columns: int,
         rows: Tensor,
         trim_left: bool,
+        trim_right: bool = True,
     ) -> "Cut":
         """The given rows of a batch, without the columns that hold padding in all of them."""
         columns = used_columns(attention_mask[rows], num_completion_columns, trim_left)
+        if not trim_right:
+            columns = slice(columns.start, input_ids.size(1))
         return cls(
             input_ids[rows, columns],
             attention_mask[rows, columns],

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from ..hooks.callback import GRPOCallback
-from ..hooks.conflicts import Conflict
 from ..hooks.records import RolloutBatch
 
 # How each entry of TRL's rollout batch is padded when rows of different length meet: side, value.
@@ -14,6 +14,9 @@ PADDING = {"prompt_ids": ("left", None), "prompt_mask": ("left", 0), "completion
 # What an entry that a batch lacks stands for: all tokens are the model's, all were sampled by the policy itself.
 NEUTRAL = {"tool_mask": 1, "importance_sampling_ratio": 1}
 PADDING |= {"completion_mask": ("right", 0), "tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1)}
+# Entries whose columns are those of the prompt and then those of the completion.
+WHOLE = ("token_type_ids", "mm_token_type_ids")
+PADDING |= {f"prompt_{key}": ("left", 0) for key in WHOLE}
 
 
 class DynamicSamplingCallback(GRPOCallback):
@@ -33,14 +36,6 @@ class DynamicSamplingCallback(GRPOCallback):
 
     def __init__(self, max_rounds: int = 1):
         self.max_rounds = max_rounds
-
-    @property
-    def conflicts(self) -> tuple[Conflict, ...]:
-        message = (
-            "dynamic_sampling_rounds does not support vision-language models, whose image tensors cannot be replaced "
-            "row by row: set dynamic_sampling_rounds=0"
-        )
-        return (Conflict("vision-language models", message),)
 
     def on_resample(self, batch: RolloutBatch, round: int, **kwargs: Any) -> Tensor | None:
         if round < self.max_rounds:
@@ -80,15 +75,14 @@ def rows_to_regenerate(replaced: Tensor, group_ids: Tensor, num_processes: int) 
     return positions, max(p.numel() for p in positions)
 
 
-def replace_rows(
-    batch: dict[str, Tensor], fresh: dict[str, Tensor], positions: Tensor, pad_token_id: int
-) -> dict[str, Tensor]:
+def replace_rows(batch: dict[str, Any], fresh: dict[str, Any], positions: Tensor, pad_token_id: int) -> dict[str, Any]:
     """
     Put the first rows of a fresh rollout batch into given rows of another, padding both to one length.
 
     Args:
         batch (`dict[str, torch.Tensor]`):
-            Rollout batch as TRL returns it: entries of shape `(B,)`, `(B, 1)` or `(B, T)`, and scalars, which are kept.
+            Rollout batch as TRL returns it: tensors and lists with an element for each row, scalars, which are kept,
+            and images, of which each row has some.
         fresh (`dict[str, torch.Tensor]`):
             Rollout batch with at least as many rows as `positions`. A mask or ratio that only one of the two has is 1
             in the other.
@@ -98,7 +92,7 @@ def replace_rows(
             What token ids are padded with.
 
     Returns:
-        `dict[str, torch.Tensor]`:
+        `dict`:
             The merged batch.
 
     Example:
@@ -112,23 +106,44 @@ def replace_rows(
 
     ```
     """
-    merged = {}
+    # Images of a row have as many tensors as it has images or patches; TRL's functions make lists of rows of them.
+    batch, fresh = (split_pixel_values_by_grid(_with_halves(part)) for part in (batch, fresh))
+    merged: dict[str, Any] = {}
     for key in {**batch, **fresh}:
         old, new = _filled(key, batch, fresh), _filled(key, fresh, batch)
-        if old.ndim == 0:
+        if isinstance(old, list) != isinstance(new, list):  # one image each can be read as either layout
+            old, new = (torch.cat(part) if isinstance(part, list) else part for part in (old, new))
+        if isinstance(old, list):
+            merged[key] = list(old)
+            for position, value in zip(positions.tolist(), new, strict=False):
+                merged[key][position] = value
+        elif old.ndim == 0:
             merged[key] = old
-            continue
-        new = new[: positions.numel()]
-        if old.ndim == 2 and old.size(1) != new.size(1):
+        else:
             side, value = PADDING.get(key, ("right", 0))
-            length = max(old.size(1), new.size(1))
             fill = pad_token_id if value is None else value
-            old, new = _pad(old, length, side, fill), _pad(new, length, side, fill)
-        merged[key] = old.index_copy(0, positions.to(old.device), new.to(old.dtype))
-    return merged
+            old, new = _padded(old, new[: positions.numel()], side, fill)
+            merged[key] = old.index_copy(0, positions.to(old.device), new.to(old.dtype))
+    return _with_wholes(unsplit_pixel_values_by_grid(merged))
 
 
-def _filled(key: str, batch: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+def _with_halves(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose entries that run over prompt and completion are cut in two, which are padded on different sides."""
+    width = batch["prompt_ids"].size(1) if "prompt_ids" in batch else 0
+    halves = {key: batch[key] for key in WHOLE if key in batch}
+    cut = {f"prompt_{key}": value[:, :width] for key, value in halves.items()}
+    cut |= {f"completion_{key}": value[:, width:] for key, value in halves.items()}
+    return {key: value for key, value in batch.items() if key not in WHOLE} | cut
+
+
+def _with_wholes(batch: dict[str, Any]) -> dict[str, Any]:
+    for key in WHOLE:
+        if f"prompt_{key}" in batch:
+            batch[key] = torch.cat([batch.pop(f"prompt_{key}"), batch.pop(f"completion_{key}")], dim=1)
+    return batch
+
+
+def _filled(key: str, batch: dict[str, Any], other: dict[str, Any]) -> Any:
     """An entry of a batch; where only the other batch has it, what it means that it is missing."""
     if key in batch:
         return batch[key]
@@ -142,9 +157,15 @@ def _filled(key: str, batch: dict[str, Tensor], other: dict[str, Tensor]) -> Ten
     return torch.full(shape, NEUTRAL[key], dtype=like.dtype, device=like.device)
 
 
-def _pad(values: Tensor, length: int, side: str, fill: float) -> Tensor:
-    missing = length - values.size(1)
-    return torch.nn.functional.pad(values, (missing, 0) if side == "left" else (0, missing), value=fill)
+def _padded(one: Tensor, other: Tensor, side: str, fill: float) -> tuple[Tensor, Tensor]:
+    """Two tensors as large as the larger of them in all dimensions but the first."""
+    shape = [max(sizes) for sizes in zip(one.shape[1:], other.shape[1:], strict=True)]
+    padded = []
+    for values in (one, other):
+        missing = [size - now for size, now in zip(shape, values.shape[1:], strict=True)]
+        pads = [pad for left in reversed(missing) for pad in ((left, 0) if side == "left" else (0, left))]
+        padded.append(torch.nn.functional.pad(values, pads, value=fill) if any(missing) else values)
+    return padded[0], padded[1]
 
 
 def take_logs(logs: dict[str, Any]) -> dict[str, list[Any]]:
@@ -164,6 +185,8 @@ def put_logs(logs: dict[str, Any], taken: dict[str, list[Any]], where: Tensor, s
     """
     fresh = {name: list(column) for name, column in _columns(logs).items()}
     for name, column in _columns(logs).items():
+        if not taken.get(name) and not fresh[name]:  # images that nobody logs
+            continue
         merged = taken.get(name) or [None] * len(taken["prompt"])
         for to, origin in zip(where.tolist(), source.tolist(), strict=True):
             merged[to] = fresh[name][origin] if fresh[name] else None
@@ -172,7 +195,7 @@ def put_logs(logs: dict[str, Any], taken: dict[str, list[Any]], where: Tensor, s
 
 
 def _columns(logs: dict[str, Any]) -> dict[str, Any]:
-    columns = {name: logs[name] for name in ("prompt", "completion", "advantages")}
+    columns = {name: logs[name] for name in ("prompt", "completion", "advantages", "images") if name in logs}
     columns |= {f"rewards/{name}": column for name, column in logs["rewards"].items()}
     return columns | {f"extra/{name}": column for name, column in logs["extra"].items()}
 

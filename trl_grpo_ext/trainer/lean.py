@@ -11,10 +11,18 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from ..compute.forward import Trials, costs_of, positions_from, shared_logps, unwrapped, why_not_shared
+from ..compute.forward import (
+    Trials,
+    costs_of,
+    has_fixed_frequencies,
+    positions_from,
+    shared_logps,
+    unwrapped,
+    why_not_shared,
+)
 from ..compute.generation import SharedPrefill, adapter_merged, why_not_merged, why_not_prefilled
 from ..compute.packing import equal_rows
-from ..compute.rows import Cut, Teachers, first_with_context, live_rows, media_keys, regrouped
+from ..compute.rows import Cut, Teachers, first_with_context, has_image, live_rows, media_keys, regrouped
 from ..host.seams import TAKES_NUM_GENERATIONS, asking_for, eos_token_ids_of
 
 logger = get_logger(__name__)
@@ -22,10 +30,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Savings:
-    """Whether the forward pass of a model shares prompts, and leaves out padding before them."""
+    """Whether the forward pass of a model shares prompts, and leaves out padding before and behind all rows."""
 
     shares: bool
-    trims: bool
+    trims_left: bool
+    trims_right: bool
 
 
 class LeanGRPOTrainer(GRPOTrainer):
@@ -60,6 +69,20 @@ class LeanGRPOTrainer(GRPOTrainer):
             raise ValueError(f"merge_adapter=True cannot be used here, because {reason}; or leave merge_adapter out")
 
     # TRL's seams
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            return output
+        except Exception as error:
+            has_images = [has_image(row) for row in inputs]
+            if any(has_images) and not all(has_images):
+                raise ValueError(
+                    f"Row {has_images.index(False)} of the batch has no image, and others have some. TRL cannot "
+                    f"put them into one batch ({type(error).__name__}: {error}): give every row of the dataset an "
+                    "image, or train on rows with images and on rows without in runs of their own"
+                ) from error
+            raise
 
     def _generate_single_turn(
         self,
@@ -124,7 +147,8 @@ class LeanGRPOTrainer(GRPOTrainer):
             return self._plain_logps(model, input_ids, attention_mask, logits_to_keep, **options)
         base = unwrapped(model)
         savings = self._savings_of(model, base)
-        cut = Cut.of(input_ids, attention_mask, logits_to_keep, self._live_rows(input_ids), savings.trims)
+        batch = (input_ids, attention_mask, logits_to_keep)
+        cut = Cut.of(*batch, self._live_rows(input_ids), savings.trims_left, savings.trims_right)
         if savings.shares:
             logps, entropies, aux_loss = self._shared_logps(model, base, cut, **options)
         else:
@@ -209,7 +233,9 @@ class LeanGRPOTrainer(GRPOTrainer):
             reason = self._why_not_shared(model, base, trials) if self.args.share_prompts else "it is not asked for"
             if reason is not None and self.args.share_prompts:
                 self._say_once(f"share_prompts: TRL's own forward pass is used for {type(base).__name__}: {reason}")
-            self._savings[id(base)] = Savings(reason is None, trials.why_not_trimmed() is None)
+            trims_left = trials.why_not_trimmed() is None
+            is_fixed = has_fixed_frequencies(base)
+            self._savings[id(base)] = Savings(reason is None, trims_left and is_fixed, is_fixed)
         return self._savings[id(base)]
 
     def _why_not_shared(self, model: nn.Module, base: PreTrainedModel, trials: Trials) -> str | None:
