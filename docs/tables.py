@@ -25,6 +25,7 @@ DOCS = Path(__file__).parent
 # First option of each section -> what stands above it. A new option joins the section before it.
 SECTIONS = {
     "group_size": "[Adaptive group size](group_size.md)",
+    "baseline": "[Fewest rollouts](efficient.md)",
     "dynamic_sampling_rounds": "[Dynamic sampling](dynamic_sampling.md)",
     "reward_clip_range": "[Reward clipping](reward_clipping.md)",
     "curriculum": "[Curricula](curriculum.md)",
@@ -38,6 +39,7 @@ SECTIONS = {
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "AdaptiveKLCallback": [{"kl_target": 0.05}],
     "MultiTurnCallback": [{"history": "shared"}, {"history": "independent"}],
+    "ReuseGuardCallback": [{"limit": 0.05}],
     "RewardClipCallback": [{"clip_range": [-1.0, 1.0], "on": "total"}],
     "StagedCurriculumCallback": [{"column": "difficulty"}],
     "TargetCurriculumCallback": [{"column": "difficulty"}],
@@ -62,9 +64,9 @@ def options_table() -> str:
 
 
 def default_of(option: dataclasses.Field[Any]) -> str:
-    """A default as YAML writes it; a dash where the option is unset."""
+    """A default as YAML writes it; `unset` where there is none."""
     value = option.default if option.default is not dataclasses.MISSING else option.default_factory()  # type: ignore[misc]
-    return "–" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    return "unset" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def callback_classes() -> list[type[GRPOCallback]]:
@@ -79,26 +81,23 @@ def callback_classes() -> list[type[GRPOCallback]]:
     return sorted(found, key=lambda cls: cls.__name__)
 
 
-def conflicts_table() -> str:
-    """What callbacks declare in `conflicts`: a line for each reason, with every callback that has it."""
-    callbacks: dict[str, list[str]] = {}
-    others: dict[str, list[str]] = {}
+def conflicts() -> dict[str, list[str]]:
+    """Each callback, and what it declares that it cannot be combined with."""
+    found: dict[str, list[str]] = {}
     for cls in callback_classes():
-        variants = ARGUMENTS.get(cls.__name__, [{}])
-        declared = [(arguments, cls(**arguments).conflicts) for arguments in variants]
-        common = set(declared[0][1]).intersection(*(conflicts for _, conflicts in declared))
-        for arguments, conflicts in declared:
-            for conflict in conflicts:
-                named = {} if conflict in common and len(variants) > 1 else arguments
-                shown = ", ".join(f"{name}={value!r}" for name, value in named.items() if isinstance(value, str))
-                name = f"`{cls.__name__}({shown})`" if shown else f"`{cls.__name__}`"
-                message = conflict.message.replace("{other}", "…").replace(cls.__name__, "this callback")
-                callbacks.setdefault(message, []).append(name)
-                others.setdefault(message, []).append(as_code(conflict.other))
-    lines = ["| callback | not with | what the error says |", "| --- | --- | --- |"]
-    for message, names in callbacks.items():
-        cells = (", ".join(dict.fromkeys(cell)) for cell in (names, others[message]))
-        lines.append(f"| {' | '.join(cells)} | {message} |")
+        for arguments in ARGUMENTS.get(cls.__name__, [{}]):
+            others = [conflict.other for conflict in cls(**arguments).conflicts]
+            shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items() if isinstance(value, str))
+            if others:
+                found[f"{cls.__name__}({shown})" if shown else cls.__name__] = others
+    return found
+
+
+def conflicts_table() -> str:
+    """A line for each callback that cannot be combined with everything."""
+    lines = ["| callback | not with |", "| --- | --- |"]
+    for name, others in conflicts().items():
+        lines.append(f"| `{name}` | {', '.join(map(as_code, others))} |")
     return "\n".join(lines)
 
 

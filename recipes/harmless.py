@@ -19,16 +19,13 @@ A dataset has columns `prompt`, `reference` (for a harmful prompt, a refusal tha
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PrinterCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.host.sources import resolve_model
-from trl_grpo_ext.recipe import DataArguments, init_kwargs, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe.cold_start import cold_start
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
 
@@ -74,47 +71,6 @@ def make_reward(script_args: HarmlessArguments) -> Reward:
     helpful = Relevance("reference").where(right > 0)
     kind = script_args.harmlessness_weight * Harmlessness() - script_args.length_weight * Length()
     return helpful + script_args.gate_weight * right + kind
-
-
-def cold_start(train: Dataset, num_steps: int, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> str:
-    """Show a model some references, and return the folder where it is saved."""
-    folder = Path(training_args.output_dir) / "cold_start"
-    if (folder / "config.json").exists() and training_args.resume_from_checkpoint:
-        return str(folder)
-    trainer = SFTTrainer(
-        model=resolve_model(model_args.model_name_or_path).path,
-        args=SFTConfig(
-            output_dir=str(folder),
-            model_init_kwargs=init_kwargs(training_args, model_args),
-            max_steps=num_steps,
-            per_device_train_batch_size=8,
-            learning_rate=1e-3 if model_args.use_peft else SFTConfig.learning_rate,
-            lr_scheduler_type="linear",
-            gradient_checkpointing=False,
-            seed=training_args.seed,
-            bf16=training_args.bf16,
-            use_cpu=training_args.use_cpu,
-            dataloader_pin_memory=training_args.dataloader_pin_memory,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=train.map(as_demonstration, remove_columns=train.column_names),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.remove_callback(PrinterCallback)
-    loss = trainer.train().training_loss
-    trainer.accelerator.print(f"Cold start: {num_steps} supervised steps on references, mean loss {loss:.2f}")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.accelerator.is_main_process:
-        (model.merge_and_unload() if model_args.use_peft else model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
-    trainer.accelerator.wait_for_everyone()
-    return str(folder)
-
-
-def as_demonstration(row: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": row["reference"]}]}
 
 
 def main(script_args: HarmlessArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe import DataArguments, finish, make_trainer, parse_arguments
-from trl_grpo_ext.recipe.evaluation import evaluate_conversations, print_comparison
+from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, at_end
 
 
@@ -37,18 +36,7 @@ def main(script_args: MultiTurnArguments, training_args: AdaptiveGRPOConfig, mod
     conversations = script_args.load(columns=("reference",))
     kindness = script_args.harmlessness_weight * at_end(Harmlessness())
     reward = 1.0 * Relevance("reference") + kindness - script_args.length_weight * Length()
-    trainer = make_trainer(conversations, reward, training_args, model_args)
-
-    held_out = (conversations["test"], reward, training_args.turn_columns)
-    before = evaluate_conversations(trainer, *held_out)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = evaluate_conversations(trainer, *held_out)
-
-    def compare() -> None:
-        for turn, (old, new) in enumerate(zip(before, after, strict=True), start=1):
-            print_comparison(old, new, num_samples=2, title=f"Turn {turn} of held-out conversations")
-
-    finish(trainer, compare)
+    train_and_compare(conversations, reward, training_args, model_args)
 
 
 if __name__ == "__main__":

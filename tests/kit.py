@@ -199,8 +199,9 @@ def interrupt(make: Callable[[str], Any], step: int) -> tuple[Any, Any, Any]:
     Returns:
         `tuple`: the three trainers.
     """
-    whole, cut = make("whole"), make("cut")
+    whole = make("whole")
     whole.train()
+    cut = make("cut")  # not before, because making a trainer sets the seed
     cut.add_callback(Interrupt(step))
     cut.train()
     resumed = make("cut")
@@ -314,7 +315,7 @@ def launch(
         | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]

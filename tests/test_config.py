@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from functools import partial
 
 import pytest
 from datasets import IterableDataset
@@ -22,7 +23,7 @@ from trl_grpo_ext import (
 from trl_grpo_ext.host import seams
 
 REFUSED = {
-    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'single', 'threshold', 'var"),
+    "group_size": ({"group_size": "dynamic"}, "group_size='dynamic' is unknown: use one of 'fixed', 'single', 'thr"),
     "curriculum": ({"curriculum": "easy"}, "curriculum='easy' is unknown: use one of 'none', 'staged', 'online', 'pre"),
     "clip_on": ({"reward_clip_on": "all"}, "reward_clip_on='all' is unknown: use 'each' or 'total'"),
     "min_above_max": (
@@ -194,8 +195,9 @@ def test_choices_are_checked_by_the_parser(parse, capsys):
 # Trainer construction
 
 
-def construct(model_path, config, dataset, reward_funcs=count_vowels, callbacks=None, **options):
-    return AdaptiveGRPOTrainer(model_path, reward_funcs, config(**options), dataset, callbacks=callbacks)
+@pytest.fixture
+def make(make_trainer):
+    return partial(make_trainer, reward_funcs=count_vowels)
 
 
 STAGED = {"curriculum": "staged", "difficulty_column": "difficulty"}
@@ -216,16 +218,16 @@ TARGET = {"curriculum": "target", "difficulty_column": "difficulty"}
         ({"dynamic_sampling_rounds": 1}, [DynamicSamplingCallback]),
     ],
 )
-def test_options_switch_on_their_callbacks(options, kinds, model_path, config, dataset):
-    assert [type(callback) for callback in construct(model_path, config, dataset, **options).grpo_callbacks] == kinds
+def test_options_switch_on_their_callbacks(options, kinds, make):
+    assert [type(callback) for callback in make(**options).grpo_callbacks] == kinds
 
 
-def test_options_reach_their_callbacks(model_path, config, dataset):
+def test_options_reach_their_callbacks(make):
     options = {"group_size": "threshold", "group_std_threshold": 0.7, "dynamic_sampling_rounds": 3}
     options |= {"reward_clip_range": [-2, 2], "reward_clip_quantiles": [0.2, 0.8], "reward_clip_on": "total"}
     options |= {"curriculum": "target", "difficulty_column": "difficulty", "curriculum_goal": 0.9}
     options |= {"curriculum_exploration": 0.3, "difficulty_levels": ["easy", "medium", "hard"]}
-    target, size, clip, sampling = construct(model_path, config, dataset, **options).grpo_callbacks
+    target, size, clip, sampling = make(**options).grpo_callbacks
     assert (target.column, target.goal, target.exploration) == ("difficulty", 0.9, 0.3)
     assert target.levels == ["easy", "medium", "hard"]
     assert size.std_threshold == 0.7
@@ -238,16 +240,16 @@ def test_config_of_trl_is_refused(model_path, dataset, tmp_path):
         AdaptiveGRPOTrainer(model_path, count_vowels, GRPOConfig(**config_kwargs(tmp_path)), dataset)
 
 
-def test_empty_dataset_is_refused(model_path, config, dataset):
+def test_empty_dataset_is_refused(dataset, make):
     with pytest.raises(ValueError, match="train_dataset is empty: pass at least one prompt"):
-        construct(model_path, config, dataset.select([]))
+        make(dataset=dataset.select([]))
     with pytest.raises(ValueError, match="train_dataset has 0 rows and one generation batch holds 2 prompts"):
-        construct(model_path, config, dataset.select([]), curriculum="online")
+        make(dataset=dataset.select([]), curriculum="online")
 
 
-def test_reward_functions_of_one_name_are_refused(model_path, config, dataset):
+def test_reward_functions_of_one_name_are_refused(make):
     with pytest.raises(ValueError, match=r"share the name 'count_vowels'.*rename one"):
-        construct(model_path, config, dataset, reward_funcs=[count_vowels, count_vowels])
+        make(reward_funcs=[count_vowels, count_vowels])
 
 
 PLANNING = [
@@ -261,36 +263,36 @@ PLANNING = [
 
 
 @pytest.mark.parametrize("options", PLANNING)
-def test_dataset_smaller_than_a_batch_is_refused(options, model_path, config, dataset):
+def test_dataset_smaller_than_a_batch_is_refused(options, dataset, make):
     message = r"has 3 rows and one generation batch holds 4 prompts \(generation_batch_size=16 / num_generations=4\)"
     with pytest.raises(ValueError, match=message):
-        construct(model_path, config, dataset.select(range(3)), per_device_train_batch_size=16, **options)
+        make(dataset=dataset.select(range(3)), per_device_train_batch_size=16, **options)
 
 
 @pytest.mark.parametrize("options", PLANNING)
-def test_planning_without_a_dataset_is_refused(options, model_path, config):
+def test_planning_without_a_dataset_is_refused(options, make):
     with pytest.raises(ValueError, match=r"there is none .* pass train_dataset, or leave them off"):
-        construct(model_path, config, None, **options)
+        make(dataset=None, **options)
 
 
 @pytest.mark.parametrize("options", PLANNING)
-def test_planning_over_a_stream_is_refused(options, model_path, config, dataset):
+def test_planning_over_a_stream_is_refused(options, dataset, make):
     stream = IterableDataset.from_generator(lambda: iter(dataset))
     with pytest.raises(ValueError, match=r"IterableDataset does not allow: pass a datasets.Dataset"):
-        construct(model_path, config, stream, **options)
+        make(dataset=stream, **options)
 
 
-def test_planning_callback_of_the_user_is_checked_like_an_option(model_path, config, dataset):
+def test_planning_callback_of_the_user_is_checked_like_an_option(dataset, make):
     with pytest.raises(ValueError, match="has 1 rows and one generation batch holds 2 prompts"):
-        construct(model_path, config, dataset.select([0]), callbacks=[OnlineCurriculumCallback()])
+        make(dataset=dataset.select([0]), callbacks=[OnlineCurriculumCallback()])
     with pytest.raises(ValueError, match="has 1 rows and one generation batch holds 2 prompts"):
-        construct(model_path, config, dataset.select([0]), callbacks=[OnlineCurriculumCallback])
+        make(dataset=dataset.select([0]), callbacks=[OnlineCurriculumCallback])
 
 
-def test_bounds_that_a_users_size_callback_cannot_meet_are_refused(model_path, config, dataset):
+def test_bounds_that_a_users_size_callback_cannot_meet_are_refused(make):
     options = {"per_device_train_batch_size": 10, "num_generations": 5, "min_group_size": 6, "max_group_size": 8}
     with pytest.raises(ValueError, match="num_generations=5 is outside min_group_size=6 to max_group_size=8"):
-        construct(model_path, config, dataset, callbacks=[VarianceGroupSizeCallback()], **options)
+        make(callbacks=[VarianceGroupSizeCallback()], **options)
 
 
 @pytest.mark.parametrize(
@@ -300,9 +302,9 @@ def test_bounds_that_a_users_size_callback_cannot_meet_are_refused(model_path, c
         ({"per_device_train_batch_size": 4}, "hold one prompt"),
     ],
 )
-def test_a_users_variance_callback_is_checked_like_the_option(options, problem, model_path, config, dataset):
+def test_a_users_variance_callback_is_checked_like_the_option(options, problem, make):
     with pytest.raises(ValueError, match=problem):
-        construct(model_path, config, dataset, callbacks=[VarianceGroupSizeCallback()], **options)
+        make(callbacks=[VarianceGroupSizeCallback()], **options)
 
 
 @pytest.mark.parametrize(
@@ -313,27 +315,27 @@ def test_a_users_variance_callback_is_checked_like_the_option(options, problem, 
         ({"monitor": True, "beta": 0.1, "on_alarm": {"kl_spike": "adapt_beta"}}, "on_alarm='adapt_beta'"),
     ],
 )
-def test_what_would_not_reach_the_loss_of_liger_is_refused(options, name, model_path, config, dataset, monkeypatch):
+def test_what_would_not_reach_the_loss_of_liger_is_refused(options, name, config, monkeypatch, make):
     monkeypatch.setattr(seams, "LIGER_GOES_AROUND", True)
     with pytest.raises(ValueError, match=f"{name} has no effect with use_liger_kernel=True in TRL"):
-        construct(model_path, config, dataset, use_liger_kernel=True, **options)
-    construct(model_path, config, dataset, **options)
+        make(use_liger_kernel=True, **options)
+    make(**options)
     monkeypatch.setattr(seams, "LIGER_GOES_AROUND", False)
     seams.check_liger(config(use_liger_kernel=True, **options))
 
 
-def test_stream_is_fine_when_nothing_is_planned(model_path, config, dataset):
+def test_stream_is_fine_when_nothing_is_planned(dataset, make):
     stream = IterableDataset.from_generator(lambda: iter(dataset))
-    construct(model_path, config, stream, reward_clip_range=[-1, 1])
+    make(dataset=stream, reward_clip_range=[-1, 1])
 
 
-def test_dataset_of_exactly_one_batch_is_fine(model_path, config, dataset):
-    trainer = construct(model_path, config, dataset.select(range(2)), group_size="variance", max_steps=2)
+def test_dataset_of_exactly_one_batch_is_fine(dataset, make):
+    trainer = make(dataset=dataset.select(range(2)), group_size="variance", max_steps=2)
     trainer.train()
     assert len(trainer.state.log_history) == 3
 
 
-def test_one_level_is_refused(model_path, config, dataset):
+def test_one_level_is_refused(make):
     message = r"difficulty_levels=\['easy'\] must be at least two different names, from easy to hard"
     with pytest.raises(ValueError, match=message):
-        construct(model_path, config, dataset, difficulty_levels=["easy"], **STAGED)
+        make(difficulty_levels=["easy"], **STAGED)

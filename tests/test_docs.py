@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 import textwrap
@@ -17,13 +18,39 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
-from trl_grpo_ext.host.seams import check_seams
+from trl_grpo_ext.hooks import HookedTrainer
+from trl_grpo_ext.hooks.conflicts import FACTS
+from trl_grpo_ext.host.seams import OPEN_SEAMS, SEAMS, check_seams
 from trl_grpo_ext.recipe.script import DataArguments
 
 ROOT = Path(__file__).parent.parent
-DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
-PAGES = {**DOCS, "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+DOCS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/**/*.md"))}
+GUIDES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+PAGES = {**DOCS, **GUIDES}
 TEXT = "\n".join(DOCS.values())
+SOURCES = sorted((ROOT / "trl_grpo_ext").rglob("*.py"))
+
+
+def module_at(path: Path):
+    """A module of the docs folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = module_at(ROOT / "docs" / "tables.py")
+
+
+def lines_outside_code(text: str) -> list[tuple[int, str]]:
+    """Lines with their numbers, without those of fenced blocks."""
+    blanked = re.sub(r"```.*?```", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
+    return list(enumerate(blanked.splitlines(), start=1))
+
+
+def cells(line: str) -> list[str]:
+    """Cells of a line of a table."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
 
 
 def blocks(language: str) -> list:
@@ -76,17 +103,33 @@ def test_yaml_reaches_the_configuration(text, tmp_path):
             assert getattr(args if hasattr(args, key) else model_args, key) == value
 
 
-def test_every_option_is_on_its_page_with_its_default():
-    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", DOCS["docs/options.md"], flags=re.MULTILINE))
+@pytest.mark.parametrize("page", tables.TABLES)
+def test_tables_are_those_of_the_code(page):
+    name, make = tables.TABLES[page]
+    text = DOCS[f"docs/{page}"]
+    assert tables.with_table(text, name, make()) == text, "run: python docs/tables.py"
+
+
+def test_every_option_is_on_its_page_with_its_default_and_help():
+    rows = [cells(line) for _, line in lines_outside_code(DOCS["docs/options.md"]) if line.startswith("| `")]
     own = {f.name: f for f in dataclasses.fields(AdaptiveGRPOConfig) if f.name not in GRPOConfig.__dataclass_fields__}
-    assert list(table) == list(own)
-    for name, stated in table.items():
-        field = own[name]
+    assert [row[0].strip("`") for row in rows] == list(own)
+    for (_, stated, text), field in zip(rows, own.values(), strict=True):
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        if default is None:
-            assert not stated.startswith("`"), name  # nothing, or how it is derived
-        else:
-            assert yaml.safe_load(stated.strip("`")) == default, name
+        assert (None if stated == "unset" else yaml.safe_load(stated.strip("`"))) == default, field.name
+        assert text.replace("&lt;", "<").replace("\\|", "|") == field.metadata["help"], field.name
+
+
+def test_what_cannot_be_combined_is_what_callbacks_declare():
+    text = DOCS["docs/compatibility.md"].split("## What callbacks refuse")[1].split("## ")[0]
+    rows = [cells(line) for line in text.splitlines() if line.startswith("| `")]
+    stated = {callback.strip("`"): [other.strip("`") for other in others.split(", ")] for callback, others in rows}
+    assert stated == tables.conflicts()
+    assert {"CriticBaseline", "DynamicSamplingCallback", "HierarchicalCallback"} <= stated.keys()
+    for others in stated.values():
+        for other in others:
+            is_class = any(cls.__name__ == other for cls in tables.callback_classes())
+            assert other in FACTS or hasattr(GRPOCallback, other) or is_class, other
 
 
 def defined_in_docs() -> dict[str, type]:
@@ -133,7 +176,7 @@ def test_the_rollout_of_the_docs_answers_in_place_of_the_model(model_path, conve
 
 def test_the_way_to_test_a_callback_works():
     namespace: dict = dict(defined_in_docs())
-    (code,) = [param.values[0] for param in blocks("python") if "IgnoreLong().on_advantages" in param.values[0]]
+    (code,) = [param.values[0] for param in blocks("python") if "IgnoreLong().on_advantages(args" in param.values[0]]
     exec(code, namespace)
     assert namespace["advantages"].tolist() == [-1.0, 0.0, 0.0, -0.5, 1.0]
 
@@ -149,19 +192,46 @@ def test_the_error_of_an_unsupported_trl_is_the_one_shown(monkeypatch):
 # Names
 
 
-def test_every_option_is_documented():
-    ours = AdaptiveGRPOConfig.__dataclass_fields__.keys() - GRPOConfig.__dataclass_fields__.keys()
-    assert len(ours) > 10
-    assert [name for name in sorted(ours) if name not in TEXT] == []
+def logged_in(source: str) -> set[str]:
+    """
+    Names of the metrics that a module logs, with `{}` for what is filled in.
+
+    Read are `metrics["name"] = ...` and calls of `log_metric` and of a `_log` that takes a dict of metrics.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        found = []
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Subscript) and "metrics" in ast.unparse(target.value):
+                    found.append(target.slice)
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in ("log_metric", "_log") and node.args:
+                found += node.args[0].keys if isinstance(node.args[0], ast.Dict) else node.args[:1]
+        for name in found:
+            if isinstance(name, ast.Constant):
+                names.add(name.value)
+            elif isinstance(name, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in name.values]
+                names.add("".join(parts))
+    return names
 
 
 def test_every_metric_is_documented():
-    names = set()
-    for path in sorted((ROOT / "trl_grpo_ext").glob("*.py")):
-        names |= set(re.findall(r"""metrics\[f?"([^"]+)"\]""", path.read_text(encoding="utf-8")))
-    names.discard("too_long")  # of an example
-    assert {"rollouts/total", "reward_clip/{name}/frac", "curriculum/position", "group_size/max"} <= names
-    assert [name for name in sorted(names) if f"`{name}`" not in TEXT] == []
+    names = set().union(*(logged_in(path.read_text(encoding="utf-8")) for path in SOURCES))
+    expected = {"rollouts/total", "reward_clip/{}/frac", "curriculum/position", "group_size/max", "critic/loss"}
+    expected |= {"time/{}", "actions/lr_scale", "multi_turn/turns", "hierarchical/plan_share", "reward_weights/{}"}
+    assert expected <= names
+    documented = {re.sub(r"\{\w+\}|<\w+>", "{}", name) for name in re.findall(r"`([\w/{}<>]+)`", TEXT)}
+    missing = [name for name in sorted(names) if name not in documented]
+    assert [name for name in missing if not is_filled_in(name, documented)] == []
+
+
+def is_filled_in(name: str, documented: set[str]) -> bool:
+    """Whether a name such as `time/{}` is documented by each of its values."""
+    pattern = re.escape(name).replace(re.escape("{}"), r"[\w{}]+")
+    return "{}" in name and any(re.fullmatch(pattern, other) for other in documented)
 
 
 def test_every_hook_and_field_is_documented():
@@ -178,6 +248,80 @@ def test_every_hook_and_field_is_documented():
                 assert f"`{parameter}`" in row
 
 
+def public_of(cls: type, base: type = object) -> list[str]:
+    """Methods and properties that a class adds to another, without private ones."""
+    own = {name for name, value in vars(cls).items() if callable(value) or isinstance(value, property)}
+    return sorted(name for name in own if not name.startswith("_") and not hasattr(base, name))
+
+
+def test_what_callbacks_may_ask_is_documented():
+    page = DOCS["docs/callbacks.md"]
+    for name in public_of(HookedTrainer):
+        value = inspect.getattr_static(HookedTrainer, name)
+        parameters = [] if isinstance(value, property) else list(inspect.signature(value).parameters)[1:]
+        shown = name if isinstance(value, property) else f"{name}({', '.join(parameters)})"
+        assert f"| `{shown}` |" in page, shown
+    batch = [name for name in public_of(RolloutBatch) if name not in ("select", "append")]
+    assert [name for name in batch if f"`{name}" not in page] == []
+    assert [fact for fact in FACTS if f"`{fact}`" not in page] == []
+
+
+def overrides_in_docs() -> list:
+    """Every hook that a block of the pages defines."""
+    found = []
+    for param in blocks("python"):
+        for cls in ast.walk(ast.parse(param.values[0])):
+            if isinstance(cls, ast.ClassDef) and any(ast.unparse(base) == "GRPOCallback" for base in cls.bases):
+                methods = [node for node in cls.body if isinstance(node, ast.FunctionDef)]
+                found += [
+                    pytest.param(node, id=f"{param.id}-{node.name}") for node in methods if node.name.startswith("on_")
+                ]
+    return found
+
+
+@pytest.mark.parametrize("override", overrides_in_docs())
+def test_overrides_name_what_they_read_and_nothing_else(override):
+    known = set(inspect.signature(getattr(GRPOCallback, override.name)).parameters)
+    named = {argument.arg for argument in override.args.args}
+    read = {node.id for node in ast.walk(override) if isinstance(node, ast.Name)}
+    assert override.args.kwarg.arg == "kwargs"
+    assert named <= known
+    assert named - {"self"} <= read
+
+
+def test_every_seam_is_on_the_page():
+    page = DOCS["docs/architecture.md"]
+    assert [name for name in (*SEAMS, *OPEN_SEAMS) if f"`{name}`" not in page] == []
+
+
+def test_the_picture_of_the_readme_is_the_folder():
+    picture = re.search(r"```text\ntrl_grpo_ext/\n(.*?)```", PAGES["README.md"], flags=re.DOTALL)[1]
+    shown = {line.split()[0].rstrip("/") for line in picture.splitlines()}
+    found = {path.name for path in (ROOT / "trl_grpo_ext").iterdir()}
+    assert shown == found - {"__init__.py", "__pycache__", "py.typed"}
+    rooms = {name for name in shown if "." not in name}
+    page = DOCS["docs/architecture.md"]
+    assert [room for room in sorted(rooms) if f"| `{room}/` |" not in page] == []
+    assert [room for room in sorted(rooms) if f"`{room}`" not in PAGES["CONTRIBUTING.md"]] == []
+
+
+def test_readme_and_overview_share_one_table():
+    def table(page: str) -> list[str]:
+        return [line for line in page.split("## Against stock TRL")[1].split("\n## ")[0].splitlines() if line]
+
+    assert table(PAGES["README.md"].replace("](docs/", "](")) == table(DOCS["docs/index.md"])
+
+
+def test_the_readme_has_claim_and_commands_on_its_first_screen():
+    screen = PAGES["README.md"].splitlines()[:25]
+    assert any(line.startswith("**") for line in screen[:4])
+    for command in (
+        'pip install -e ".[recipes]" && accelerate launch recipes/helpful.py',
+        'pip install -e ".[test]" && pytest',
+    ):
+        assert any(line.startswith(command) for line in screen)
+
+
 def test_every_option_of_the_recipes_is_documented():
     names = {field.name for field in dataclasses.fields(DataArguments)}
     for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn"):
@@ -186,6 +330,41 @@ def test_every_option_of_the_recipes_is_documented():
         names |= {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
     assert len(names) > 12
     assert [name for name in names if f"`--{name}`" not in DOCS["docs/recipes.md"]] == []
+
+
+# Form
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_wrapped_and_tables_are_narrow(page):
+    lines = lines_outside_code(PAGES[page])
+    assert [number for number, line in lines if len(line) > 120 and not line.lstrip().startswith("|")] == []
+    assert [number for number, line in lines if line.startswith("|") and len(cells(line)) > 8] == []
+
+
+@pytest.mark.parametrize("page", sorted(DOCS))
+def test_sentences_are_short(page):
+    assert [text for text in sentences(DOCS[page]) if len(re.findall(r"\S*\w\S*", text)) > 32] == []
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of the prose: not of code, tables, headings and comments."""
+    lines = [line for _, line in lines_outside_code(re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))]
+    prose = "\n".join("" if line.lstrip().startswith(("|", "#", "!", "=", ":")) else line for line in lines)
+    paragraphs = re.split(r"\n\s*\n|\n\s*(?:- |\d+\. )", prose)
+    return [part for block in paragraphs for part in re.split(r"(?<=[.!?:;])\**\s+", " ".join(block.split()))]
+
+
+def test_files_that_code_names_exist():
+    """Docs, studies and tests that a docstring or a page sends the reader to."""
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in SOURCES}
+    texts |= {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/**/*.py")}
+    missing = []
+    for name, text in {**texts, **PAGES}.items():
+        for path in re.findall(r"\b((?:docs|recipes|tests|trl_grpo_ext)/[\w/.-]+\.(?:md|py|yaml|csv))\b", text):
+            if not (ROOT / path).exists():
+                missing.append((name, path))
+    assert missing == []
 
 
 # Links

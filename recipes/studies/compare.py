@@ -11,7 +11,7 @@ reward function, through which all of them pass. Where there are several learnin
 does best on seeds that are not in the table: the mean of its held-out helpfulness over the run is largest. The grid is
 continued where the best one is at its end. Every
 training is a cell with a file of its own in `output_dir/cells`: started again, the comparison goes on where it stopped.
-Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/comparison.md.
+Writes `results.csv`, `table.md`, `tuning.md` and plots to `output_dir`. Measured results: docs/measured/comparison.md.
 """
 
 import functools
@@ -33,6 +33,8 @@ from comparison.methods import METHODS, STOCK, train
 from comparison.smollm2 import SmolTask
 from comparison.tiny import POOLS, TinyTask
 from trl import TrlParser
+
+from trl_grpo_ext.recipe.script import flags_with_config
 
 
 @dataclass
@@ -129,6 +131,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    if "--config" not in sys.argv:
-        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "compare.yaml")]
-    main(*TrlParser((Options,)).parse_args_and_config())
+    main(*TrlParser((Options,)).parse_args_and_config(flags_with_config(__file__)))

@@ -33,16 +33,10 @@ from transformers import HfArgumentParser, LlamaForCausalLM, PreTrainedTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.config import EFFICIENT
 from trl_grpo_ext.recipe.tiny import tiny_model
 
 STOCK = "stock TRL"
-EFFICIENT: dict[str, Any] = {
-    "group_size": "single",
-    "baseline": "predicted",
-    "baseline_shift": 0.5,
-    "scale_rewards": "batch",
-}
-EFFICIENT |= {"curriculum": "predicted", "num_iterations": 4, "reuse_drift_limit": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     STOCK: {},
     "threshold sizes": {"group_size": "threshold"},

@@ -19,7 +19,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,6 +49,7 @@ from trl_grpo_ext import (
     MultiTurnCallback,
     RolloutBatch,
 )
+from trl_grpo_ext.recipe.script import flags_with_config
 from trl_grpo_ext.recipe.tiny import tiny_model
 
 METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
@@ -176,6 +176,4 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    if "--config" not in sys.argv:
-        sys.argv += ["--config", str(Path(__file__).parent / "configs" / "trees.yaml")]
-    main(*TrlParser((Options, AdaptiveGRPOConfig)).parse_args_and_config())
+    main(*TrlParser((Options, AdaptiveGRPOConfig)).parse_args_and_config(flags_with_config(__file__)))

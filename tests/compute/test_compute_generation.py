@@ -137,7 +137,8 @@ def test_logits_of_the_first_step(model):
         input_ids=ids, attention_mask=mask, generation_config=config, return_dict_in_generate=True
     ).logits[0]
     prefilled_generate(model, record, ids, mask, config)
-    assert (seen[0] - expected).abs().max() < 1e-5
+    assert [len(logits) for logits in seen] == [2, 7]  # each prompt once, then every row
+    assert (seen[1] - expected).abs().max() < 1e-5
 
 
 def test_each_prompt_is_read_once_and_finished_rows_leave(model):
@@ -186,9 +187,9 @@ def test_the_trainer_uses_it(lora, model_path, dataset, tmp_path, monkeypatch):
     calls = []
     original = generation.prefilled_generate
 
-    def spy(model, generate, input_ids, *args):
+    def spy(model, generate, input_ids, **arguments):
         calls.append(input_ids.size(0))
-        return original(model, generate, input_ids, *args)
+        return original(model, generate, input_ids, **arguments)
 
     monkeypatch.setattr(generation, "prefilled_generate", spy)
     trainer = AdaptiveGRPOTrainer(
@@ -200,6 +201,7 @@ def test_the_trainer_uses_it(lora, model_path, dataset, tmp_path, monkeypatch):
     )
     trainer.train()
     assert calls == [8, 8, 8]
+    assert trainer._shared_prefill.reason is None
     assert "generate" not in vars(trainer.model)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -90,13 +91,14 @@ def test_tokens_of_peft_before_the_prompt(model):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_mixed_precision_gives_float32(lora, model):
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     inner = copy.deepcopy(model)
     prepared = accelerator.prepare(get_peft_model(inner, LoraConfig(r=4)) if lora else inner)
     inputs = padded([[8, 9, 10], [30, 31]], 1)
     with accelerator.autocast():
         found = prompt_features(prepared, *inputs)
-    accelerator.state._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert found.dtype == torch.float32
     expected = prompt_features(model, *inputs)
     assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_grpo_ext.compute.packing import PADDING, PROMPT, Costs, exclusive_cumsum, fill, may_attend, pack
-from trl_grpo_ext.compute.rows import compose, live_rows, used_columns
+from trl_grpo_ext.compute.rows import Cut, first_with_context, live_rows, media_keys, regrouped, used_columns
 
 batches = st.lists(  # groups: length of the prompt, lengths of its completions
     st.tuples(st.integers(1, 12), st.lists(st.integers(0, 9), min_size=1, max_size=9)), min_size=1, max_size=5
@@ -56,7 +56,10 @@ def test_every_token_sees_what_it_would_see_in_its_own_row(groups, costs):
             # What it sees, in the order of positions, is its own row up to the token before the label.
             order = batch.position_ids[sequence][seen].argsort()
             assert batch.input_ids[sequence][seen][order].tolist() == tokens[: prompt_length + t]
-            assert batch.position_ids[sequence][seen].sort().values.tolist() == list(range(prompt_length + t))
+            shift = int((mask[row] == 1).nonzero()[0])  # positions are columns of the padded batch
+            assert batch.position_ids[sequence][seen].sort().values.tolist() == list(
+                range(shift, shift + prompt_length + t)
+            )
     assert allowed.any(-1).all()  # a query that sees nothing would be NaN
     assert ((batch.rows == PADDING) == (batch.chunks == PADDING)).all()
     assert (batch.labels[(batch.rows == PROMPT) | (batch.rows == PADDING)] == -100).all()
@@ -143,7 +146,7 @@ def rows_of(parts):
 
 def test_groups_come_in_the_order_of_the_shuffle():
     parts = micro_batches([2, 0, 2, 1, 0, 1, 0, 2], [3, 1, 4, 1, 5, 9, 2, 6], 4)
-    found = compose(parts, num_accumulated=1, by_group=True, by_length=False)
+    found = regrouped(parts, num_accumulated=1, by_group=True, by_length=False)
     assert rows_of(found) == [[0, 2, 7, 1], [4, 6, 3, 5]]
     assert found[0]["tool_mask"] is None
     assert found[0]["num_items_in_batch"] == 9.0
@@ -152,7 +155,7 @@ def test_groups_come_in_the_order_of_the_shuffle():
 @pytest.mark.parametrize("by_group", [False, True])
 def test_length_orders_within_an_optimizer_step_only(by_group):
     parts = micro_batches([2, 0, 2, 1, 0, 1, 0, 2], [3, 1, 4, 1, 5, 9, 2, 6], 2)
-    found = rows_of(compose(parts, num_accumulated=2, by_group=by_group, by_length=True))
+    found = rows_of(regrouped(parts, num_accumulated=2, by_group=by_group, by_length=True))
     if by_group:  # group 2 is the longest of the first step; the row of group 0 that came with it follows
         assert found == [[0, 2], [7, 1], [3, 5], [4, 6]]
     else:
@@ -162,7 +165,7 @@ def test_length_orders_within_an_optimizer_step_only(by_group):
 @pytest.mark.parametrize(("num_accumulated", "ordered"), [(1, True), (2, True), (3, False), (4, True), (8, True)])
 def test_length_does_not_order_where_a_step_goes_on_in_the_next_batch(num_accumulated, ordered):
     parts = micro_batches([0] * 8, [3, 1, 4, 1, 5, 9, 2, 6], 2)
-    found = rows_of(compose(parts, num_accumulated, by_group=False, by_length=True))
+    found = rows_of(regrouped(parts, num_accumulated, by_group=False, by_length=True))
     assert (found != rows_of(parts)) == ordered
 
 
@@ -173,7 +176,7 @@ def test_no_row_is_lost(size, num_accumulated, by_group, by_length, data):
     groups = data.draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
     lengths = data.draw(st.lists(st.integers(1, 8), min_size=rows, max_size=rows))
     parts = micro_batches(groups, lengths, size)
-    found = compose(parts, num_accumulated, by_group, by_length)
+    found = regrouped(parts, num_accumulated, by_group, by_length)
     assert [len(part) for part in rows_of(found)] == [size] * 4
     order = list(chain(*rows_of(found)))
     assert sorted(order) == list(range(rows))
@@ -181,3 +184,44 @@ def test_no_row_is_lost(size, num_accumulated, by_group, by_length, data):
         window = size * num_accumulated
         for i in range(0, rows, window):
             assert sorted(order[i : i + window]) == list(range(rows))[i : i + window]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(1, 2), max_size=5)), min_size=1, max_size=8))
+def test_rows_that_begin_alike(rows):
+    """Against a loop over prefixes; rows of a prompt that have ended are no model for those that go on."""
+    depth = max(len(completion) for _, completion in rows) or 1
+    ids = torch.tensor([[prompt, *completion, *[0] * (depth - len(completion))] for prompt, completion in rows])
+    mask = torch.tensor([[1] + [1] * len(c) + [0] * (depth - len(c)) for _, c in rows])
+    found = first_with_context(ids, mask, depth)
+    for i, (prompt, completion) in enumerate(rows):
+        for t in range(len(completion)):
+            alike = [j for j, (p, c) in enumerate(rows) if p == prompt and len(c) > t and c[:t] == completion[:t]]
+            assert found[i, t] == alike[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(batches, st.booleans(), st.data())
+def test_what_is_cut_comes_back_to_its_place(groups, trim_left, data):
+    _, _, _, ids, mask, depth = padded(groups)
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, unique=True)))
+    cut = Cut.of(ids, mask, depth, rows, trim_left)
+    assert (cut.attention_mask.sum() == mask[rows].sum()) or not mask[rows, -depth:].any()
+    restored = cut.restored(cut.input_ids[:, -cut.num_completion_columns :] * 1.0)
+    assert torch.equal(restored[rows], ids[rows, -depth:].float())
+    others = [row for row in range(len(ids)) if row not in rows.tolist()]
+    assert (restored[others] == 0).all()
+    assert cut.first_position == 0 or trim_left
+    assert torch.equal(cut.input_ids[:, 0], ids[rows, cut.first_position])
+
+
+def test_entries_of_other_features_go_with_their_rows():
+    parts = micro_batches([0, 1, 0, 1], [1, 2, 3, 4], 2)
+    for i, part in enumerate(parts):
+        part |= {"weight": torch.tensor([2.0 * i, 2.0 * i + 1]), "name": [f"row {2 * i}", f"row {2 * i + 1}"]}
+    found = regrouped(parts, num_accumulated=1, by_group=True, by_length=False)
+    for part in found:
+        assert part["weight"].tolist() == part["advantages"].tolist()
+        assert part["name"] == [f"row {row:.0f}" for row in part["advantages"]]
+    assert media_keys(parts[0]) == []
+    assert media_keys({**parts[0], "pixel_attention_mask": 1, "num_tiles": 1}) == ["pixel_attention_mask", "num_tiles"]

@@ -7,33 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs
-from trl import GRPOConfig, GRPOTrainer
+from strategies import NAN, close, loop_mean_std, ragged
+from trl import GRPOTrainer
 
 from trl_grpo_ext.credit.groups import EPS, group_advantages, normalize_then_sum
-from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
+from trl_grpo_ext.hooks.segments import total_rewards
 
-NAN = math.nan
 SCALES = ["group", "batch", "none"]
-# Repeated round values make flat groups, whose exact zeros are the hard part.
-rewards_of_one = st.one_of(st.sampled_from([0.0, 0.1, 1.0, NAN]), st.floats(-100, 100, width=32))
-
-
-@st.composite
-def ragged(draw, values=rewards_of_one):
-    """Rewards `(N,)` in float64, group ids `(N,)` in no order, number of groups; sizes from 1 to 6."""
-    sizes = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
-    ids = draw(st.permutations([group for group, size in enumerate(sizes) for _ in range(size)]))
-    rewards = draw(st.lists(values, min_size=len(ids), max_size=len(ids)))
-    return torch.tensor(rewards, dtype=torch.float64), torch.tensor(ids), len(sizes)
-
-
-def loop_mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and Bessel-corrected standard deviation of what is not NaN."""
-    values = [value for value in values if not math.isnan(value)]
-    mean = sum(values) / len(values) if values else NAN
-    squares = sum((value - mean) ** 2 for value in values)
-    return mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0
 
 
 def loop_groups(rewards: torch.Tensor, ids: torch.Tensor) -> list[list[float]]:
@@ -50,23 +30,7 @@ def loop_advantages(rewards: torch.Tensor, ids: torch.Tensor, scale: str) -> tor
     return torch.tensor(advantages, dtype=torch.float64)
 
 
-def close(actual, expected, atol=1e-6):
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=atol, equal_nan=True)
-
-
 # Properties
-
-
-@given(ragged())
-def test_mean_std_and_count_equal_a_plain_loop(case):
-    rewards, ids, num_groups = case
-    mean, std, count = group_mean_std(torch.stack([rewards, rewards * 3 - 1], dim=1), ids, num_groups)
-    for group in range(num_groups):
-        own = rewards[ids == group].tolist()
-        for column, values in enumerate([own, [3 * value - 1 for value in own]]):
-            expected = loop_mean_std(values)
-            close(torch.stack([mean[group, column], std[group, column]]), torch.tensor(expected, dtype=torch.float64))
-            assert count[group, column] == sum(not math.isnan(value) for value in values)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -139,27 +103,6 @@ def test_relabelling_groups_changes_nothing(scale, case, data):
     assert torch.equal(group_advantages(rewards, label[ids], num_groups, scale), expected)
 
 
-@given(ragged())
-def test_a_group_is_flat_when_it_has_at_most_one_distinct_reward(case):
-    rewards, ids, num_groups = case
-    flat = flat_groups(rewards, ids, num_groups)
-    for group in range(num_groups):
-        distinct = {value for value in rewards[ids == group].tolist() if not math.isnan(value)}
-        assert flat[group] == (len(distinct) <= 1)
-
-
-@given(ragged(), st.floats(-2, 2), st.floats(-2, 2))
-def test_total_is_the_sum_over_the_rewards_that_apply(case, first, second):
-    rewards, _, _ = case
-    columns = torch.stack([rewards, rewards.flip(0)], dim=1)
-    expected = []
-    for row in columns.tolist():
-        parts = [w * value for w, value in zip((first, second), row, strict=True) if not math.isnan(value)]
-        expected.append(sum(parts) if parts else NAN)
-    weights = torch.tensor([first, second], dtype=torch.float64)
-    close(total_rewards(columns, weights), torch.tensor(expected, dtype=torch.float64))
-
-
 # By hand
 
 
@@ -199,25 +142,11 @@ def test_ragged_groups_by_hand():
         close(group_advantages(rewards, ids, 2, scale), torch.tensor(expected))
 
 
-def test_flat_groups_by_hand():
-    rewards = torch.tensor([0.1, 0.1, 0.1, NAN, NAN, NAN, 7.0, 0.0, 0.0, 1e-30, -5.0])
-    ids = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 4])
-    assert flat_groups(rewards, ids, 5).tolist() == [True, True, True, False, True]
-
-
 def test_advantages_keep_dtype():
     for dtype in (torch.float32, torch.float64):
         rewards, ids = torch.tensor([0.0, 1.0], dtype=dtype), torch.zeros(2, dtype=torch.long)
         assert group_advantages(rewards, ids, 1).dtype == dtype
         assert normalize_then_sum(rewards[:, None], torch.ones(1), ids, 1)[1].dtype == dtype
-
-
-def test_total_rewards_by_hand():
-    rewards = torch.tensor([[1.0, 2.0], [NAN, 2.0], [1.0, NAN], [NAN, NAN]])
-    assert total_rewards(rewards, torch.tensor([2.0, -0.5])).tolist()[:3] == [1.0, -1.0, 2.0]
-    assert total_rewards(rewards, torch.tensor([2.0, -0.5]))[3].isnan()
-    # A weight of zero still scores the row; a reward that does not apply does not count at all.
-    assert total_rewards(rewards, torch.tensor([0.0, 1.0])).tolist()[:3] == [2.0, 2.0, 0.0]
 
 
 def test_unknown_scaling_is_refused():
@@ -249,16 +178,11 @@ THIRD = [0.0, 10.0, 0.0, None, 0.0, 0.0, None, 0.0, None, 1.0, None, None, None,
     ("scale", "aggregation"),
     [(scale, "sum_then_normalize") for scale in SCALES] + [("group", "normalize_then_sum")],
 )
-def test_equal_groups_give_trls_own_advantages(scale, aggregation, model_path, dataset, tmp_path):
+def test_equal_groups_give_trls_own_advantages(scale, aggregation, trained):
     overrides = {"per_device_train_batch_size": 16, "max_steps": 1, "scale_rewards": scale, "max_completion_length": 2}
     overrides |= {"multi_objective_aggregation": aggregation, "reward_weights": [1.0, 0.5, -2.0]}
-    trainer = GRPOTrainer(
-        model=model_path,
-        reward_funcs=[table("first", FIRST), table("second", SECOND), table("third", THIRD)],
-        args=GRPOConfig(**config_kwargs(tmp_path, **overrides)),
-        train_dataset=dataset,
-    )
-    trainer.train()
+    tables = [table("first", FIRST), table("second", SECOND), table("third", THIRD)]
+    trainer = trained(reward_funcs=tables, cls=GRPOTrainer, **overrides)
     logged = [list(trainer._logs["rewards"][name]) for name in ("first", "second", "third")]
     rewards = torch.tensor(logged).T
     expected = torch.tensor(list(trainer._logs["advantages"]))

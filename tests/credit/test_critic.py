@@ -1,16 +1,17 @@
 """The critic: generalised advantages against their definition, and PPO as a callback on real tiny runs."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs, has_answer
+from kit import Record, batches_of, have_same_weights, interrupt, logs_of, weights_of
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline, GRPOCallback
+from trl_grpo_ext import CriticBaseline
 from trl_grpo_ext.credit.critic import ValueModel, whiten
 from trl_grpo_ext.credit.gae import gae
 from trl_grpo_ext.hooks.checks import check_conflicts
@@ -91,86 +92,76 @@ def test_options_out_of_range(options, message):
         CriticBaseline(**options)
 
 
-class Record(GRPOCallback):
-    def __init__(self):
-        self.batches = []
+@pytest.fixture
+def with_critic(make_trainer):
+    def make(out="run", critic=None, **given):
+        return make_trainer(out, callbacks=[critic or CriticBaseline(), Record], **given)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.batches.append(batch)
-
-
-def make_trainer(model_path, dataset, out, reward=has_answer, critic=None, peft_config=None, **options):
-    critic, record = critic or CriticBaseline(), Record()
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=reward,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        callbacks=[critic, record],
-        peft_config=peft_config,
-    )
-    return trainer, critic, record
+    return make
 
 
-def test_one_completion_per_prompt_and_an_advantage_per_token(model_path, dataset, tmp_path):
-    trainer, _, record = make_trainer(model_path, dataset, tmp_path)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+def critic_of(trainer) -> CriticBaseline:
+    return next(callback for callback in trainer.grpo_callbacks if isinstance(callback, CriticBaseline))
+
+
+def test_one_completion_per_prompt_and_an_advantage_per_token(with_critic, dataset):
+    trainer = with_critic()
+    before = weights_of(trainer)
     trainer.train()
-    for batch in record.batches:
+    for batch in batches_of(trainer):
         assert batch.group_sizes.tolist() == [1] * 8
         assert len(set(batch.prompt_index.tolist())) == 8
-        count = int(batch.completion_lengths.max())
-        assert batch.advantages.shape == (8, count)
-        beyond = torch.arange(count) >= batch.completion_lengths[:, None]
-        assert not batch.advantages[beyond].any()
+        assert batch.advantages.shape == batch.token_mask.shape == (8, int(batch.completion_lengths.max()))
+        assert not batch.advantages[~batch.token_mask].any()
         assert [batch.rows[i]["prompt"] for i in range(8)] == [
             dataset[i]["prompt"] for i in batch.prompt_index.tolist()
         ]
         assert batch.tokens["completion_mask"].sum(1).tolist() == batch.completion_lengths.tolist()
-    assert all(not torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
-    logged = [entry for entry in trainer.state.log_history if "critic/loss" in entry]
+    assert all(not torch.equal(before[name], p) for name, p in weights_of(trainer).items())
+    logged = logs_of(trainer)
     assert len(logged) == 3
     # A value model that says 0 explains nothing of rewards that differ.
     assert logged[0]["critic/value"] == 0
 
 
-def test_the_value_model_learns_what_the_prompt_is_worth(model_path, dataset, tmp_path):
+def test_the_value_model_learns_what_the_prompt_is_worth(with_critic):
     def early(prompts, **kwargs):  # the last letter alone decides
         return [2.0 * (prompt[-1] < "n") for prompt in prompts]
 
     critic = CriticBaseline(learning_rate=1e-2)
     options = {"max_steps": 15, "learning_rate": 1e-6, "per_device_train_batch_size": 16}
-    trainer, _, record = make_trainer(model_path, dataset, tmp_path, early, critic, **options)
+    trainer = with_critic(critic=critic, reward_funcs=early, **options)
     trainer.train()
-    explained = [entry["critic/explained_variance"] for entry in trainer.state.log_history if "critic/loss" in entry]
+    explained = [entry["critic/explained_variance"] for entry in logs_of(trainer)]
     assert explained[0] == 0
     assert sum(explained[-3:]) / 3 > 0.6
-    # The policy learns nothing from what the value model foresees.
-    assert len(record.batches) == 15
+    assert len(explained) == 15
 
 
-def test_a_row_without_a_reward_teaches_nothing(model_path, dataset, tmp_path):
+def test_a_row_without_a_reward_teaches_nothing(with_critic):
     def some(prompts, **kwargs):
         return [None if i % 2 else float(i) for i in range(len(prompts))]
 
-    trainer, _, record = make_trainer(model_path, dataset, tmp_path, some, max_steps=1)
+    trainer = with_critic(reward_funcs=some, max_steps=1)
     trainer.train()
-    advantages = record.batches[0].advantages
+    advantages = batches_of(trainer)[0].advantages
     assert not advantages[1::2].any()
     assert advantages[::2].any(1).all()
 
 
-def test_lora_trains_a_lora_value_model(model_path, dataset, tmp_path):
+def test_lora_trains_a_lora_value_model(with_critic):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer, critic, _ = make_trainer(model_path, dataset, tmp_path, peft_config=config)
+    trainer = with_critic(peft_config=config)
     trainer.train()
+    critic = critic_of(trainer)
     trained = [name for name, p in critic.value_model.named_parameters() if p.requires_grad]
     assert all("lora" in name or name.startswith("head") for name in trained)
     assert critic.value_model.head.weight.any()
 
 
-def test_the_value_model_is_a_copy_and_starts_at_zero(model_path, dataset, tmp_path):
-    trainer, critic, _ = make_trainer(model_path, dataset, tmp_path)
+def test_the_value_model_is_a_copy_and_starts_at_zero(with_critic):
+    trainer = with_critic()
+    critic = critic_of(trainer)
     ids = torch.tensor([[5, 6, 7]])
     ones = torch.ones_like(ids)
     assert isinstance(critic.value_model, ValueModel)
@@ -179,8 +170,8 @@ def test_the_value_model_is_a_copy_and_starts_at_zero(model_path, dataset, tmp_p
     assert not mine & {p.data_ptr() for p in trainer.model.parameters()}
 
 
-def test_a_value_sees_only_what_was_written_before(model_path, dataset, tmp_path):
-    _, critic, _ = make_trainer(model_path, dataset, tmp_path)
+def test_a_value_sees_only_what_was_written_before(with_critic):
+    critic = critic_of(with_critic())
     torch.nn.init.normal_(critic.value_model.head.weight)
     prompt, completion = torch.tensor([[0, 5, 6]]), torch.tensor([[7, 8, 9]])
     mask = torch.tensor([[0, 1, 1]])
@@ -193,9 +184,9 @@ def test_a_value_sees_only_what_was_written_before(model_path, dataset, tmp_path
 
 
 @pytest.mark.parametrize("options", [{"group_size": "variance"}, {"dynamic_sampling_rounds": 1}])
-def test_features_that_lay_out_groups_are_refused(options, model_path, dataset, tmp_path):
+def test_features_that_lay_out_groups_are_refused(options, with_critic):
     with pytest.raises(ValueError, match="lays out groups"):
-        make_trainer(model_path, dataset, tmp_path, **options)
+        with_critic(**options)
 
 
 def test_the_value_model_goes_where_the_training_is(model_path):
@@ -221,26 +212,21 @@ def test_the_value_model_goes_where_the_training_is(model_path):
         check_conflicts([critic], trainer)
 
 
-def test_a_dataset_smaller_than_the_batch_comes_again(model_path, dataset, tmp_path):
-    trainer, _, record = make_trainer(model_path, dataset.select(range(3)), tmp_path, max_steps=1)
+def test_a_dataset_smaller_than_the_batch_comes_again(with_critic, dataset):
+    trainer = with_critic(dataset=dataset.select(range(3)), max_steps=1)
     trainer.train()
-    assert sorted(record.batches[0].prompt_index.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert sorted(batches_of(trainer)[0].prompt_index.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_resume_equals_no_interruption(model_path, dataset, tmp_path):
-    whole, critic, _ = make_trainer(model_path, dataset, tmp_path / "whole", max_steps=4)
-    whole.train()
-    first, _, _ = make_trainer(model_path, dataset, tmp_path / "cut", max_steps=4, save_strategy="steps", save_steps=2)
-    first.train()
-    resumed, again, _ = make_trainer(model_path, dataset, tmp_path / "cut", max_steps=4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
-    for one, other in ((whole.model, resumed.model), (critic.value_model, again.value_model)):
-        for a, b in zip(one.parameters(), other.parameters(), strict=True):
-            assert torch.equal(a, b)
+def test_resume_equals_no_interruption(with_critic):
+    whole, _, resumed = interrupt(partial(with_critic, max_steps=4), step=2)
+    assert have_same_weights(whole, resumed)
+    for one, other in zip(*(critic_of(run).value_model.parameters() for run in (whole, resumed)), strict=True):
+        assert torch.equal(one, other)
 
 
-def test_a_state_of_another_model_is_refused(model_path, dataset, tmp_path):
-    _, critic, _ = make_trainer(model_path, dataset, tmp_path)
+def test_a_state_of_another_model_is_refused(with_critic):
+    critic = critic_of(with_critic())
     state = critic.state_dict()
     state["value_model"]["head.weight"] = torch.zeros(1, 3)
     with pytest.raises(ValueError, match=r"head\.weight"):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from kit import config_kwargs, count_vowels, has_answer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -18,7 +19,17 @@ from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd
 
-from trl_grpo_ext.host.seams import HELPERS, OPEN_SEAMS, SEAMS, check_seams
+from trl_grpo_ext.host.seams import (
+    HELPERS,
+    OPEN_SEAMS,
+    SEAMS,
+    check_seams,
+    logged_since_log,
+    loss_since_log,
+    restore_logged,
+    restore_loss,
+)
+from trl_grpo_ext.host.state import check_logged
 
 
 def parameters(function) -> list[str]:
@@ -36,6 +47,12 @@ def parameters(function) -> list[str]:
         (GRPOTrainer, "_prepare_inputs", ["self", "generation_batch"]),
         (GRPOTrainer, "_save_checkpoint", ["self", "model", "trial"]),
         (GRPOTrainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        (GRPOTrainer, "create_model_card", ["self", "model_name", "dataset_name", "tags"]),
+        (Trainer, "save_model", ["self", "output_dir", "_internal_call"]),
+        (Trainer, "_save_optimizer_and_scheduler", ["self", "output_dir"]),
+        (Trainer, "_save_scaler", ["self", "output_dir"]),
+        (Trainer, "_save_rng_state", ["self", "output_dir"]),
+        (Trainer, "_load_rng_state", ["self", "checkpoint"]),
         (Trainer, "add_callback", ["self", "callback"]),
         (Trainer, "_get_output_dir", ["self", "trial"]),
         (Trainer, "_remove_unused_columns", ["self", "dataset", "description"]),
@@ -139,8 +156,6 @@ class Spy(GRPOTrainer):
 @pytest.fixture(scope="module")
 def trainer(model_path, tmp_path_factory):
     """Two generations of two slices each, and an evaluation after the second."""
-    from datasets import Dataset
-
     data = Dataset.from_dict({"prompt": [f"say {a}" for a in "abcdefgh"], "answer": list("abcdefgh")})
     options = {"steps_per_generation": 2, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     options |= {"reward_weights": [1.0, 0.5], "per_device_eval_batch_size": 4, "per_device_train_batch_size": 4}
@@ -204,6 +219,49 @@ def test_completions_table_holds_one_generation_batch(trainer):
         assert len(column) == 8
     assert isinstance(logs["extra"]["new"], deque)
     del logs["extra"]["new"]
+
+
+class Measures(TrainerCallback):
+    """What is known of the logs when each step ends."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        logged = logged_since_log(self.trainer, with_table=True)
+        self.seen.append({**logged, "loss": loss_since_log(self.trainer), "logged": len(state.log_history)})
+
+
+def test_what_is_measured_between_two_logs_is_read_and_put_back(model_path, tmp_path):
+    data = Dataset.from_dict({"prompt": ["say a", "say b"], "answer": ["a", "b"]})
+    options = {"max_steps": 3, "logging_steps": 2, "beta": 0.1}
+    measures = Measures()
+    trainer = GRPOTrainer(
+        model_path, has_answer, GRPOConfig(**config_kwargs(tmp_path, **options)), data, callbacks=[measures]
+    )
+    measures.trainer = trainer
+    trainer.train()
+    first, second, third = measures.seen
+    # A log takes the mean of the values since the last log, and forgets them.
+    assert {len(values) for name, values in second["metrics"].items() if name != "num_tokens"} == {2}
+    assert {len(values) for values in third["metrics"].values()} == {1}
+    assert [seen["last_log"] for seen in measures.seen] == [0, 0, 2]
+    log = trainer.state.log_history[0]
+    assert log["kl"] == pytest.approx(sum(second["metrics"]["kl"]) / 2)
+    assert log["loss"] == pytest.approx(second["loss"] / 2)
+    assert first["loss"] != second["loss"]
+    assert {len(values) for values in first["table"].values() if isinstance(values, list)} == {8}
+    assert set(first["table"]["rewards"]) == {"has_answer"}
+    check_logged({"losses": [first["loss"]], **{k: first[k] for k in ("metrics", "last_log", "table")}})
+    metrics = trainer._metrics["train"]
+    restore_logged(trainer, first["metrics"], first["table"])
+    assert trainer._metrics["train"] is metrics  # others hold it
+    again = logged_since_log(trainer, with_table=True)
+    assert (again["metrics"], again["table"]) == (first["metrics"], first["table"])
+    trainer._tr_loss.zero_()
+    restore_loss(trainer, first["loss"], 1)
+    assert loss_since_log(trainer) == first["loss"]
+    assert logged_since_log(trainer, with_table=False)["last_log"] == 1
 
 
 def test_each_generation_appends_one_value_per_metric(trainer):

@@ -27,8 +27,11 @@ from trl_grpo_ext.host.checkpoints import (
     begin,
     checkpoints_in,
     complete,
+    delete,
     delete_old,
+    discard,
     last_complete,
+    reason_of,
     why_incomplete,
     write_whole,
 )
@@ -73,6 +76,35 @@ def test_a_file_is_whole_or_what_it_was(tmp_path_factory, before, after, crash_a
     assert [entry.name for entry in path.parent.iterdir()] == ["state"]
 
 
+def test_a_file_is_not_written_through_a_link(tmp_path, monkeypatch):
+    """Whoever made the folder may have put links wherever a name could be known."""
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("precious")
+    folder.mkdir()
+    for name in ("state", "state.tmp", ".state.tmp", ".tmp"):
+        (folder / name).symlink_to(precious)
+    write_whole(folder / "state", lambda file: file.write(b"new"))
+    assert precious.read_text() == "precious"
+    assert (folder / "state").read_bytes() == b"new"
+    assert not (folder / "state").is_symlink()
+    # Even where the name was guessed.
+    monkeypatch.setattr("secrets.token_hex", lambda count: "guessed")
+    (folder / ".guessed.tmp").symlink_to(precious)
+    with pytest.raises(FileExistsError):
+        write_whole(folder / "state", lambda file: file.write(b"newer"))
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_a_file_has_the_permissions_that_any_other_file_has(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "state", lambda file: file.write(b"x"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 files = st.dictionaries(st.from_regex(r"(sub/)?[a-z]{1,6}\.pt", fullmatch=True), st.binary(max_size=9), min_size=1)
 
 
@@ -115,13 +147,67 @@ def test_a_checkpoint_on_a_signal_is_complete_without_the_mark_that_transformers
 
 
 def test_saving_into_a_complete_checkpoint_takes_that_back_first(tmp_path):
-    folder = tmp_path / "checkpoint-3"
+    folder, precious = tmp_path / "checkpoint-3", tmp_path / "precious"
+    precious.write_text("precious")
     begin(folder)
-    write_files(folder, {"grpo_rollouts_7.pt": b"of a run on more processes", "model.safetensors": b"weights"})
+    old = {"grpo_rollouts_7.pt": b"of a run on more processes", "pytorch_model_fsdp_0/a.distcp": b"shard"}
+    write_files(folder, {"model.safetensors": b"weights", **old})
     complete(folder)
+    (folder / "optimizer.pt").symlink_to(precious)
     begin(folder)
     assert why_incomplete(folder) == "writing it was interrupted"
-    assert not (folder / "grpo_rollouts_7.pt").exists()
+    assert [path.name for path in folder.iterdir()] == [MANIFEST]
+    assert precious.read_text() == "precious"
+
+
+def test_a_checkpoint_that_is_a_link_is_not_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("precious")
+    (tmp_path / "checkpoint-3").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="checkpoint-3 is a link, and a checkpoint would go to where it leads"):
+        begin(tmp_path / "checkpoint-3")
+    discard(tmp_path / "checkpoint-3")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("ours", ["grpo_callbacks.pt", "grpo_rollouts_1.pt", "training_args.bin"])
+def test_a_checkpoint_of_ours_without_its_manifest_is_not_complete(tmp_path, ours):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    torch.save(GRPOConfig(**config_kwargs(tmp_path)), folder / "training_args.bin")
+    assert why_incomplete(folder) is None  # of stock TRL
+    torch.save(AdaptiveGRPOConfig(**config_kwargs(tmp_path)), folder / ours)
+    assert why_incomplete(folder) == f"its {MANIFEST} is missing"
+    assert last_complete(tmp_path) == (None, [f"checkpoint-3: its {MANIFEST} is missing"])
+
+
+@given(files, st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_checkpoint_whose_deletion_is_killed_does_not_count(tmp_path_factory, contents, data):
+    """Whatever is deleted first, and whether or not it is a checkpoint of stock TRL."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
+    begin(folder)
+    write_files(folder, {**contents, "trainer_state.json": b'{"global_step": 3}'})
+    complete(folder)
+    if data.draw(st.booleans()):
+        (folder / MANIFEST).unlink()
+    assert why_incomplete(folder) is None
+
+    def killed(path, **kwargs):
+        left = sorted(entry for entry in Path(path).rglob("*") if entry.is_file())
+        for entry in data.draw(st.lists(st.sampled_from(left), unique=True)) if left else []:
+            entry.unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            delete(folder)
+    assert why_incomplete(folder) is not None
+    assert last_complete(folder.parent)[0] is None
+    delete(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("state", [None, "", '{"global_step": 3', "[]", "null", "[" * 100_000])
@@ -145,10 +231,12 @@ def test_only_folders_with_a_step_count_as_checkpoints(tmp_path):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.none() | st.integers(-1, 4), st.data())
 @settings(deadline=None, max_examples=40)
-def test_old_checkpoints_go_those_first_that_are_not_complete(tmp_path_factory, are_complete, limit, data):
+def test_old_checkpoints_go_first_those_that_are_not_complete_then_by_step(tmp_path_factory, are_complete, limit, data):
+    """When the files were written says nothing: a copy of a run has other times."""
     run = tmp_path_factory.mktemp("run")
-    folders = [run / f"checkpoint-{step}" for step in range(1, len(are_complete) + 1)]
-    for age, (folder, is_complete) in enumerate(zip(folders, are_complete, strict=True)):
+    folders = [run / f"checkpoint-{step}" for step in range(8, 8 + len(are_complete))]  # 9 is before 10
+    ages = data.draw(st.permutations(range(len(folders))))
+    for age, folder, is_complete in zip(ages, folders, are_complete, strict=True):
         begin(folder)
         if is_complete or folder is folders[-1]:
             complete(folder)
@@ -156,20 +244,15 @@ def test_old_checkpoints_go_those_first_that_are_not_complete(tmp_path_factory, 
     best = data.draw(st.none() | st.sampled_from(folders))
     delete_old(folders[-1], limit, None if best is None else str(best))
     left = set(checkpoints_in(run))
-    assert {folders[-1]} | ({best} if best else set()) <= left
+    kept = {folders[-1], best} - {None}
+    assert kept <= left
     if limit is None or limit <= 0:
         assert len(left) == len(folders)
-    else:
-        assert len(left) == min(len(folders), max(limit, len({folders[-1], best} - {None})))
-        gone = [folder for folder in folders if folder not in left]
-        stayed = [folder for folder in folders if folder in left and folder not in (folders[-1], best)]
-        order = [*gone, *stayed]
-        ranked = sorted(order, key=lambda path: (why_of(path, folders, are_complete), folders.index(path)))
-        assert set(ranked[: len(gone)]) == set(gone)
-
-
-def why_of(path, folders, are_complete):
-    return are_complete[folders.index(path)]
+        return
+    assert len(left) == min(len(folders), max(limit, len(kept)))
+    others = [folder for folder in folders if folder not in kept]
+    others.sort(key=lambda folder: are_complete[folders.index(folder)])  # stable: by step within each kind
+    assert set(others[: len(folders) - len(left)]) == set(folders) - left
 
 
 # --- a real trainer ---------------------------------------------------------------------------------------------------
@@ -332,10 +415,44 @@ def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_stays(
     assert resumed.state.global_step == 3
 
 
-def test_a_failed_save_does_not_delete_what_was_complete(tmp_path, monkeypatch):
+def test_a_failed_save_does_not_delete_what_was_complete(tmp_path):
     folder = tmp_path / "checkpoint-3"
     begin(folder)
     complete(folder)
-    error = checkpoints.save_failed(folder, OSError(28, "No space left on device"))
+    discard(folder)
     assert why_incomplete(folder) is None
-    assert str(error).startswith(f"{folder} could not be written (OSError: [Errno 28] No space left on device")
+    begin(folder)
+    discard(folder)
+    assert not folder.exists()
+    reason = reason_of(folder, OSError(28, "No space left on device"))
+    assert re.fullmatch(r"OSError: \[Errno 28\] No space left on device; \d+ MB are free there", reason)
+
+
+@pytest.mark.parametrize("fails_in", [0, "model", 1, 2])
+def test_saving_a_step_again_leaves_the_old_checkpoint_or_none(model_path, dataset, tmp_path, monkeypatch, fails_in):
+    """Where the mark of an incomplete one, the model, the state of the callbacks or the manifest cannot be written."""
+    trainer = make(model_path, dataset, tmp_path, max_steps=2)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    written = []
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def fails_in_one(path, write):
+        written.append(Path(path).name)
+        (fails if len(written) - 1 == fails_in else write_whole)(path, write)
+
+    monkeypatch.setattr(checkpoints, "write_whole", fails_in_one)
+    if fails_in == "model":
+        monkeypatch.setattr(trainer.model, "save_pretrained", fails)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written \(OSError: .*No space left") as error:
+        trainer._save_checkpoint(trainer.model, None)
+    assert written == [MANIFEST, "grpo_callbacks.pt", MANIFEST][: 1 if fails_in == "model" else fails_in + 1]
+    if fails_in == 0:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert why_incomplete(folder) is None
+    else:
+        assert not folder.exists()
+        assert str(error.value).endswith(f"the last complete checkpoint is {tmp_path / 'checkpoint-1'}")

@@ -23,7 +23,7 @@ from trl_grpo_ext.credit.groups import group_advantages, normalize_then_sum
 from trl_grpo_ext.hooks.records import Answer, RolloutSequence
 from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
 from trl_grpo_ext.host.checkpoints import MANIFEST, CheckpointError, load_tensors
-from trl_grpo_ext.observe.monitor import RunRecord, read_lines
+from trl_grpo_ext.observe.record import RunRecord, entries_of
 from trl_grpo_ext.observe.report import NotARunError, read_run, write_report
 from trl_grpo_ext.observe.report.figures import axes_of, panels_of
 from trl_grpo_ext.observe.report.page import page_data, render
@@ -422,7 +422,7 @@ def test_the_record_goes_on_after_any_crash(tmp_path_factory, before, info, step
     record.start({"model": "m"}, step)
     record.log(step + 1, {"loss": 1.0}, [])
     record.update(status="finished")
-    kept = list(read_lines(record.metrics))
+    kept = list(entries_of(record.metrics, record.run.parent))
     assert [entry["step"] for entry in kept][-1] == step + 1
     assert all(entry["step"] <= step for entry in kept[:-1])
     assert len(record.metrics.read_text().splitlines()) == len(kept)
@@ -537,6 +537,33 @@ def test_a_hostile_state_is_refused_with_the_file_and_the_key(checkpoint):
             assert any(part in str(error.value) for part in parts), (place, bad, str(error.value))
             tried += 1
     assert tried > 100
+
+
+def test_a_writer_refuses_what_its_reader_refuses(saved, monkeypatch):
+    """With the name of the callback and the key, and without a change of anything."""
+    trainer, _ = saved
+    writers = [callback for callback in trainer.grpo_callbacks if not isinstance(callback, Keeper)]
+    before = {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+    beta = trainer.beta
+    tried = 0
+    for writer in [*writers, trainer._planner]:
+        name, state = type(writer).__name__, writer.state_dict()
+        assert trainer._state_of(writer) is not None
+        for place, value in leaves(state):
+            is_optional = "detector" in place and (len(place) > 3 or "streaks" in place)
+            for bad in bad_values(value):
+                if isinstance(value, list) or (bad is KeyError and is_optional) or (value == {} == bad):
+                    continue
+                monkeypatch.setattr(writer, "state_dict", lambda p=place, b=bad, s=state: replaced(s, p, b))
+                with pytest.raises(ValueError, match=rf"state_dict\(\) of {name}") as error:
+                    trainer._state_of(writer)
+                monkeypatch.undo()
+                key = next(part for part in reversed(place) if isinstance(part, str))
+                assert any(part in str(error.value) for part in (f"'{key}'", "The checkpoint knows")), (place, bad)
+                tried += 1
+    assert tried > 80
+    assert trainer.beta == beta
+    assert before == {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
 
 
 def test_another_version_is_refused(checkpoint):

@@ -16,7 +16,19 @@ from trl.trainer.utils import nanstd
 
 from trl_grpo_ext.config import ALARMS
 from trl_grpo_ext.observe.alarms import Alarm, AlarmDetector, make_alarms
-from trl_grpo_ext.observe.readings import RECENT, History, Reading, collapse, constant_rewards, level, runaway, spike
+from trl_grpo_ext.observe.readings import (
+    RECENT,
+    REST,
+    History,
+    Reading,
+    collapse,
+    constant_rewards,
+    level,
+    off_centre,
+    outburst,
+    runaway,
+    spike,
+)
 
 NAN = math.nan
 ONSET = 40  # log at which the illness begins
@@ -90,6 +102,7 @@ ILL = {
     "nan_loss": lambda i, log: {"grad_norm": NAN},
     "dead_reward": lambda i, log: {"rewards/helpfulness/mean": 0.0, "rewards/helpfulness/std": 0.0},
     "advantage_bias": lambda i, log: {"advantage/mean": -0.2},
+    "nothing_trained": lambda i, log: {"updates/without_effect": i + 1.0},
 }
 
 
@@ -107,7 +120,7 @@ def test_an_ill_run_raises_its_alarm_and_no_other(name, base):
     assert {event[1] for event in events} == {name}
     (first, *_) = events
     assert first[2] == "raised"
-    delay = {"dead_reward": RECENT, "reward_hacking": 20}.get(name, alarm.patience - 1)
+    delay = {"dead_reward": 2 * REST - 1, "reward_hacking": 30, "nothing_trained": 1}.get(name, alarm.patience - 1)
     assert ONSET + alarm.patience - 1 <= first[0] <= ONSET + delay
     # Said once, and not at each log.
     assert len(events) <= 3
@@ -205,7 +218,7 @@ def test_state_is_a_copy():
     detector.update({"x": 1.0})
     state = detector.state_dict()
     detector.update({"x": 2.0})
-    assert state["recent"] == {"x": [1.0]}
+    assert state["history"]["recent"] == {"x": [1.0]}
 
 
 def test_two_alarms_of_one_name_are_refused():
@@ -228,7 +241,8 @@ def test_history_keeps_both_ends(values):
     history = history_of(x=values)
     assert history.first["x"] == values[:10]
     assert history.recent["x"] == values[-20:]
-    assert history.num_logs == len(values)
+    assert history.num_logs == history.counts["x"] == len(values)
+    assert history.highest["x"] == max(values)
 
 
 def test_spike_by_hand():
@@ -245,19 +259,68 @@ def test_collapse_by_hand():
     assert collapse("x")({"x": 0.0}, history).value == math.inf
 
 
-def test_constant_rewards_by_hand():
-    steady = history_of(**{"rewards/a/mean": [0.5] * 20, "rewards/b/mean": [0.5] * 19 + [0.6]})
-    logs = {"rewards/a/mean": 0.5, "rewards/b/mean": 0.6}
-    assert constant_rewards(logs, steady) == Reading(1.0, "a is always 0.5")
-    # The same mean from different completions is no dead reward.
-    assert constant_rewards(logs | {"rewards/a/std": 0.2}, steady).value == 0.0
-    assert constant_rewards(logs | {"rewards/a/mean": 0.7}, steady).value == 0.0
-    assert constant_rewards({"loss": 0.0}, steady) is None
+def test_outburst_by_hand():
+    read = outburst("x", floor=1.0, alone=20.0, margin=4.0)
+    steady = history_of(x=[1.0] * 10)
+    assert read({"x": 30.0}, steady) == Reading(30.0, "x is 30, 30.0 times its recent median of 1")
+    assert read({"x": 15.0}, steady).value == 1.0  # alone it does not count
+    assert read({"x": 15.0}, history_of(x=[1.0] * 10 + [12.0, 40.0])).value == 12.0  # the smallest of three
+    assert read({"x": 15.0}, history_of(x=[1.0] * 10 + [12.0, 1.0])).value == 1.0
+    # Six times the usual was there before: 30 is not four times that, and 35 is as far from 6 as 6 from 1.
+    assert read({"x": 23.0}, history_of(x=[1.0] * 10 + [6.0] + [1.0] * 9)).value == 1.0
+    assert read({"x": 35.0}, history_of(x=[1.0] * 10 + [6.0] + [1.0] * 9)).value == 1.0
+    assert read({"x": 37.0}, history_of(x=[1.0] * 10 + [6.0] + [1.0] * 9)).value == 37.0
+    assert outburst("x", floor=50.0, alone=20.0, margin=4.0)({"x": 30.0}, steady).value == 0.0
+    assert read({"x": NAN}, steady) is None
+    assert read({"y": 1.0}, steady) is None
+
+
+def dead(*values: float, std: float | None = None) -> bool:
+    """Whether a reward whose mean was logged with these values is dead by the last of them."""
+    (*before, last) = values
+    logs = {"rewards/a/mean": last} | ({} if std is None else {"rewards/a/std": std})
+    reading = constant_rewards(logs, history_of(**{"rewards/a/mean": before}))
+    assert reading == (Reading(1.0, f"a is always {last:.3g}") if reading.value else Reading(0.0, "all rewards vary"))
+    return reading.value == 1.0
+
+
+def test_dead_rewards_by_hand():
+    assert dead(*[0.5] * 5)  # it never had another value
+    assert not dead(*[0.5] * 4)
+    assert dead(*[0.0] * 60)
+    assert not dead(*[1.0] * 60)  # always met
+    assert not dead(*[0.5] * 5, std=0.2)  # the same mean from different completions
+    assert not dead(0.5, 0.6, 0.5, 0.6, 0.5)
+    # A service that fails: ten logs, because a coarse reward may well stand still for five.
+    noisy = [0.56, 0.53, 0.58, 0.55, 0.57, 0.54, 0.56, 0.58]
+    assert dead(*noisy, *[0.0] * 10)
+    assert not dead(*noisy, *[0.0] * 9)
+    assert dead(*noisy, *[0.0] * 60)
+    # Learnt: the way leads to the value, up or down.
+    assert not dead(0.3, 0.5, 0.7, 0.85, 0.95, 0.98, *[1.0] * 40)
+    assert not dead(0.9, 1.2, 1.5, 1.8, 1.95, *[2.0] * 40)
+    assert not dead(0.4, 0.2, 0.1, 0.05, *[0.0] * 40)
+    # Rare: the value was there before.
+    assert not dead(0.0, 0.125, 0.0, 0.0, 0.25, *[0.0] * 40)
     # What TRL computes of 16 times 0.1.
-    rounding = torch.full((16,), 0.1)
-    tenth = history_of(**{"rewards/a/mean": [0.1] * 20})
-    assert 0 < nanstd(rounding).item() < 1e-7
-    assert constant_rewards({"rewards/a/mean": 0.1, "rewards/a/std": nanstd(rounding).item()}, tenth).value == 1.0
+    rounding = nanstd(torch.full((16,), 0.1)).item()
+    assert 0 < rounding < 1e-7
+    assert dead(*[0.1] * 5, std=rounding)
+    assert constant_rewards({"loss": 0.0}, History()) is None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(0, 20))
+def test_what_moved_lately_is_not_dead(values, cut):
+    values = [*values, values[-1] + 1.0, *[0.1 * i for i in range(cut % 4)]]
+    assert not dead(*values)
+
+
+def test_a_baseline_below_the_rewards_is_no_bias():
+    read = off_centre("advantage/mean", "advantage/abs_mean")
+    logs = {"advantage/mean": 0.5, "advantage/abs_mean": 0.8, "reward": 1.0, "reward_std": 0.4}
+    assert read(logs, History()).value == 0.625
+    assert read({**logs, "baseline/mean": 0.99}, History()).value == 0.625
+    assert read({**logs, "baseline/mean": 0.8}, History()).value == 0.0
 
 
 def test_rounding_is_no_usual_spread():
@@ -269,14 +332,15 @@ def test_rounding_is_no_usual_spread():
 
 def test_runaway_by_hand():
     series = {"reward": [0.0] * 20, "reward_std": [1.0] * 20, "length": [10.0] * 20}
-    read = runaway(["length"])
+    read = runaway({"length": (5.0, 2.0)})
     longer = {"reward": 0.0, "reward_std": 1.0, "length": 60.0}
-    assert read(longer, history_of(**series)).value == 1.0  # the reward did not rise
-    # Means of the last five logs: reward 0.6 (up by more than half of 1.0), length 20.
+    assert read(longer, history_of(**series)).value == 0.0  # the reward did not rise
+    # Means of the last five logs: reward 0.6 (up by more than half of 1.0), length 20, which is its limit.
     paid = read({**longer, "reward": 3.0}, history_of(**series))
-    assert paid == Reading(2.0, "reward went from 0 to 0.6 and length from 10 to 20")
-    # Running away downwards counts as well: 10 to (4 * 10 + 0) / 5 = 8.
-    assert read({**longer, "reward": 3.0, "length": 0.0}, history_of(**series)).value == 1.25
+    assert paid == Reading(1.0, "reward went from 0 to 0.6 and length from 10 to 20")
+    # Running away downwards counts as well: 10 to (4 * 10 + 0) / 5 = 8, where 2 is the limit.
+    shorter = read({**longer, "reward": 3.0, "length": 0.0}, history_of(**series))
+    assert shorter.value == pytest.approx(math.log(10 / 8) / math.log(5))
 
 
 def test_a_watched_metric_can_be_any():
@@ -291,7 +355,24 @@ def test_a_watched_metric_can_be_any():
     ]
     events = run(logs, alarms)
     assert [event[1:] for event in events] == [("reward_hacking", "raised")]
+    assert run(logs, make_alarms(watch={"rewards/harmlessness/mean": (4.0, 2.0)})) == []
     assert run(logs) == []
+
+
+# How often they are wrong
+
+
+def test_false_alarms_are_rare_and_illnesses_are_found():
+    import alarm_rates
+
+    assert tuple(alarm_rates.SICK) == ALARMS
+    rates = alarm_rates.false_alarms(runs=12, seed=5)
+    for name in ALARMS:
+        assert sum(rates[shape][name] for shape in rates) / len(rates) <= 0.05, name
+        assert max(rates[shape][name] for shape in rates) <= 0.25, name
+    for name, (share, delay) in alarm_rates.detections(runs=10, seed=5).items():
+        assert share >= 0.9, name
+        assert delay <= 30, name
 
 
 # The benchmark

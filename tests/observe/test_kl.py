@@ -150,6 +150,7 @@ def test_the_loss_uses_the_beta_of_the_moment(model_path, dataset, tmp_path):
 def test_beta_never_reaches_zero(model_path, dataset, tmp_path):
     callback = AdaptiveKLCallback(1e9, kl_horizon=8)
     trainer = make_trainer(model_path, dataset, tmp_path, callbacks=[callback], beta=0.1)
+    trainer.model.train()
     for _ in range(200):
         trainer.log_metric("kl", 0.0)
         callback.on_step_end(trainer.args, trainer.state, trainer.control)

@@ -130,12 +130,24 @@ def test_a_table():
     rows = shown(view, 100)
     assert rows[0].startswith("step 6/10  ━━━━━━━━━━━━╌╌╌╌╌╌╌╌ 60%")
     assert rows[1].split() == ["reward", "0.500", "±", "0.250", "↑", "▁▂▄▅▇█"]
-    assert [row.split()[0] for row in rows[2:4]] == ["helpful", "length"]
-    assert any(row.split() == ["group", "size", "2", "to", "8,", "mean", "4.0"] for row in rows)
+    assert [row.split()[0] for row in rows[3:5]] == ["helpful", "length"]
+    assert any(row.split()[:2] == ["groups", "2-8"] for row in rows)
     assert any(row.split()[:3] == ["held-out", "reward", "0.700"] for row in rows)
     assert not any("whole" in row for row in rows)
-    assert not any("▁" in row for row in shown(view, 40))
+    assert not any("▁" in row for row in shown(view, 30))
     "\n".join(shown(view, 100, fancy=False)).replace("±", "").replace("β", "").encode("ascii")
+
+
+@given(st.integers(30, 200))
+def test_bars_that_do_not_fit_are_the_oldest(width):
+    view = LiveView(max_steps=100)
+    for step in range(24):
+        view.log({**LOGS, "reward": float(step == 23)})
+    (row,) = (row for row in shown(view, width) if row.startswith("reward"))
+    if "▁" in row:
+        assert row.rstrip().endswith("▁█")
+    if width == 60:
+        assert "▁█" in row
 
 
 def test_alarms_come_with_their_remedy_and_go(tmp_path):

@@ -14,13 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
 from kit import PYTHONPATH, config_kwargs, count_vowels, has_answer
+from peft import LoraConfig, PeftModel, get_peft_model
 from runs import Interrupt, same, weights
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MonitorCallback, RolloutBatch
-from trl_grpo_ext.observe.monitor import RunRecord, read_lines, without_secrets
+from trl_grpo_ext.observe.effect import fingerprint
+from trl_grpo_ext.observe.monitor import metrics_of, widened
+from trl_grpo_ext.observe.record import RunRecord, entries_of, read_lines
 from trl_grpo_ext.observe.report import read_run
 
 HERE = Path(__file__).parent
@@ -115,16 +120,20 @@ def rollouts(rewards, ids, advantages=None, discarded=None) -> RolloutBatch:
     )
 
 
-def look(monitor, batch):
-    monitor.on_rollouts(batch=batch)
-    return {name: pytest.approx(value) for name, value in batch.metrics.items()}
+NOTHING_YET = (math.inf, -math.inf)
+
+
+def look(batch, reward_range=NOTHING_YET):
+    """Metrics of a batch, and the range of rewards with it."""
+    reward_range = widened(reward_range, batch)
+    return {name: pytest.approx(value) for name, value in metrics_of(batch, reward_range).items()}, reward_range
 
 
 def test_metrics_by_hand():
     # Groups of 2, 3, 1, 2: flat at 1, varying, flat at 0 (a single one), flat at NaN.
     rewards = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, math.nan, math.nan]
     batch = rollouts(rewards, [0, 0, 1, 1, 1, 2, 3, 3], [0, 0, -0.5, 1.0, -0.5, 0, 0, 0])
-    assert look(MonitorCallback(), batch) == {
+    assert look(batch)[0] == {
         "rollouts/flat_high": 2 / 8,
         "rollouts/flat_low": 3 / 8,
         "advantage/mean": 0.0,
@@ -136,49 +145,74 @@ def test_metrics_by_hand():
 def test_advantages_per_token_count_where_there_is_a_token():
     batch = rollouts([0.0, 1.0, 2.0], [0, 0, 0], [[1.0, -1.0, 9.0], [2.0, math.nan, 9.0], [0.0, 0.0, 0.0]])
     batch.completion_lengths = torch.tensor([2, 1, 3])
-    metrics = look(MonitorCallback(), batch)
+    metrics, _ = look(batch)
     assert metrics["advantage/mean"] == 2 / 6
     assert metrics["advantage/abs_mean"] == 4 / 6
     assert metrics["advantage/nonzero"] == 2 / 3
-    batch.completion_lengths = torch.zeros(3)
-    assert look(MonitorCallback(), batch)["advantage/abs_mean"] == 0
+    batch.completion_lengths, batch.advantages = torch.zeros(3), torch.empty(3, 0)
+    assert look(batch)[0]["advantage/abs_mean"] == 0
 
 
 def test_a_completion_without_others_is_flat_unless_it_has_an_advantage():
     batch = rollouts([0.0, 0.0, 1.0, 1.0], [0, 1, 2, 3], [[0.5, 0.0], [0.0, 0.0], [0.0, -0.5], [0.0, 0.0]])
     batch.completion_lengths = torch.tensor([2, 2, 2, 2])
-    metrics = look(MonitorCallback(), batch)
+    metrics, _ = look(batch)
     assert (metrics["rollouts/flat_low"], metrics["rollouts/flat_high"]) == (0.25, 0.25)
 
 
+def test_in_groups_of_one_the_advantage_decides():
+    alone = [0, 1, 2, 3]
+    right, mixed = rollouts([1.0] * 4, alone), rollouts([1.0, 1.0, 0.0, 0.0], alone, [0.5, 0.5, -0.5, -0.5])
+    shifted = rollouts([1.0] * 4, alone, [0.5] * 4)  # a baseline below the rewards
+    shares = [{name: m for name, m in look(batch)[0].items() if "flat" in name} for batch in (right, mixed, shifted)]
+    assert shares == [
+        {"rollouts/flat_high": 1, "rollouts/flat_low": 0},
+        {"rollouts/flat_high": 0, "rollouts/flat_low": 0},
+        {"rollouts/flat_high": 0, "rollouts/flat_low": 0},
+    ]
+    # What was replaced has no advantages: then it taught nothing, alone or not.
+    discarded = rollouts([0.0, 1.0, 2.0], [0, 1, 1])
+    discarded.advantages = torch.empty(0)
+    mixed.discarded = discarded
+    assert look(mixed)[0]["rollouts/flat_low"] == 1 / 7
+
+
 def test_high_and_low_go_by_the_rewards_of_the_run():
-    monitor = MonitorCallback()
+    def high(rewards, ids, before=NOTHING_YET):
+        metrics, reward_range = look(rollouts(rewards, ids), before)
+        return metrics["rollouts/flat_high"], reward_range
+
     # As long as one reward is all there is, its sign tells.
-    assert look(MonitorCallback(), rollouts([0.0, 0.0], [0, 0]))["rollouts/flat_low"] == 1.0
-    assert look(monitor, rollouts([5.0, 5.0], [0, 0]))["rollouts/flat_high"] == 1.0
-    assert look(monitor, rollouts([-1.0, 2.0, 7.0, 7.0], [0, 0, 1, 1]))["rollouts/flat_high"] == 0.5
+    assert high([0.0, 0.0], [0, 0])[0] == 0.0
+    share, seen = high([5.0, 5.0], [0, 0])
+    assert share == 1.0
+    share, seen = high([-1.0, 2.0, 7.0, 7.0], [0, 0, 1, 1], seen)
+    assert share == 0.5
     # The range is -1 to 7 by now, and 3.5 lies above its middle.
-    assert look(monitor, rollouts([3.5, 3.5, 2.5, 2.5], [0, 0, 1, 1]))["rollouts/flat_high"] == 0.5
-    other = MonitorCallback()
-    other.load_state_dict(monitor.state_dict())
-    assert look(other, rollouts([3.5, 3.5], [0, 0]))["rollouts/flat_high"] == 1.0
-    assert look(other, rollouts([2.5, 2.5], [0, 0]))["rollouts/flat_high"] == 0.0
+    assert high([3.5, 3.5, 2.5, 2.5], [0, 0, 1, 1], seen) == (0.5, (-1.0, 7.0))
 
 
 def test_discarded_groups_count():
     discarded = rollouts([0.0, 0.0, 1.0, 1.0], [0, 0, 1, 1])
     batch = rollouts([0.0, 1.0, 0.0, 1.0], [0, 0, 1, 1], discarded=discarded)
-    metrics = look(MonitorCallback(), batch)
+    metrics, _ = look(batch)
     assert (metrics["rollouts/flat_high"], metrics["rollouts/flat_low"]) == (0.25, 0.25)
 
 
 def test_infinite_rewards_do_not_move_the_range():
-    monitor = MonitorCallback()
-    look(monitor, rollouts([0.0, 1.0, math.inf, -math.inf], [0, 0, 1, 1]))
-    assert monitor.reward_range == (0.0, 1.0)
-    monitor = MonitorCallback()
-    look(monitor, rollouts([math.nan, math.nan], [0, 0]))
-    assert monitor.reward_range == (math.inf, -math.inf)
+    assert look(rollouts([0.0, 1.0, math.inf, -math.inf], [0, 0, 1, 1]))[1] == (0.0, 1.0)
+    assert look(rollouts([math.nan, math.nan], [0, 0]))[1] == NOTHING_YET
+
+
+def test_the_state_of_a_monitor_survives_a_file(model_path, dataset, tmp_path):
+    first = make(model_path, dataset, tmp_path / "a", rewards=[has_answer], monitor=True)
+    first.train()
+    second = make(model_path, dataset, tmp_path / "b", rewards=[has_answer], monitor=True)
+    before, after = (t.grpo_callbacks[0] for t in (first, second))
+    assert after.reward_range == NOTHING_YET
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.state_dict() == before.state_dict()
+    assert after.reward_range == before.reward_range
 
 
 def test_shares_add_up_in_a_run(model_path, dataset, tmp_path):
@@ -254,7 +288,7 @@ def test_record_of_a_run(model_path, dataset, tmp_path):
     for line, entry in zip(metrics, history, strict=True):
         assert {k: v for k, v in line.items() if k != "time"} == entry
     assert abs(metrics[-1]["time"] - time.time()) < 600
-    assert alarms == []
+    assert [alarm["name"] for alarm in alarms] == ["truncated"]
 
 
 def test_status_while_it_runs(model_path, dataset, tmp_path):
@@ -279,15 +313,6 @@ def test_secrets_stay_out(model_path, dataset, tmp_path):
     config = json.loads(text)["config"]
     assert config["model_init_kwargs"] == {"revision": "main"}
     assert config["vllm_server_base_url"] == "http://host:8000"
-
-
-def test_values_that_json_lacks():
-    assert without_secrets({"a": math.nan, "b": (1, Path("x")), 3: {"c": None}, "d": True}) == {
-        "a": None,
-        "b": [1, "x"],
-        "3": {"c": None},
-        "d": True,
-    }
 
 
 def none_at_all(completions, **kwargs):
@@ -315,23 +340,23 @@ def untimed(lines):
 
 
 def test_resumed_record_equals_the_uninterrupted_one(model_path, dataset, tmp_path):
-    # Killed at step 5, after a checkpoint at 3; `truncated` is raised at step 5, so it happens twice.
+    # Killed at step 3, after a checkpoint at 2; `truncated` is raised at step 3, so it happens twice.
     options = {"rewards": [has_answer], "monitor": True, "group_size": "variance", "per_device_train_batch_size": 16}
-    options |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    options |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     make(model_path, dataset, tmp_path / "whole", **options).train()
-    make(model_path, dataset, tmp_path / "cut", callbacks=[Stop(5)], **options).train()
-    half = '{"step": 6, "reward'
+    make(model_path, dataset, tmp_path / "cut", callbacks=[Stop(3)], **options).train()
+    half = '{"step": 4, "reward'
     with (tmp_path / "cut/monitor/metrics.jsonl").open("a") as file:
         file.write(half)
     started = record_run(tmp_path / "cut")["started"]
     resumed = make(model_path, dataset, tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     run, metrics, alarms = record(tmp_path / "cut")
     _, expected_metrics, expected_alarms = record(tmp_path / "whole")
     assert untimed(metrics) == untimed(expected_metrics)
     assert untimed(alarms) == untimed(expected_alarms)
     assert [alarm["name"] for alarm in alarms] == ["truncated"]
-    assert run["resumed_at_steps"] == [3]
+    assert run["resumed_at_steps"] == [2]
     assert run["started"] == started
     assert run["status"] == "finished"
 
@@ -363,8 +388,8 @@ def test_resume_without_a_record_begins_one(model_path, dataset, tmp_path):
 def test_half_written_lines_are_left_out(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert list(read_lines(path)) == [{"step": 1}, {"step": 2}]
-    assert list(read_lines(tmp_path / "none.jsonl")) == []
+    assert list(read_lines(path, tmp_path)) == [{"step": 1}, {"step": 2}]
+    assert list(read_lines(tmp_path / "none.jsonl", tmp_path)) == []
 
 
 def test_a_disk_that_is_full_for_a_while_costs_lines_and_not_the_run(tmp_path, caplog):
@@ -383,7 +408,7 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_not_the_run(tmp_path, c
     assert record.metrics.stat().st_size == size + 9
     record.log(4, {"loss": 4.0}, [])
     record.log(5, {"loss": 5.0}, [])
-    assert [entry["step"] for entry in read_lines(record.metrics)] == [1, 4, 5]
+    assert [entry["step"] for entry in entries_of(record.metrics, tmp_path)] == [1, 4, 5]
     assert read_run(tmp_path).last_step == 5
     (line,) = caplog.messages
     assert "metrics.jsonl could not be written ([Errno 27] File too large): training goes on, and the record" in line
@@ -423,6 +448,98 @@ def test_alarm_is_told_once_and_everywhere(model_path, dataset, tmp_path, caplog
     raised = [entry["step"] for entry in metrics if entry.get("alarms/all_wrong")]
     assert raised == [10, 11, 12]
     assert [e["step"] for e in trainer.state.log_history if e.get("alarms/all_wrong")] == raised
+
+
+# A run that trains nothing
+
+
+class Unused(torch.nn.Module):
+    """A part of the model that its forward pass never reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+
+def model_of(model_path, trained: str):
+    """A tiny model of which only what is named can be trained."""
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    if trained == "frozen adapter":
+        return PeftModel.from_pretrained(model, model_path + "-adapter")
+    model.requires_grad_(False)
+    if trained == "a part that takes no part":
+        model.unused = Unused()
+    elif trained == "one norm":
+        model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("trained", ["frozen adapter", "nothing"])
+def test_a_model_of_which_nothing_can_be_trained_is_refused(trained, model_path, dataset, tmp_path):
+    if trained == "frozen adapter":
+        adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), adapter).save_pretrained(
+            model_path + "-adapter"
+        )
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, monitor=True))
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    with pytest.raises(ValueError, match=r"no parameter with requires_grad=True.*is_trainable=True"):
+        AdaptiveGRPOTrainer(model_of(model_path, trained), count_vowels, args, dataset, processing_class=tokenizer)
+
+
+# Steps until the alarm: two batches, or more than one where a batch serves several steps. The first step of a warmup
+# has a learning rate of 0. A log that is far off does not delay the alarm.
+WITHOUT_EFFECT = {
+    "plain": ({}, 2),
+    "warmup": ({"warmup_steps": 2}, 3),
+    "seldom logged": ({"logging_steps": 50}, 2),
+    "slices": ({"steps_per_generation": 2, "per_device_train_batch_size": 4}, 3),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_weights_that_never_change_are_told_within_two_batches(name, model_path, dataset, tmp_path, caplog):
+    options, step = WITHOUT_EFFECT[name]
+    model = model_of(model_path, "a part that takes no part")
+    model.enable_input_require_grads()  # as gradient checkpointing does, or the loss would have no gradient at all
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **{"monitor": True, "max_steps": 4, **options}))
+    trainer = AdaptiveGRPOTrainer(
+        model, count_vowels, args, dataset, processing_class=AutoTokenizer.from_pretrained(model_path)
+    )
+    trainer.train()
+    told = [alarm for alarm in record(tmp_path)[2] if alarm["name"] == "nothing_trained"]
+    assert [(alarm["step"], alarm["state"]) for alarm in told] == [(step, "raised")]
+    assert "batches with advantages left every weight as it was" in caplog.text
+
+
+@pytest.mark.parametrize("trained", ["one norm", "everything"])
+def test_weights_that_change_are_no_alarm(trained, model_path, dataset, tmp_path):
+    model = model_of(model_path, trained)
+    if trained == "everything":
+        model.requires_grad_(True)
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, monitor=True, learning_rate=1e-6))
+    trainer = AdaptiveGRPOTrainer(
+        model, count_vowels, args, dataset, processing_class=AutoTokenizer.from_pretrained(model_path)
+    )
+    trainer.train()
+    assert "nothing_trained" not in [alarm["name"] for alarm in record(tmp_path)[2]]
+    assert not any("updates/without_effect" in entry for entry in trainer.state.log_history)
+
+
+def test_batches_without_advantages_are_no_proof(model_path, dataset, tmp_path):
+    trainer = make(model_path, dataset, tmp_path, rewards=[hopeless], monitor=True, max_steps=4, weight_decay=0.0)
+    trainer.train()
+    assert "nothing_trained" not in [alarm["name"] for alarm in record(tmp_path)[2]]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), st.data())
+def test_a_fingerprint_tells_one_changed_bit(values, data):
+    weights = torch.tensor(values)
+    changed = weights.clone()
+    bits = changed.view(torch.int32)
+    bits[data.draw(st.integers(0, len(values) - 1))] ^= 1 << data.draw(st.integers(0, 30))
+    assert fingerprint(weights) == fingerprint(torch.nn.Parameter(weights.clone()))
+    assert fingerprint(weights) != fingerprint(changed)
 
 
 class Overflow(TrainerCallback):
@@ -472,6 +589,7 @@ def test_order_of_the_other_callbacks_stays(model_path, dataset, tmp_path):
 
     trainer = make(model_path, dataset, tmp_path, monitor=True, reward_clip_range=[0, 1], callbacks=[Mine()])
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    names = [name for name in names if name != "StepMarks"]
     assert names == ["MonitorCallback", "DefaultFlowCallback", "RewardClipCallback", "Mine", "PrinterCallback"]
 
 
@@ -599,7 +717,7 @@ def test_ranks_agree_and_one_writes(model_path, tmp_path):
         assert {k: v for k, v in one.items() if not any(t in k for t in (*TIMES, "time/"))} == {
             k: v for k, v in two.items() if not any(t in k for t in (*TIMES, "time/"))
         }
-    assert [entry["actions/lr_scale"] for entry in first["logs"][:-1]] == [1] * 5 + [0.5] * 3
+    assert [entry["actions/lr_scale"] for entry in first["logs"][:-1]] == [1] * 3 + [0.5] * 5
     run, metrics, alarms = record(tmp_path / "run")
     assert run["num_processes"] == 2
     assert [m["step"] for m in metrics] == list(range(1, 9))  # and not twice

@@ -23,8 +23,9 @@ from trl_grpo_ext.observe.report import NotARunError, read_run, write_report
 from trl_grpo_ext.observe.report.__main__ import main
 from trl_grpo_ext.observe.report.completions import _shown, read_groups
 from trl_grpo_ext.observe.report.escaping import json_for_html, visible
-from trl_grpo_ext.observe.report.figures import MAX_POINTS, axes_of, panels_of, write_pngs
+from trl_grpo_ext.observe.report.figures import MAX_POINTS, axes_of, panels_of
 from trl_grpo_ext.observe.report.page import page_data
+from trl_grpo_ext.observe.report.pictures import write_pngs
 from trl_grpo_ext.observe.report.reader import average, state_of
 from trl_grpo_ext.observe.report.summary import compare_configurations, configuration, headline, verdict
 from trl_grpo_ext.rewards import Length, as_reward
@@ -165,16 +166,61 @@ def test_the_verdict(tmp_path, reward, tone, text):
     assert (given_tone, text in sentence) == (tone, True), sentence
 
 
+def held_out_run(folder: Path, before: float, after: float, **logs):
+    """A run whose reward falls in training, with an evaluation at its start and at its end."""
+    text = entries(100, reward=lambda step: 1 - step / 100)
+    for step, value in ((0, before), (100, after)):
+        text += json.dumps({"step": step, "eval_reward": value, **logs}) + "\n"
+    return run_with(folder, text, reward_names=[TOTAL])
+
+
 @pytest.mark.parametrize(
-    ("held_out", "tone", "text"),
-    [((1.0, 1.2), "good", "risen from 1.00 to 1.20"), ((1.2, 1.0), "bad", "fallen"), ((1.0, 1.0), "neutral", "stayed")],
+    ("after", "tone", "text"),
+    [
+        (1.2, "good", "has risen from 1.00 to 1.20 (± 0.113 on 50 prompts, by the spread of their rewards)"),
+        (0.8, "bad", "has fallen from 1.00 to 0.800"),
+        (1.1, "neutral", "stayed within its noise (from 1.00 to 1.10 on 50 prompts"),
+        (1.0, "neutral", "stayed within its noise"),
+    ],
 )
-def test_held_out_prompts_decide(held_out, tone, text, tmp_path):
-    logs = entries(100, reward=lambda step: 1 - step / 100, eval_reward=lambda step: held_out[step > 50])
-    given_tone, sentence = verdict(run_with(tmp_path, logs))
-    assert given_tone == tone
-    assert text in sentence
+def test_held_out_prompts_decide(after, tone, text, tmp_path):
+    # The standard error of the difference is sqrt(2 * 0.2828 ** 2 / 50) = 0.0566, and twice that counts.
+    logs = {"eval_reward_std": 0.2828, "eval_runtime": 2.0, "eval_samples_per_second": 25.0}
+    given_tone, sentence = verdict(held_out_run(tmp_path, 1.0, after, **logs))
+    assert (given_tone, text in sentence) == (tone, True), sentence
     assert "In training: The reward has fallen" in sentence
+
+
+@pytest.mark.parametrize(
+    ("logs", "text"),
+    [
+        ({"eval_runtime": 1.0, "eval_samples_per_second": 2.0}, "went from 0.405 to 0.418, and 2 prompts are too few"),
+        ({}, "the number of prompts is unknown: too little to say"),
+    ],
+)
+def test_a_few_held_out_prompts_decide_nothing(logs, text, tmp_path):
+    tone, sentence = verdict(held_out_run(tmp_path, 0.405, 0.418, eval_reward_std=0.001, **logs))
+    assert (tone, text in sentence) == ("neutral", True), sentence
+
+
+@pytest.mark.parametrize(
+    ("gain", "tone", "text"),
+    [(0.1, "good", "has risen"), (-0.1, "bad", "has fallen"), (0.004, "neutral", "stayed within its noise")],
+)
+def test_held_out_prompts_are_compared_with_themselves(gain, tone, text, tmp_path):
+    # Rewards differ much from prompt to prompt, and gains by 0.02 around their mean: its standard error is 0.0032.
+    before = [i / 10 for i in range(40)]
+    after = [value + gain + 0.02 * (-1) ** i for i, value in enumerate(before)]
+    logs = {"eval_reward_std": 1.2, "eval_runtime": 1.0, "eval_samples_per_second": 40.0}
+    run = held_out_run(tmp_path, sum(before) / 40, sum(after) / 40, **logs)
+    for step, values in ((0, before), (100, after)):
+        write_table(tmp_path, step, [row for i, value in enumerate(values) for row in group(f"prompt {i}", [value])])
+    given_tone, sentence = verdict(run)
+    assert (given_tone, text in sentence) == (tone, True), sentence
+    assert "on 40 prompts, each compared with itself" in sentence
+    # Other prompts in one of the tables: then there is nothing to pair.
+    write_table(tmp_path, 0, group("training", [0.0, 1.0]))
+    assert "by the spread of their rewards" in verdict(run)[1]
 
 
 def test_it_is_too_early_for_a_verdict(tmp_path):
@@ -196,7 +242,7 @@ def test_the_numbers_by_hand(tmp_path):
     numbers = {label: (value, detail) for label, value, detail in top["numbers"]}
     assert numbers["Step"] == ("30 of 40", "running, last log 1 min 0 s ago")
     assert numbers["Rollouts"] == ("1 920", "270 000 tokens")
-    assert numbers["Informative"] == ("79%", "rollouts in groups with different rewards; at first 52%")
+    assert numbers["Informative"] == ("79%", "rollouts that teach; at first 52%")
     assert numbers["Time"][0] == "1 min 27 s"
     assert numbers["Time left"][0] == "30 s"
     assert [(entry["name"], entry["step"], entry["remedy"]) for entry in top["alarms"]] == [
@@ -379,7 +425,8 @@ def test_plots_are_written_for_any_name(tmp_path):
     panels = panels_of([run])
     assert [panel.log for panel in panels if panel.title == "Gradient norm"] == [True]
     files = write_pngs(panels, axes_of([run]), tmp_path / "figures")
-    assert {"reward.png", "gradient_norm.png", "kl_to_the_reference.png"} == {file.name for file in files}
+    assert {"reward.png", "gradient_norm.png"} == {file.name for file in files}
+    assert [panel.constant for panel in panels if panel.constant] == ["KL to the reference: 0"]
     assert all(file.stat().st_size > 5000 for file in files)
 
 
@@ -398,6 +445,36 @@ def test_every_value_has_its_place_on_the_axis_of_rollouts(tmp_path):
     text = "".join(json.dumps({"step": step, **row}) + "\n" for step, row in enumerate(rows, 1))
     (axis,) = axes_of([run_with(tmp_path, text)])
     assert axis.x["rollouts"] == [8, 8, 16, 16, 16]
+    # Before the first step there is none, and what is evaluated there has its place all the same.
+    (axis,) = axes_of([run_with(tmp_path, json.dumps({"step": 0, "eval_reward": 0.5}) + "\n" + text)])
+    assert axis.x["rollouts"] == [0, 8, 8, 16, 16, 16]
+    (axis,) = axes_of([run_with(tmp_path, entries(3, reward=float))])
+    assert "rollouts" not in axis.x
+
+
+def test_what_never_moves_is_a_line_of_text(tmp_path):
+    moves = {"reward": float, "advantage/mean": lambda step: 0.0, "advantage/abs_mean": lambda step: step / 10}
+    still = {
+        "beta": lambda step: 0.04,
+        "frac_reward_zero_std": lambda step: 0.5,
+        "rollouts/flat_high": lambda step: 0.2,
+    }
+    run = run_with(tmp_path, entries(5, mine=lambda step: 3.0, **moves, **still))
+    panels = panels_of([run])
+    data = page_data([run], axes_of([run]), panels, 10)
+    assert data["constants"] == [
+        "Flat groups: groups with equal rewards 0.500, rollouts in those with high rewards 0.200",
+        "KL coefficient β: 0.0400",
+        "mine: 3.00",
+    ]
+    assert [panel["title"] for panel in data["panels"]] == ["Reward", "Advantages"]
+    assert panels_of([run_with(tmp_path / "one", entries(1, beta=float))])[0].constant is None
+
+
+def test_the_length_of_those_that_end_has_gaps_where_none_ended(tmp_path):
+    lengths = {"completions/mean_terminated_length": lambda step: [0.0, 7.0, 8.0][step % 3]}
+    (panel,) = panels_of([run_with(tmp_path, entries(3, **lengths))])
+    assert panel.lines[0].y == [7.0, 8.0, None]
 
 
 def test_rounding_of_the_mean_advantage_is_not_blown_up(tmp_path):
@@ -413,7 +490,23 @@ def test_the_report_goes_where_it_is_told(tmp_path, capsys):
     assert (tmp_path / "out" / "both_figures" / "gradient_norm.png").exists()
     assert str(tmp_path / "out" / "both.html") in capsys.readouterr().out
     assert not (folder / "report.html").exists()
+    assert main([str(folder), str(other), "--output", str(tmp_path / "pair.html")]) == 0
+    assert [run["name"] for run in data_of(tmp_path / "pair.html")["runs"]] == ["run", "other"]
+    assert main([str(folder), str(other), "--compare", str(other)]) == 2
     assert main([str(folder), "--max-completions", "0"]) == 2
+
+
+def test_a_folder_of_runs_lists_them(tmp_path, capsys):
+    write_alarms(fabricate(tmp_path / "runs" / "second" / "seed 1", gain=0.3), alarm(3))
+    fabricate(tmp_path / "runs" / "first", steps=40, logged=20, seed=1)
+    (tmp_path / "runs" / "empty").mkdir()
+    assert main([str(tmp_path / "runs")]) == 0
+    first, second, hint = capsys.readouterr().out.splitlines()
+    assert first.startswith("first          step 20 of 40, probably interrupted: ")
+    assert second.startswith("second/seed 1  step 40 of 40, finished at step 40, reward 0.5")
+    assert second.endswith(", alarm kl_spike")
+    assert hint.startswith(f"{tmp_path / 'runs'} holds 2 runs: pass one of them")
+    assert not list((tmp_path / "runs").rglob("report.html"))
 
 
 # Real runs

@@ -93,7 +93,8 @@ def test_plots_table_and_filters_work(tmp_path):
         page.open(page_file)
         assert page.named("Runtime.exceptionThrown") == []
         panels = [panel for panel in data_of(page_file)["panels"] if not panel["is_extra"]]
-        assert len(panels) > 12
+        assert len(panels) > 10
+        assert "Never moved: " in page.run("document.getElementById('constants').textContent")
         assert page.run("document.querySelectorAll('#panels svg[role=img]').length") == len(panels)
         empty = (
             "[...document.querySelectorAll('#panels svg[role=img]')].filter((svg) => !svg.querySelector('polyline'))"
@@ -164,6 +165,28 @@ def test_the_page_fits_its_window(tmp_path, width):
         page.run("document.querySelectorAll('details').forEach((node) => node.open = true)")
         page.run("new Promise((done) => setTimeout(done, 300))")
         assert page.run("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (Debian: apt install chromium)")
+def test_alarms_can_be_read_on_a_phone_and_heads_stay_whole(tmp_path):
+    folder = fabricate(tmp_path / "run")
+    write_alarms(folder, alarm(20, evidence="completions/clipped_ratio is 0.9", remedy="raise max_completion_length"))
+    write_table(folder, 40, group("word", [0.1, 0.9], accuracy_of_the_answer=0.5))
+    page_file = write_report(folder)
+    with Page(width=390) as page:
+        page.open(page_file)
+        page.run("document.querySelectorAll('.group').forEach((node) => node.open = true)")
+        page.run("new Promise((done) => setTimeout(done, 300))")
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        cells = "[...document.querySelectorAll('#alarms td')].map((n) => n.getBoundingClientRect())"
+        assert page.run(f"{cells}.every((box) => box.left >= 0 && box.right <= 390 && box.width > 250)")
+        before = "getComputedStyle(document.querySelector('#alarms td:nth-child(4)'), '::before').content"
+        assert "Evidence" in page.run(before) or "data-head" in page.run(before)
+        # A word of a head is one piece.
+        head = "[...document.querySelectorAll('.group th')].find((n) => n.textContent === 'accuracy_of_the_answer')"
+        assert page.run(f"{head}.scrollWidth <= {head}.clientWidth")
+        page.run(f"window.range = document.createRange(); range.selectNodeContents({head})")
+        assert page.run("range.getClientRects().length") == 1
 
 
 def test_a_page_is_small_and_complete_for_a_long_run(tmp_path):

@@ -55,19 +55,19 @@ def test_csv_and_messages_are_taken_too(tmp_path):
     ("rows", "message"),
     [
         ([{"question": "why"}], "no column 'prompt', only \\['question'\\]"),
-        ([{"prompt": "why"}, {"prompt": ""}], "Row 0 of .* has no prompt: remove it"),
+        ([{"prompt": "why"}, {"prompt": ""}], "Line 1 of .* has no prompt: remove it"),
     ],
 )
 def test_bad_files_are_named(tmp_path, rows, message):
     path = tmp_path / "a.jsonl"
-    # The bad row is the first of the training split.
+    # The bad row is the first of the file.
     rows = [{"split": "train", **row} for row in reversed(rows)]
     with pytest.raises(ValueError, match=message):
         load_prompts(write(path, rows))
 
 
 def test_paths_endings_and_splits_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="There is no file"):
+    with pytest.raises(ValueError, match=r"There is no file or folder .* \(looked for /"):
         load_prompts(str(tmp_path / "missing.jsonl"))
     (tmp_path / "a.txt").write_text("why")
     with pytest.raises(ValueError, match=r"ends in '.txt': use one of .jsonl"):
@@ -129,10 +129,14 @@ def test_the_split_is_the_same_each_time_and_max_test_is_evenly_spaced(tmp_path)
 def test_a_missing_column_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "answer": "a"} for i in range(3)])
     with pytest.raises(
-        ValueError, match=r"no column 'reference', only \['prompt', 'answer'\]: rename the one that holds"
+        ValueError, match=r"no column 'reference', only \['prompt', 'answer'\]: name the one .* as reference_column"
     ):
         load_prompts(path, columns=["reference"])
-    with pytest.raises(ValueError, match="layout='squad' is unknown: use one of 'gsm8k', 'hh-rlhf'"):
+    with pytest.raises(
+        ValueError, match=r"no column 'harmful', only \['prompt', 'answer'\]: rename the one that holds"
+    ):
+        load_prompts(path, columns=["harmful"])
+    with pytest.raises(ValueError, match="layout='squad' is unknown: use one of 'messages', 'sharegpt', 'gsm8k'"):
         load_prompts(path, layout="squad")
     with pytest.raises(ValueError, match="no column 'question', only"):
         load_prompts(path, layout="gsm8k")
@@ -199,7 +203,9 @@ def test_a_row_that_does_not_fit_its_layout_is_named(tmp_path):
     for folder in ("harmless-base", "helpful-base"):
         write_gz(tmp_path / folder / "train.jsonl.gz", rows)
         write_gz(tmp_path / folder / "test.jsonl.gz", rows[:1])
-    with pytest.raises(ValueError, match=r"Row 1 of .*: chosen='what' is no conversation"):
+    with pytest.raises(
+        ValueError, match=r"Row 1 \(from 0\) of 'harmless-base, train' of .*: chosen='what' is no conversation"
+    ):
         load_prompts(str(tmp_path), layout="hh-rlhf")
 
 
@@ -207,7 +213,7 @@ def test_messages_that_were_written_as_text_are_refused(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "Hi"}]}] * 2
     for text in (json.dumps(rows[0]["prompt"]), repr(rows[0]["prompt"])):
         path = write(tmp_path / "a.jsonl", [{"prompt": "fine"}, {"prompt": text}])
-        with pytest.raises(Exception, match=r"Row 0 of .* has a list of messages written as text, .*JSONL and"):
+        with pytest.raises(Exception, match=r"Line 2 of .* has a list of messages written as text, .*JSONL and"):
             load_prompts(path)
     path = write(tmp_path / "b.jsonl", [{"prompt": ["a", "b"]}] * 2)
     with pytest.raises(Exception, match=r"has the prompt \['a', 'b'\]: write text or a list of messages"):
@@ -245,7 +251,7 @@ def test_a_stream_without_a_test_split_holds_the_first_prompts_out(tmp_path):
 def test_bad_rows_of_a_stream_are_named_when_they_are_read(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "q"}, {"prompt": "r"}, {"prompt": ""}])
     stream = load_prompts(path, streaming=True, max_test=1)["train"]
-    with pytest.raises(Exception, match=r"Row 1 of .* has no prompt"):
+    with pytest.raises(Exception, match=r"Line 3 of .* has no prompt"):
         list(stream)
     with pytest.raises(ValueError, match="no column 'reference'"):
         load_prompts(path, columns=["reference"], streaming=True, max_test=1)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.recipe import cold_start
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.recipe.evaluation import HeldOut, HeldOutCallback, evaluate_held_out, print_comparison
 from trl_grpo_ext.recipe.script import parse_arguments
@@ -66,7 +67,7 @@ def answers(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-@pytest.mark.parametrize("name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn"])
+@pytest.mark.parametrize("name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical"])
 def test_configs_parse(name, monkeypatch):
     module = recipe(name, monkeypatch)
     (arguments,) = [
@@ -138,13 +139,23 @@ TINY += ["--num_generations", "4", "--disable_tqdm", "true"]
             ["relevance", "declined", "answered", "harmlessness", "length"],
         ),
         ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right"]),
+        (
+            "hierarchical",
+            ["--max_test_prompts", "3", "--per_device_train_batch_size", "12", "--num_generations", "2"],
+            ["relevance", "harmlessness", "length", "length_of_plan"],
+        ),
+        (
+            "multi_turn",
+            ["--max_test_prompts", "3", "--per_device_train_batch_size", "12"],
+            ["relevance", "harmlessness_at_end", "length"],
+        ),
     ],
 )
 def test_recipes_run(name, flags, parts, model_path, tmp_path, monkeypatch, capsys):
     module = recipe(name, monkeypatch)
     flags = [*TINY, "--model_name_or_path", model_path, "--output_dir", str(tmp_path), *flags]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
-    arguments = getattr(module, f"{name.capitalize()}Arguments")
+    arguments = getattr(module, f"{name.title().replace('_', '')}Arguments")
     module.main(*parse_arguments(arguments, module.__file__))
     printed = capsys.readouterr().out
     assert all(re.search(rf"│ {part} +│ +-?\d", printed) for part in [*parts, "total"])
@@ -250,13 +261,13 @@ def test_the_cold_start_has_the_learning_rate_of_what_it_trains(peft, rate, mode
         seen.append(options["learning_rate"])
         raise StopError
 
-    config.learning_rate = harmless.SFTConfig.learning_rate
-    monkeypatch.setattr(harmless, "SFTConfig", config)
+    config.learning_rate = cold_start.SFTConfig.learning_rate
+    monkeypatch.setattr(cold_start, "SFTConfig", config)
     flags = [*TINY, "--model_name_or_path", model_path, "--output_dir", str(tmp_path), "--use_peft", peft]
     monkeypatch.setattr(sys, "argv", ["harmless.py", *flags])
     _, args, model_args = parse_arguments(harmless.HarmlessArguments, harmless.__file__)
     with pytest.raises(StopError):
-        harmless.cold_start(None, 2, args, model_args)
+        cold_start.cold_start(None, 2, args, model_args)
     assert seen == [rate]
 
 
@@ -267,7 +278,7 @@ def test_the_cold_start_of_the_harmless_recipe(model_path, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["harmless.py", *flags])
     script_args, args, model_args = parse_arguments(harmless.HarmlessArguments, harmless.__file__)
     train = script_args.load(columns=("reference", "harmful"))["train"].select(range(16))
-    folder = harmless.cold_start(train, 2, args, model_args)
+    folder = cold_start.cold_start(train, 2, args, model_args)
     assert "Cold start: 2 supervised steps on references, mean loss" in capsys.readouterr().out
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (model_path, folder))
     assert not hasattr(after, "peft_config")  # merged, so that a new adapter starts from here
@@ -278,8 +289,8 @@ def test_the_cold_start_of_the_harmless_recipe(model_path, tmp_path, monkeypatch
     assert all("proj" in name for name in changed)  # what lora_target_modules: all-linear adapts
     # A run that is resumed starts from the weights that it started from.
     args.resume_from_checkpoint = str(tmp_path / "checkpoint-1")
-    monkeypatch.setattr(harmless, "SFTTrainer", None)
-    assert harmless.cold_start(train, 2, args, model_args) == folder
+    monkeypatch.setattr(cold_start, "SFTTrainer", None)
+    assert cold_start.cold_start(train, 2, args, model_args) == folder
 
 
 def test_the_gate_of_the_harmless_recipe(monkeypatch):

@@ -1,33 +1,38 @@
 """Two real processes (gloo on the CPU): the ranks agree on plans, numbers and weights without talking about them."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from kit import PYTHONPATH
+from accelerate import PartialState
+from kit import Record, batches_of, has_answer, launch, make_letters, trainer_of, weights_of
 
-HERE = Path(__file__).parent
+from trl_grpo_ext import CriticBaseline
 
 
-def launch(model_path: str, out: Path, script: str = "distributed_run.py", **options) -> list[dict]:
-    out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    path = PYTHONPATH
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(
-        [*command, str(HERE / script), model_path, str(out), json.dumps(options)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+def train(model_path, out, resume=None, flat_rank=None, critic=False, **options) -> dict:
+    """What each rank believes about each batch, and what it ends with."""
+
+    def flat_on_one_rank(completion_ids, **kwargs):
+        is_flat = PartialState().process_index == flat_rank
+        return [0.0 if is_flat else float(ids[0] % 7) for ids in completion_ids]
+
+    reward = has_answer if flat_rank is None else flat_on_one_rank
+    callbacks = [Record, *([CriticBaseline] if critic else [])]
+    trainer = trainer_of(model_path, make_letters(), f"{out}/run", reward, callbacks, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    batches = [
+        {
+            "prompts": None if batch.prompt_index is None else batch.prompt_index.tolist(),
+            "sizes": batch.group_sizes.tolist(),
+            "rewards": batch.rewards.tolist(),
+            "advantages": batch.advantages.tolist(),
+            "lengths": batch.completion_lengths.tolist(),
+            "discarded": [] if batch.discarded is None else batch.discarded.prompt_index.tolist(),
+            "own_prompts": [row["prompt"] for row in batch.rows],
+        }
+        for batch in batches_of(trainer)
+    ]
+    states = [callback.state_dict() for callback in trainer.grpo_callbacks]
+    return {"batches": batches, "weights": weights_of(trainer), "states": states, "logs": trainer.state.log_history}
 
 
 def assert_ranks_agree(first: dict, second: dict) -> None:
@@ -43,6 +48,7 @@ def test_ranks_agree_and_groups_straddle_them(model_path, tmp_path, dynamic_samp
     ranks = launch(
         model_path,
         tmp_path / "out",
+        train,
         group_size="variance",
         curriculum="online",
         reward_clip_range=[-1, 1],
@@ -76,9 +82,9 @@ def test_resume_on_two_ranks(model_path, tmp_path):
         "save_strategy": "steps",
         "save_steps": 3,
     }
-    whole = launch(model_path, tmp_path / "whole", **options)
+    whole = launch(model_path, tmp_path / "whole", train, **options)
     checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-3")
-    resumed = launch(model_path, tmp_path / "resumed", **options, resume=checkpoint)
+    resumed = launch(model_path, tmp_path / "resumed", train, **options, resume=checkpoint)
     assert_ranks_agree(*resumed)
     assert resumed[0]["batches"] == whole[0]["batches"][3:]
     for name, value in whole[0]["weights"].items():
@@ -89,8 +95,8 @@ def test_resume_on_two_ranks(model_path, tmp_path):
 def test_a_rank_that_has_only_flat_groups(loss_type, model_path, tmp_path):
     """It still runs its passes, so nobody waits for it, and both ranks end with the weights of a full computation."""
     options = {"flat_rank": 1, "loss_type": loss_type, "max_steps": 4, "learning_rate": 1e-3, "scale_rewards": "none"}
-    full = launch(model_path, tmp_path / "full", **options)
-    lean = launch(model_path, tmp_path / "lean", **options, share_prompts=True, skip_zero_advantage=True)
+    full = launch(model_path, tmp_path / "full", train, **options)
+    lean = launch(model_path, tmp_path / "lean", train, **options, share_prompts=True, skip_zero_advantage=True)
     for name, value in lean[0]["weights"].items():
         assert torch.equal(value, lean[1]["weights"][name])
         assert torch.allclose(value, full[0]["weights"][name], atol=1e-5)
@@ -103,8 +109,10 @@ def test_a_rank_that_has_only_flat_groups(loss_type, model_path, tmp_path):
 
 def test_the_value_model_of_a_critic_is_one_on_all_ranks(model_path, tmp_path):
     options = {"critic": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = launch(model_path, tmp_path / "whole", **options)
-    resumed = launch(model_path, tmp_path / "resumed", **options, resume=str(tmp_path / "whole" / "run/checkpoint-2"))
+    whole = launch(model_path, tmp_path / "whole", train, **options)
+    resumed = launch(
+        model_path, tmp_path / "resumed", train, **options, resume=str(tmp_path / "whole" / "run/checkpoint-2")
+    )
     for run in (whole, resumed):
         assert_ranks_agree(*run)
         states = [rank["states"][-1]["value_model"] for rank in run]

@@ -4,24 +4,17 @@ import math
 
 import pytest
 import torch
+from kit import NAN, batch_of
 
 from trl_grpo_ext import RolloutBatch
 from trl_grpo_ext.trainer.logs import added_metrics, flat_rows, metrics_of_merged
 
-NAN = float("nan")
-
 
 def make_batch() -> RolloutBatch:
-    raw = torch.tensor([[0.0, NAN], [1.0, 2.0], [NAN, NAN], [3.0, 2.0], [3.0, 2.0]])
-    return RolloutBatch(
-        step=0,
-        group_ids=torch.tensor([0, 0, 0, 1, 1]),
-        group_sizes=torch.tensor([3, 2]),
-        prompt_index=torch.tensor([7, 4]),
-        rewards_per_func=raw,
-        raw_rewards_per_func=raw,
+    return batch_of(
+        {7: [[0.0, NAN], [1.0, 2.0], [NAN, NAN]], 4: [[3.0, 2.0], [3.0, 2.0]]},
+        weights=[1.0, 0.5],
         reward_names=["a", "b"],
-        rewards=torch.tensor([0.0, 2.0, NAN, 4.0, 4.0]),
         advantages=torch.tensor([-1.0, 1.0, 0.0, 0.0, 0.0]),
         completion_lengths=torch.tensor([2, 4, 0, 1, 3]),
         metrics={"mine": 5.0},

@@ -1,34 +1,28 @@
 """With nothing set, training is bit for bit that of stock TRL; with it set, TRL's logs stay true."""
 
 import pytest
-import torch
-from kit import config_kwargs, count_vowels, has_answer
+from kit import Record, batches_of, count_vowels, has_answer, have_same_weights, make_letters
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOTrainer
 
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 TIMES |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 
-def run(trainer_class, config_class, path, dataset, out, *, lora=False, callbacks=None, evaluate=False, **options):
-    trainer = trainer_class(
-        model=path,
-        reward_funcs=[count_vowels, has_answer],
-        args=config_class(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(4)) if evaluate else None,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
-        callbacks=callbacks,
-    )
+def run(make_trainer, cls, lora=False, evaluate=False, **given):
+    if lora:
+        given["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    if evaluate:
+        given["eval_dataset"] = make_letters().select(range(4))
+    trainer = make_trainer(cls.__name__, cls=cls, reward_funcs=[count_vowels, has_answer], **given)
     trainer.train()
     logs = [
         {key: value for key, value in entry.items() if not any(t in key for t in TIMES)}
         for entry in trainer.state.log_history
     ]
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return logs, weights
+    return trainer, logs
 
 
 SETTINGS = {
@@ -47,32 +41,23 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_off_is_identical(name, model_path, dataset, conversational, tmp_path):
+def test_off_is_identical(name, make_trainer, conversational):
     options = dict(SETTINGS[name])
-    data = conversational if options.pop("conversational", False) else dataset
-    stock_logs, stock = run(GRPOTrainer, GRPOConfig, model_path, data, tmp_path / "a", **options)
-    our_logs, ours = run(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, data, tmp_path / "b", **options)
+    if options.pop("conversational", False):
+        options["dataset"] = conversational
+    stock, stock_logs = run(make_trainer, GRPOTrainer, **options)
+    ours, our_logs = run(make_trainer, AdaptiveGRPOTrainer, **options)
     assert our_logs == stock_logs
-    assert all(torch.equal(ours[key], stock[key]) for key in stock)
+    assert have_same_weights(ours, stock)
 
 
-class Watch(GRPOCallback):
-    def __init__(self):
-        self.batches = []
-
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.batches.append(batch)
-
-
-def test_watching_changes_nothing_either(model_path, dataset, tmp_path):
-    stock_logs, stock = run(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path / "a")
-    watch = Watch()
-    our_logs, ours = run(
-        AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path / "b", callbacks=[watch]
-    )
-    assert all(torch.equal(ours[key], stock[key]) for key in stock)
+def test_watching_changes_nothing_either(make_trainer):
+    stock, stock_logs = run(make_trainer, GRPOTrainer)
+    ours, our_logs = run(make_trainer, AdaptiveGRPOTrainer, callbacks=[Record])
+    assert have_same_weights(ours, stock)
     for entry, expected in zip(our_logs, stock_logs, strict=True):
         assert {key: entry[key] for key in expected} == expected
-    assert len(watch.batches) == 3
-    assert watch.batches[0].prompt_index is None
-    assert watch.batches[0].completion_lengths.shape == (8,)
+    batches = batches_of(ours)
+    assert len(batches) == 3
+    assert batches[0].prompt_index is None
+    assert batches[0].completion_lengths.shape == (8,)

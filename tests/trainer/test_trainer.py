@@ -7,14 +7,24 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from kit import config_kwargs, count_vowels, has_answer, make_tokenizer, text_of
+from kit import (
+    Record,
+    Watched,
+    args_of,
+    batches_of,
+    count_vowels,
+    has_answer,
+    logs_of,
+    make_tokenizer,
+    text_of,
+    weights_of,
+)
 from peft import LoraConfig
 from transformers import AutoTokenizer
-from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RewardClipCallback
+from trl_grpo_ext import AdaptiveGRPOTrainer, GRPOCallback, RewardClipCallback
 from trl_grpo_ext.credit.groups import group_advantages
 
 EVERYTHING = {
@@ -27,44 +37,37 @@ EVERYTHING = {
 }
 
 
-class Record(GRPOCallback):
-    def __init__(self):
-        self.batches = []
+@pytest.fixture
+def make(make_trainer):
+    def build(**given):
+        given = {**EVERYTHING, **given}
+        if not given.get("beta") and not given.get("entropy_coef"):
+            given["skip_zero_advantage"] = True
+        return make_trainer(**given)
 
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.batches.append(batch)
-
-
-def make(model, dataset, out, reward_funcs=has_answer, callbacks=(), trainer_kwargs=None, **options):
-    options = {**EVERYTHING, **options}
-    if not options.get("beta") and not options.get("entropy_coef"):
-        options["skip_zero_advantage"] = True
-    return AdaptiveGRPOTrainer(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        callbacks=list(callbacks),
-        **(trainer_kwargs or {}),
-    )
+    return build
 
 
-def train(*args, **kwargs):
-    record = Record()
-    trainer = make(*args, callbacks=[*kwargs.pop("callbacks", ()), record], **kwargs)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.train()
-    changed = [not torch.equal(before[n], p) for n, p in trainer.model.named_parameters() if n in before]
-    assert any(changed)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert all(math.isfinite(entry["loss"]) for entry in logs)
-    return trainer, record.batches, logs
+@pytest.fixture
+def train(make):
+    """Trains with everything on, and gives the trainer, its batches and its logs."""
+
+    def run(callbacks=(), **given):
+        trainer = make(callbacks=[*callbacks, Record], **given)
+        before = weights_of(trainer)
+        trainer.train()
+        assert not all(torch.equal(before[name], value) for name, value in weights_of(trainer).items())
+        logs = logs_of(trainer)
+        assert all(math.isfinite(entry["loss"]) for entry in logs)
+        return trainer, batches_of(trainer), logs
+
+    return run
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"])
-def test_every_loss_type(loss_type, model_path, dataset, tmp_path):
+def test_every_loss_type(loss_type, train):
     level = "sequence" if loss_type == "luspo" else "token"
-    train(model_path, dataset, tmp_path, loss_type=loss_type, importance_sampling_level=level)
+    train(loss_type=loss_type, importance_sampling_level=level)
 
 
 @pytest.mark.parametrize(
@@ -85,33 +88,30 @@ def test_every_loss_type(loss_type, model_path, dataset, tmp_path):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_of_the_host(options, model_path, dataset, tmp_path):
-    trainer, batches, _ = train(model_path, dataset, tmp_path, reward_funcs=[has_answer, count_vowels], **options)
+def test_options_of_the_host(options, train):
+    trainer, batches, _ = train(reward_funcs=[has_answer, count_vowels], **options)
     rows = trainer.args.generation_batch_size
     assert all(int(batch.group_sizes.sum()) == rows for batch in batches)
 
 
-def test_conversational_prompts_with_peft_and_beta(model_path, conversational, tmp_path):
+def test_conversational_prompts_with_peft_and_beta(conversational, train):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-    train(model_path, conversational, tmp_path, beta=0.05, trainer_kwargs={"peft_config": lora})
+    train(dataset=conversational, beta=0.05, peft_config=lora)
 
 
-def test_evaluation_runs_as_in_trl(model_path, dataset, tmp_path):
+def test_evaluation_runs_as_in_trl(dataset, make):
     trainer = make(
-        model_path,
-        dataset,
-        tmp_path,
         reward_funcs=lambda completions, **kwargs: [100.0 if i == 0 else 0.0 for i in range(len(completions))],
         reward_clip_range=[0, 1],
         reward_clip_quantiles=None,
         per_device_eval_batch_size=8,
-        trainer_kwargs={"eval_dataset": dataset.select(range(4))},
+        eval_dataset=dataset.select(range(4)),
     )
     # Two evaluation batches of eight rows, each with one reward of 100: clipping would show here.
     assert trainer.evaluate()["eval_reward"] == pytest.approx(12.5)
 
 
-def test_async_and_none_rewards(model_path, dataset, tmp_path):
+def test_async_and_none_rewards(train):
     async def slow(completions, **kwargs):
         await asyncio.sleep(0)
         return [float(len(text_of(c))) for c in completions]
@@ -121,14 +121,14 @@ def test_async_and_none_rewards(model_path, dataset, tmp_path):
             None if a in "abcdefghijklm" else float("e" in text_of(c)) for a, c in zip(answer, completions, strict=True)
         ]
 
-    _, batches, logs = train(model_path, dataset, tmp_path, reward_funcs=[slow, sometimes])
+    _, batches, logs = train(reward_funcs=[slow, sometimes])
     assert any(batch.raw_rewards_per_func[:, 1].isnan().any() for batch in batches)
     assert not any(batch.rewards.isnan().any() or batch.advantages.isnan().any() for batch in batches)
     assert "rewards/slow/mean" in logs[0]
 
 
 def test_positional_arguments_are_those_of_the_host(model_path, dataset, tmp_path):
-    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=1))
+    args = args_of(tmp_path, max_steps=1)
     tokenizer, record = make_tokenizer(), Record()
     trainer = AdaptiveGRPOTrainer(model_path, count_vowels, args, dataset, None, tokenizer, None, [record])
     assert trainer.processing_class is tokenizer
@@ -136,18 +136,18 @@ def test_positional_arguments_are_those_of_the_host(model_path, dataset, tmp_pat
     assert len(record.batches) == 1
 
 
-def test_rows_without_any_reward_get_no_advantage(model_path, dataset, tmp_path):
+def test_rows_without_any_reward_get_no_advantage(train):
     def rarely(completions, answer, **kwargs):
         return [float("e" in text_of(c)) if a > "m" else None for a, c in zip(answer, completions, strict=True)]
 
-    _, batches, _ = train(model_path, dataset, tmp_path, reward_funcs=rarely, dynamic_sampling_rounds=0)
+    _, batches, _ = train(reward_funcs=rarely, dynamic_sampling_rounds=0)
     missing = torch.cat([batch.rewards.isnan() for batch in batches])
     advantages = torch.cat([batch.advantages for batch in batches])
     assert missing.any()
     assert (advantages[missing] == 0).all()
 
 
-def test_rollout_func(model_path, dataset, tmp_path):
+def test_rollout_func(train):
     asked = []
 
     def rollout(prompts, trainer):
@@ -166,7 +166,7 @@ def test_rollout_func(model_path, dataset, tmp_path):
         assert set(source) == {"scripted"}
         return count_vowels(completions)
 
-    _, batches, _ = train(model_path, dataset, tmp_path, reward_funcs=sourced, trainer_kwargs={"rollout_func": rollout})
+    _, batches, _ = train(reward_funcs=sourced, rollout_func=rollout)
     assert len(batches) == 3
     # A ragged plan asks for one completion per row.
     assert all(generations == 1 for rows, generations in asked if rows != 16)
@@ -178,7 +178,7 @@ def qwen_tokenizer(model_path):
     return tokenizer
 
 
-def test_tools(model_path, tmp_path, monkeypatch):
+def test_tools(model_path, monkeypatch, train):
     """The model is scripted: it calls the tool in every other row, then answers with the result."""
     tokenizer = qwen_tokenizer(model_path)
     calls = []
@@ -207,28 +207,22 @@ def test_tools(model_path, tmp_path, monkeypatch):
         return [float(c[-1]["content"].strip() == "3") for c in completions]
 
     class Counting(GRPOCallback):
-        def on_advantages(self, args, state, control, batch, **kwargs):
+        def on_advantages(self, batch, **kwargs):
             return torch.arange(1.0, batch.completion_lengths.max() + 1).expand(len(batch.rewards), -1)
 
-    outputs, generate = [], AdaptiveGRPOTrainer._generate_and_score_completions
-    monkeypatch.setattr(
-        AdaptiveGRPOTrainer,
-        "_generate_and_score_completions",
-        lambda self, inputs: outputs.append(generate(self, inputs)) or outputs[-1],
-    )
-    _, batches, logs = train(
-        model_path,
-        data,
-        tmp_path,
+    trainer, batches, logs = train(
+        dataset=data,
+        cls=Watched,
         callbacks=[Counting()],
         reward_funcs=is_three,
         max_completion_length=400,
-        trainer_kwargs={"tools": [add], "processing_class": tokenizer},
+        tools=[add],
+        processing_class=tokenizer,
     )
     assert set(calls) == {(1, 2)}
     assert 0 < batches[0].raw_rewards_per_func.mean() < 1
     # Advantages per token are those of the tokens that the model wrote, with what tools said in between.
-    for output, batch in zip(outputs, batches, strict=True):
+    for output, batch in zip(trainer.outputs, batches, strict=True):
         assert not output["tool_mask"].all()
         written = output["completion_mask"] * output["tool_mask"] > 0
         for row, mask, length in zip(output["advantages"], written, batch.completion_lengths.tolist(), strict=True):
@@ -237,7 +231,7 @@ def test_tools(model_path, tmp_path, monkeypatch):
     assert logs[0]["tools/call_frequency"] > 0
 
 
-def test_environment_factory(model_path, conversational, tmp_path):
+def test_environment_factory(model_path, conversational, train):
     class Letters:
         def reset(self, answer=None, **kwargs):
             self.answer = answer
@@ -256,11 +250,10 @@ def test_environment_factory(model_path, conversational, tmp_path):
             return float(self.answer in "aeiou") if self.answer is not None else 0.0
 
     _, batches, _ = train(
-        model_path,
-        conversational,
-        tmp_path,
+        dataset=conversational,
         reward_funcs=count_completion_letters,
-        trainer_kwargs={"environment_factory": Letters, "processing_class": qwen_tokenizer(model_path)},
+        environment_factory=Letters,
+        processing_class=qwen_tokenizer(model_path),
     )
     # The environment's reward follows the prompt that our plan chose.
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -273,70 +266,55 @@ def count_completion_letters(completions, **kwargs):
     return [float(len(c[-1]["content"])) for c in completions]
 
 
-def test_ragged_advantages_reach_loss_and_logs(model_path, dataset, tmp_path):
-    seen = []
-
-    class Spy(AdaptiveGRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            seen.append((output["advantages"], list(self._logs["advantages"]), dict(self._metrics["train"])))
-            return output
-
-    record = Record()
-    trainer = Spy(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, **{**EVERYTHING, "dynamic_sampling_rounds": 0})),
-        train_dataset=dataset,
-        callbacks=[record],
-    )
+def test_ragged_advantages_reach_loss_and_logs(make):
+    trainer = make(reward_funcs=count_vowels, dynamic_sampling_rounds=0, callbacks=[Record], cls=Watched)
     trainer.train()
     ragged = False
-    for batch, (advantages, logged, metrics) in zip(record.batches, seen, strict=True):
+    for batch, output, table in zip(batches_of(trainer), trainer.outputs, trainer.tables, strict=True):
         expected = group_advantages(batch.rewards, batch.group_ids, batch.num_groups, "group")
-        assert torch.equal(advantages, expected)
-        assert logged == expected.tolist()
+        assert torch.equal(output["advantages"], expected)
+        assert table["advantages"] == expected.tolist()
         by_group = [batch.rewards[batch.group_ids == g] for g in range(batch.num_groups)]
         flat_rows = sum(len(group) for group in by_group if group.min() == group.max())
-        assert metrics["frac_reward_zero_std"] == [pytest.approx(flat_rows / 16)]
+        assert table["frac_reward_zero_std"] == [pytest.approx(flat_rows / 16)]
         ragged |= len(set(batch.group_sizes.tolist())) > 1
     assert ragged
 
 
-def test_a_user_callback_in_ten_lines(model_path, dataset, tmp_path):
+def test_a_user_callback_in_ten_lines(train):
     class OnlyFirstGroup(GRPOCallback):
-        def on_advantages(self, args, state, control, batch, **kwargs):
+        def on_advantages(self, batch, **kwargs):
             batch.metrics["first_group"] = batch.group_sizes[0].item()
             return torch.where(batch.group_ids == 0, batch.advantages, 0.0)
 
-    _, batches, logs = train(model_path, dataset, tmp_path, reward_funcs=count_vowels, callbacks=[OnlyFirstGroup()])
+    _, batches, logs = train(reward_funcs=count_vowels, callbacks=[OnlyFirstGroup()])
     for batch, entry in zip(batches, logs, strict=True):
         assert (batch.advantages[batch.group_ids > 0] == 0).all()
         assert entry["first_group"] == batch.group_sizes[0].item()
 
 
-def test_callbacks_can_come_late_or_as_a_class(model_path, dataset, tmp_path):
+def test_callbacks_can_come_late_or_as_a_class(make):
     class Calls(GRPOCallback):
         setups = 0
 
-        def on_setup(self, args, state, control, trainer, **kwargs):
+        def on_setup(self, **kwargs):
             type(self).setups += 1
 
-    trainer = make(model_path, dataset, tmp_path, callbacks=[Calls])
+    trainer = make(callbacks=[Calls])
     trainer.add_callback(Calls())
     trainer.add_callback(RewardClipCallback(clip_range=[0, 1]))
     assert Calls.setups == 2
     assert sum(isinstance(callback, RewardClipCallback) for callback in trainer.grpo_callbacks) == 2
 
 
-def test_a_late_callback_that_plans_needs_a_dataset_too(model_path, dataset, tmp_path):
+def test_a_late_callback_that_plans_needs_a_dataset_too(dataset, make):
     options = {"group_size": "fixed", "curriculum": "none", "dynamic_sampling_rounds": 0, "max_steps": 2}
     stream = dataset.to_iterable_dataset()
-    trainer = make(model_path, stream, tmp_path, **options)
+    trainer = make(dataset=stream, **options)
     trainer.train()  # clipping alone works on a stream
 
     class Chooses(GRPOCallback):
-        def on_prompt_weights(self, args, state, control, weights, **kwargs):
+        def on_prompt_weights(self, weights, **kwargs):
             return weights
 
     with pytest.raises(ValueError, match=r"datasets\.Dataset"):
@@ -403,10 +381,8 @@ def vllm(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
-def test_vllm_gets_one_prompt_per_row_when_groups_are_ragged(mode, vllm, model_path, dataset, tmp_path):
-    _, batches, _ = train(
-        model_path, dataset, tmp_path, reward_funcs=count_vowels, use_vllm=True, vllm_mode=mode, max_steps=4
-    )
+def test_vllm_gets_one_prompt_per_row_when_groups_are_ragged(mode, vllm, model_path, train):
+    _, batches, _ = train(reward_funcs=count_vowels, use_vllm=True, vllm_mode=mode, max_steps=4)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     letters = "abcdefghijklmnopqrstuvwxyz"
     whole = [(prompts, n) for prompts, n in vllm.requests if len(prompts) * n == 16]
@@ -419,9 +395,9 @@ def test_vllm_gets_one_prompt_per_row_when_groups_are_ragged(mode, vllm, model_p
             assert [tokenizer.decode(ids) for ids in prompts for _ in range(n)] == expected
 
 
-def test_a_fixed_group_keeps_vllms_shared_prompts(vllm, model_path, dataset, tmp_path):
+def test_a_fixed_group_keeps_vllms_shared_prompts(vllm, train):
     options = {"group_size": "fixed", "curriculum": "online", "dynamic_sampling_rounds": 0}
-    train(model_path, dataset, tmp_path, reward_funcs=count_vowels, use_vllm=True, vllm_mode="server", **options)
+    train(reward_funcs=count_vowels, use_vllm=True, vllm_mode="server", **options)
     assert all(n == 4 and len(prompts) == 4 for prompts, n in vllm.requests)
 
 
@@ -429,83 +405,76 @@ HOOKS_OF_TENSORS = ["on_rewards", "on_total_rewards", "on_advantages", "on_promp
 
 
 @pytest.mark.parametrize("hook", HOOKS_OF_TENSORS)
-def test_a_hook_that_returns_another_shape_is_named(hook, model_path, dataset, tmp_path):
+def test_a_hook_that_returns_another_shape_is_named(hook, make):
     wrong = type("Wrong", (GRPOCallback,), {hook: lambda self, *args, **kwargs: torch.zeros(3, 3, 3)})
-    trainer = make(model_path, dataset, tmp_path, callbacks=[wrong()])
+    trainer = make(callbacks=[wrong()])
     with pytest.raises(ValueError, match=rf"Wrong.{hook} returned shape \(3, 3, 3\): return a tensor of shape"):
         trainer.train()
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.half, lambda values: values > 0.5])
 @pytest.mark.parametrize("hook", ["on_rewards", "on_total_rewards", "on_advantages"])
-def test_a_hook_may_return_another_type(hook, convert, model_path, dataset, tmp_path):
+def test_a_hook_may_return_another_type(hook, convert, train):
     fields = {"on_rewards": "rewards_per_func", "on_total_rewards": "rewards", "on_advantages": "advantages"}
 
     def changed(self, args, state, control, batch, **kwargs):
         return convert(getattr(batch, fields[hook]))
 
     other = type("Other", (GRPOCallback,), {hook: changed})
-    _, batches, _ = train(model_path, dataset, tmp_path, reward_funcs=has_answer, callbacks=[other()], max_steps=1)
+    _, batches, _ = train(reward_funcs=has_answer, callbacks=[other()], max_steps=1)
     assert batches[0].rewards.dtype == batches[0].advantages.dtype == torch.float32
 
 
-def test_a_hook_that_makes_advantages_nan_is_named(model_path, dataset, tmp_path):
+def test_a_hook_that_makes_advantages_nan_is_named(make):
     class Centre(GRPOCallback):
-        def on_advantages(self, args, state, control, batch, **kwargs):
+        def on_advantages(self, batch, **kwargs):
             return batch.rewards - 1
 
     def some(completions, **kwargs):
         return [None if i % 4 == 0 else 1.0 for i in range(len(completions))]
 
-    trainer = make(model_path, dataset, tmp_path, reward_funcs=some, callbacks=[Centre()])
+    trainer = make(reward_funcs=some, callbacks=[Centre()])
     with pytest.raises(ValueError, match=r"Centre.on_advantages made the advantages of .* NaN or infinite: return 0"):
         trainer.train()
 
 
-def test_sizes_that_are_no_tensor_are_named(model_path, dataset, tmp_path):
+def test_sizes_that_are_no_tensor_are_named(make):
     wrong = type("Wrong", (GRPOCallback,), {"on_group_sizes": lambda self, *args, **kwargs: [4, 4]})
-    trainer = make(model_path, dataset, tmp_path, callbacks=[wrong()])
+    trainer = make(callbacks=[wrong()])
     with pytest.raises(
         ValueError, match=r"Wrong.on_group_sizes returned a list: return a tensor with one size for each"
     ):
         trainer.train()
 
 
-def test_metrics_of_a_callback_are_numbers(model_path, dataset, tmp_path):
+def test_metrics_of_a_callback_are_numbers(tmp_path, train, make):
     class Counts(GRPOCallback):
-        def on_rollouts(self, args, state, control, batch, **kwargs):
+        def on_rollouts(self, batch, **kwargs):
             batch.metrics |= {"tensor": batch.rewards.mean(), "numpy": np.float32(0.5), "flag": True}
 
-    trainer, _, logs = train(model_path, dataset, tmp_path, callbacks=[Counts()], max_steps=1)
+    trainer, _, logs = train(callbacks=[Counts()], max_steps=1)
     assert [type(logs[0][name]) for name in ("tensor", "numpy", "flag")] == [float] * 3
     trainer.state.save_to_json(str(tmp_path / "state.json"))
 
     class Wrong(GRPOCallback):
-        def on_rollouts(self, args, state, control, batch, **kwargs):
+        def on_rollouts(self, batch, **kwargs):
             batch.metrics["several"] = batch.rewards
 
     with pytest.raises(ValueError, match=r"batch.metrics\['several'\] is tensor.*: put one number into it"):
-        make(model_path, dataset, tmp_path, callbacks=[Wrong()]).train()
+        make(callbacks=[Wrong()]).train()
 
 
-def test_changing_rewards_in_place_counts_as_shaping(model_path, dataset, tmp_path):
+def test_changing_rewards_in_place_counts_as_shaping(train):
     class InPlace(GRPOCallback):
-        def on_rewards(self, args, state, control, batch, **kwargs):
+        def on_rewards(self, batch, **kwargs):
             batch.rewards_per_func[:] = torch.arange(16.0)[:, None]
 
     options = {"group_size": "fixed", "curriculum": "none", "dynamic_sampling_rounds": 0, "reward_clip_quantiles": None}
-    _, batches, _ = train(model_path, dataset, tmp_path, callbacks=[InPlace()], **options)
+    _, batches, _ = train(callbacks=[InPlace()], **options)
     assert all(batch.is_shaped and batch.advantages.abs().min() > 0 for batch in batches)
     assert all(batch.raw_rewards_per_func.max() <= 1 for batch in batches)
 
 
-def test_stock_trl_warns_that_hooks_are_not_called(model_path, dataset, tmp_path, caplog):
-    trainer = GRPOTrainer(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=GRPOConfig(**config_kwargs(tmp_path, max_steps=1)),
-        train_dataset=dataset,
-        callbacks=[Record()],
-    )
-    trainer.train()
+def test_stock_trl_warns_that_hooks_are_not_called(trained, caplog):
+    trained(cls=GRPOTrainer, callbacks=[Record], max_steps=1)
     assert "Record is a GRPOCallback, and this trainer does not call its hooks" in caplog.text

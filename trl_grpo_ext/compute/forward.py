@@ -1,26 +1,27 @@
 """Log-probabilities of completions whose prompts are computed once, and which models allow it."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..host.seams import HAS_FUSED_HEAD
 from .packing import Costs, PackedBatch, equal_rows, fill, may_attend, pack
+from .trials import in_evaluation, nudged, relative_error, rounding, why_not
 
-# Rotary embeddings that do not depend on the length of the sequence.
-ROTARY = ("default", "linear", "llama3", "yarn")
 # Logits that take no more bytes are kept for the backward pass on a CPU.
 KEPT_LOGITS = 2**28
 
 
-def unwrapped(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers of accelerate and peft."""
-    inner: Any = accelerator.unwrap_model(model)
+    inner: Any = extract_model_from_parallel(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
@@ -52,8 +53,8 @@ def why_not_shared(model: PreTrainedModel, peft_config: Any = None) -> str | Non
         return "its attention has a sliding window"
     if attention not in ("sdpa", "eager", "flex_attention"):
         return f"attn_implementation={attention!r} takes no mask of its own: use 'sdpa', 'eager' or 'flex_attention'"
-    if not has_relative_positions(model):
-        return "its positions are not rotary, or depend on the length of the sequence"
+    if not takes_positions(model):
+        return "its forward pass takes no position_ids"
     return None
 
 
@@ -63,51 +64,92 @@ def reads_in_order(model: PreTrainedModel) -> bool:
     return getattr(model, "_is_stateful", False) or bool(kinds & {"linear_attention", "mamba", "recurrent", "conv"})
 
 
-def has_relative_positions(model: PreTrainedModel) -> bool:
-    """Whether moving a sequence along the positions leaves its log-probabilities as they are."""
-    rotary = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    return rotary.get("rope_type") in ROTARY
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the forward pass of a model, or of its backbone, can be told the positions of tokens."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
-def sharing_error(model: nn.Module, base: PreTrainedModel, accelerator: Accelerator) -> str | None:
+@contextmanager
+def positions_from(model: PreTrainedModel, start: int) -> Iterator[None]:
+    """While open, `model` numbers the columns of a batch from `start`, as if padding before them had not been cut."""
+
+    def number(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and kwargs.get("position_ids") is None and takes_positions(module):
+            columns = torch.arange(start, start + mask.size(1), device=mask.device)
+            kwargs["position_ids"] = columns.expand(mask.size(0), -1)
+        return args, kwargs
+
+    handle = model.base_model.register_forward_pre_hook(number, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Trials:
     """
-    Try sharing on a few tokens: what the configuration of a model does not tell, its numbers do.
+    Whether a model computes the same with a saving, tried on four rows. Every process must make the same trials.
 
     Args:
         model (`torch.nn.Module`), base ([`~transformers.PreTrainedModel`]), accelerator ([`~accelerate.Accelerator`]):
-            As in [`shared_logps`]. Every process must call this.
-
-    Returns:
-        `str`, *optional*: what is wrong, or `None` if log-probabilities agree with those of separate rows.
+            As in [`shared_logps`].
     """
-    device, num_completion_columns = accelerator.device, 4
-    ids = torch.arange(28, device=device).view(4, 7) % base.config.get_text_config().vocab_size
-    ids[:, :3] = ids[0, :3]
-    mask = torch.ones_like(ids)
-    mask[:2, 0], mask[0, -1] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :-num_completion_columns] = -100
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        with accelerator.autocast():
+
+    num_columns = 4
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel, accelerator: Accelerator):
+        self.model, self.base, self.accelerator = model, base, accelerator
+        is_half = accelerator.mixed_precision in ("bf16", "fp16")
+        self.dtype = torch.bfloat16 if is_half else base.dtype
+        self.ids = torch.arange(28, device=accelerator.device).view(4, 7) % base.config.get_text_config().vocab_size
+        self.ids[:, :3] = self.ids[0, :3]
+        self.mask = torch.ones_like(self.ids)
+        self.mask[:2, 0], self.mask[0, -1] = 0, 0
+
+    def why_not_shared(self) -> str | None:
+        """Why prompts cannot be computed once."""
+        return self._why_not(0, self._shared)
+
+    def why_not_trimmed(self) -> str | None:
+        """Why padding before all prompts cannot be left out."""
+        return self._why_not(2, self._trimmed)
+
+    def _why_not(self, padding: int, saving: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+        ids, mask = (nn.functional.pad(values, (padding, 0)) for values in (self.ids, self.mask))
+
+        def compare() -> tuple[Tensor, Tensor, float]:
+            expected, found = self._plain(ids, mask), saving(ids, mask)
+            scored = mask[:, -self.num_columns :].bool()
+            with nudged(self.base, self.dtype):
+                noise = relative_error(self._plain(ids, mask)[scored], expected[scored])
+            return found[scored], expected[scored], rounding(noise)
+
+        with torch.no_grad(), in_evaluation(self.model):
+            return why_not(compare, "log-probabilities")
+
+    def _plain(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """As TRL computes them."""
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, : -self.num_columns] = -100
+        with self.accelerator.autocast():
             if HAS_FUSED_HEAD:
-                expected = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
+                log_probs = self.model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs
             else:
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-                expected = logps_and_entropies(logits, ids[:, 1:])[0].masked_fill(labels[:, 1:] == -100, 0.0)
-        expected = expected[:, -num_completion_columns:].float()
-        shared = shared_logps(
-            model, base, accelerator, ids, mask, num_completion_columns, Costs(1.0, 0.0, float("inf"))
-        )
-    model.train(was_training)
-    assert shared is not None
-    error = (shared[0].float() - expected).abs().max().item()
-    half = accelerator.mixed_precision != "no" or base.dtype in (torch.bfloat16, torch.float16)
-    tolerance = 0.2 if half else 1e-3
-    if error <= tolerance:
-        return None
-    return f"in a trial, log-probabilities were off by {error:.2g} (at most {tolerance} is rounding)"
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+                log_probs = logps_and_entropies(logits, ids[:, 1:])[0]
+        scored: Tensor = log_probs[:, -self.num_columns :]
+        return scored
+
+    def _shared(self, ids: Tensor, mask: Tensor) -> Tensor:
+        costs = Costs(1.0, 0.0, float("inf"))
+        shared = shared_logps(self.model, self.base, self.accelerator, ids, mask, self.num_columns, costs)
+        assert shared is not None  # equal prompts, which cost less together
+        return shared[0]
+
+    def _trimmed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with positions_from(self.base, start=2):
+            return self._plain(ids[:, 2:], mask[:, 2:])
 
 
 def costs_of(model: PreTrainedModel) -> Costs:
@@ -195,6 +237,7 @@ def shared_logps(
     costs: Costs,
     temperature: float | None = None,
     entropy_requires_grad: bool = False,
+    first_position: int = 0,
 ) -> tuple[Tensor, Tensor | None] | None:
     """
     Log-probabilities and entropies of completions, from one forward pass in which equal prompts are computed once.
@@ -219,6 +262,8 @@ def shared_logps(
             sizes; it is 1 where TRL has none.
         entropy_requires_grad (`bool`, *optional*, defaults to `False`):
             Whether gradients flow through the entropies.
+        first_position (`int`, *optional*, defaults to `0`):
+            Position of the first column, where padding before it was left out.
 
     Returns:
         `tuple` of `torch.Tensor` of shape `(N, T)`, *optional*: log-probabilities, and entropies where the head
@@ -233,7 +278,7 @@ def shared_logps(
     packing = pack(prompts, prompt_lengths, completion_lengths, costs)
     if packing is None:
         return None
-    batch = fill(packing, input_ids, attention_mask, num_completion_columns)
+    batch = fill(packing, input_ids, attention_mask, num_completion_columns, first_position)
     # Where there is no Triton, the fused head projects every position: hand it only those that are scored.
     scored = batch.labels != -100
     labels = batch.labels[scored][None]

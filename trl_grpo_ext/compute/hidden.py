@@ -1,33 +1,16 @@
 """[`prompt_features`]: what the policy makes of a prompt, as a vector, for predictors of rewards."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .forward import unwrapped
+from .trials import in_evaluation
+
 # Of the projection: fixed, so that features of different runs and of a resumed one are the same.
 SEED = 0
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """While open, `model` is in evaluation mode, without dropout; then each of its modules is as before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def base_of(model: nn.Module) -> Any:
-    """The transformers model inside a wrapper for several processes and inside PEFT."""
-    inner: Any = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 @torch.no_grad()
@@ -53,9 +36,9 @@ def prompt_features(model: nn.Module, input_ids: Tensor, attention_mask: Tensor,
     Returns:
         `torch.Tensor` of shape `(P, d)`: float32, on the CPU. `d` is the width of the model, at most `width`.
     """
-    base = base_of(model)
+    base = unwrapped(model)
     arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    accepted = inspect.signature(base.forward).parameters
+    accepted = inspect.signature(type(base).forward).parameters
     if "position_ids" in accepted:  # as in `generate`: positions count the tokens, not the padding
         arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
     last = input_ids.size(1) - 1 - attention_mask.flip(1).argmax(1)
@@ -93,4 +76,5 @@ def narrowed(states: Tensor, width: int) -> Tensor:
     if states.size(1) <= width:
         return states
     generator = torch.Generator().manual_seed(SEED)
-    return states @ (torch.randn(states.size(1), width, generator=generator) / width**0.5)
+    projected: Tensor = states @ (torch.randn(states.size(1), width, generator=generator) / width**0.5)
+    return projected

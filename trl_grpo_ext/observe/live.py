@@ -1,30 +1,31 @@
 """A live view of a run: a table that updates in place, or one readable line per log where there is no terminal."""
 
-import atexit
+import functools
 import logging
 import math
 import sys
-import threading
 import time
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
-import transformers.trainer
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..hooks.callback import GRPOCallback
+from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
-from .report.reader import ALARMS, MONITOR, duration, read_alarms
-from .report.summary import NOISE, large, number, slope
+from .report.reader import duration, number
+from .report.summary import NOISE, large, slope
 
 HISTORY = 24  # logs in a sparkline and in a trend
 MAX = 1e100  # of a value in them, so that differences and squares stay finite
 BARS = "▁▂▃▄▅▆▇█"
-# Metric -> (label, format). What the reward consists of goes before, group sizes and counts after.
+# Metric -> (label, format). The first few are in every line, the table has room for the others too.
 FIELDS = {
     "kl": ("kl", "{:.3g}"),
     "beta": ("β", "{:.3g}"),
@@ -33,14 +34,13 @@ FIELDS = {
     "reward_clip/frac": ("clipped", "{:.0%}"),
     "curriculum/position": ("curriculum", "{:.0%}"),
     "curriculum/difficulty": ("difficulty", "{:.2f}"),
-}
-# What the table has room for besides.
-MORE_FIELDS = {
+    "baseline/explained_variance": ("foreseen", "{:.0%}"),
     "entropy": ("entropy", "{:.3f}"),
     "learning_rate": ("learning rate", "{:.2e}"),
     "completions/mean_length": ("length (tokens)", "{:.0f}"),
     "completions/clipped_ratio": ("truncated", "{:.0%}"),
 }
+IN_LINE = 8
 
 
 def reward_parts(logs: dict[str, Any]) -> dict[str, float]:
@@ -79,21 +79,29 @@ def readable(logs: dict[str, Any], step: int, max_steps: int) -> str:
 
     ```
     """
-    parts = [f"step {step:>{len(str(max_steps))}}/{max_steps}"]
+    head = f"step {step:>{len(str(max_steps))}}/{max_steps}"
+    told = [f"{label} {value}" for label, value, _ in fields_of(logs, IN_LINE)]
+    return " · ".join([head, *told, *(f"alarm {one_line(name, 40)}" for name in open_alarms(logs))])
+
+
+def fields_of(logs: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
+    """Label, value and metric of what is shown of a log, with the first `count` of [`FIELDS`]."""
+    logs = {name: value for name, value in logs.items() if value is not None}
+    found = []
     for name, label in (("reward", "reward"), ("eval_reward", "held-out reward")):
-        if logs.get(name) is not None:
-            parts.append(f"{label} {logs[name]:.3f}")
+        if name in logs:
+            spread = f" ± {logs[f'{name}_std']:.3f}" if count > IN_LINE and f"{name}_std" in logs else ""
+            found.append((label, f"{logs[name]:.3f}{spread}", name))
     for name, value in reward_parts(logs).items():
-        parts.append(f"{one_line(name, 40)} {short(value)}")
-    for name, (label, form) in FIELDS.items():
-        if logs.get(name) is not None:
-            parts.append(f"{label} {form.format(float(logs[name]))}")
-    if logs.get("group_size/min") is not None:
-        parts.append(f"groups {logs['group_size/min']:.0f}-{logs['group_size/max']:.0f}")
+        found.append((one_line(name, 40), short(value), f"rewards/{name}/mean"))
+    for name, (label, form) in list(FIELDS.items())[:count]:
+        if name in logs:
+            found.append((label, form.format(float(logs[name])), name))
+    if {"group_size/min", "group_size/max"} <= logs.keys():
+        found.append(("groups", f"{logs['group_size/min']:.0f}-{logs['group_size/max']:.0f}", "group_size/mean"))
     if logs.get("dynamic_sampling/discarded"):
-        parts.append(f"replaced {logs['dynamic_sampling/discarded']:.0f} rows")
-    parts += [f"alarm {one_line(name, 40)}" for name in open_alarms(logs)]
-    return " · ".join(parts)
+        found.append(("replaced", f"{logs['dynamic_sampling/discarded']:.0f} rows", "dynamic_sampling/discarded"))
+    return found
 
 
 def short(value: float) -> str:
@@ -179,13 +187,20 @@ class LiveView:
 
     def render(self, width: int, fancy: bool = True) -> RenderableType:
         """The table for a terminal of `width` columns; `fancy` with characters beyond ASCII."""
+        rows = fields_of(self.logs, len(FIELDS))
+        for name, label in (("rollouts/total", "rollouts"), ("num_tokens", "tokens")):
+            if self.logs.get(name) is not None:
+                rows.append((label, large(self.logs[name]), ""))
+        widest = max(10, width // 3)
+        taken = [max((cell_len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        room = width - min(taken[0], widest) - taken[1] - 6  # what is left for bars, behind the arrow
         grid = Table.grid(padding=(0, 2))
-        grid.add_column(no_wrap=True, overflow="ellipsis", max_width=max(10, width // 3))
+        grid.add_column(no_wrap=True, overflow="ellipsis", max_width=widest)
         grid.add_column(no_wrap=True, justify="right")
         grid.add_column(no_wrap=True)
-        for label, value, name in self._rows():
+        for label, value, name in rows:
             past = list(self.history[name]) if name else []
-            bars = "" if not fancy or width < 60 or len(past) < 2 else f" {sparkline(past)}"
+            bars = f" {sparkline(past[-room:])}" if fancy and room >= 4 and len(past) > 1 else ""
             arrow = trend(past) if fancy else ""
             grid.add_row(Text(label, style="bold" if name == "reward" else ""), value, f"{arrow}{bars}")
         parts: list[RenderableType] = [self._progress(width, fancy), grid]
@@ -209,47 +224,14 @@ class LiveView:
         parts.append(f"{duration(time.monotonic() - self.started)} so far")
         return Text("  ".join(parts), style="cyan")
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        """(label, value, metric behind the trend) of each row."""
-        logs = {name: value for name, value in self.logs.items() if value is not None}
-        rows = []
-        if "reward" in logs:
-            spread = f" ± {logs['reward_std']:.3f}" if "reward_std" in logs else ""
-            rows.append(("reward", f"{logs['reward']:.3f}{spread}", "reward"))
-        for name, value in reward_parts(logs).items():
-            rows.append(
-                (
-                    f"  {one_line(name, 80)}",
-                    short(value),
-                    f"rewards/{name}/mean",
-                )
-            )
-        if "eval_reward" in logs:
-            rows.append(("held-out reward", f"{logs['eval_reward']:.3f}", "eval_reward"))
-        for name, (label, form) in (FIELDS | MORE_FIELDS).items():
-            if name in logs:
-                rows.append((label, form.format(float(logs[name])), name))
-        if {"group_size/min", "group_size/max", "group_size/mean"} <= logs.keys():
-            low, mean, high = (logs[f"group_size/{stat}"] for stat in ("min", "mean", "max"))
-            rows.append(("group size", f"{low:.0f} to {high:.0f}, mean {mean:.1f}", ""))
-        if logs.get("dynamic_sampling/discarded"):
-            rows.append(
-                ("replaced rollouts", f"{logs['dynamic_sampling/discarded']:.0f}", "dynamic_sampling/discarded")
-            )
-        for name, label in (("rollouts/total", "rollouts"), ("num_tokens", "tokens")):
-            if name in logs:
-                rows.append((label, large(logs[name]), ""))
-        return rows
 
-
-class LiveCallback(TrainerCallback):
+class LiveCallback(GRPOCallback):
     """
     Shows a run in the terminal, in place of transformers' `ProgressCallback`; only the main process shows anything.
 
-    On a terminal, a table stays at the bottom and is updated in place, and what else is printed scrolls by above it.
-    Where there is none (CI, Slurm, a pipe, a notebook), every log is printed as one line. The terminal is left as it
-    was found however training ends: the cursor is never hidden, and a thread notices within a second that an exception
-    or Ctrl-C has left the training.
+    On a terminal, a table stays at the bottom and is updated with every step, and what else is printed scrolls by above
+    it. Where there is none (CI, Slurm, a pipe, a notebook), and in a trainer of TRL, every log is printed as one line.
+    The terminal is left as it was found however training ends.
 
     Args:
         console (`rich.console.Console`, *optional*):
@@ -265,10 +247,24 @@ class LiveCallback(TrainerCallback):
     ```
     """
 
+    is_unique = True
+
     def __init__(self, console: Console | None = None):
         self.console = console
         self.view: LiveView | None = None
         self._live: Live | None = None
+
+    def on_setup(self, trainer: Any, **kwargs: Any) -> None:
+        train = trainer.train
+
+        @functools.wraps(train)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:
+                self._stop()  # also where an exception or Ctrl-C ends the training
+
+        trainer.train = watched
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -277,9 +273,9 @@ class LiveCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.view = LiveView(state.max_steps, state.global_step)
-        self._alarms = Path(args.output_dir) / MONITOR / ALARMS
-        if self._is_terminal():
-            self._start()
+        self._alarms = Path(args.output_dir) / FOLDER / ALARMS
+        if self.is_attached and self._is_terminal():
+            self._start(self.view)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.view is not None:
@@ -298,9 +294,8 @@ class LiveCallback(TrainerCallback):
             return
         self.view.log(logs)
         if {*open_alarms(logs)} - self.view.remedies.keys():  # the file of a long run may be long
-            self.view.remedies |= {
-                alarm["name"]: alarm["remedy"] for alarm in read_alarms(self._alarms, self._alarms.parent)[0]
-            }
+            known = read_alarms(self._alarms, self._alarms.parent)[0]
+            self.view.remedies |= {alarm["name"]: alarm["remedy"] for alarm in known}
         if self._live is None:
             line = readable(logs, state.global_step, state.max_steps)
             file = sys.stdout if self.console is None else self.console.file
@@ -322,10 +317,8 @@ class LiveCallback(TrainerCallback):
         own = Console()
         return sys.stdout is not None and sys.stdout.isatty() and own.is_terminal and not own.is_dumb_terminal
 
-    def _start(self) -> None:
+    def _start(self, view: LiveView) -> None:
         console = self.console or Console()
-        view = self.view
-        assert view is not None
         streams = {id(sys.stdout): "stdout", id(sys.stderr): "stderr"}
         self._live = Live(
             console=console,
@@ -344,22 +337,6 @@ class LiveCallback(TrainerCallback):
             if name is not None:
                 self._handlers.append((handler, handler.stream))
                 handler.stream = getattr(sys, name)
-        self._stopped = threading.Event()
-        self._place = (threading.get_ident(), _training_frame())
-        atexit.register(self._stop)
-        threading.Thread(target=self._watch, args=(self._stopped,), daemon=True).start()
-
-    def _watch(self, stopped: threading.Event) -> None:
-        """Keep the clock going, and stop when training is left without a word: by an exception."""
-        while not stopped.wait(1.0):
-            thread, training = self._place
-            frame = sys._current_frames().get(thread)
-            while frame is not None and id(frame) != training:
-                frame = frame.f_back
-            if frame is None and training is not None:
-                self._stop()
-            else:
-                self._refresh()
 
     def _refresh(self) -> None:
         if self._live is not None:
@@ -369,19 +346,9 @@ class LiveCallback(TrainerCallback):
         live, self._live = self._live, None
         if live is None:
             return
-        self._stopped.set()
-        atexit.unregister(self._stop)
         for handler, stream in self._handlers:
             handler.stream = stream
         live.stop()
-
-
-def _training_frame() -> int | None:
-    """Identity of the innermost frame of transformers' training loop, which called us."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != transformers.trainer.__file__:
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if frame is None else id(frame)
 
 
 def _stream_handlers() -> "list[logging.StreamHandler[Any]]":  # Python 3.10 cannot subscript it

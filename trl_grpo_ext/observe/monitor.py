@@ -1,21 +1,18 @@
 """See the run: metrics that TRL does not log, a record on disk, alarms that say what to change and can do it."""
 
-import contextlib
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import platform
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import get_config_model_id
@@ -24,19 +21,18 @@ from ..config import check_on_alarm
 from ..hooks.callback import GRPOCallback
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
-from ..host.checkpoints import read_object, write_whole
 from ..host.state import check_state
 from .actions import CLASSES, Action
 from .alarms import Alarm, AlarmDetector, Event, make_alarms
+from .effect import UpdateCheck, check_trainable
+from .record import FOLDER, RunRecord
+from .secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "monitor"
 # Seam of TRL -> phase that it is counted as. What is left of a step is "update".
 PHASES = {"_generate": "generate", "_calculate_rewards": "score"}
-SECRET = re.compile(
-    r"^token$|(hub|auth|access|api|write|read)_token$|api_?key|secret|password|credential", re.IGNORECASE
-)
+WITHOUT_EFFECT = "updates/without_effect"
 
 
 class MonitorCallback(GRPOCallback):
@@ -56,11 +52,13 @@ class MonitorCallback(GRPOCallback):
             Alarms with their thresholds. Defaults to those of [`~trl_grpo_ext.observe.alarms.make_alarms`].
 
     Raises:
-        `ValueError`: for unknown alarms and actions, and for actions that cannot work with the configuration.
+        `ValueError`: for unknown alarms and actions, for actions that cannot work with the configuration, and for a
+        model of which nothing can be trained.
     """
 
     is_unique = True
-    _record: "RunRecord | None" = None
+    _record: RunRecord | None = None
+    _check: UpdateCheck | None = None
 
     def __init__(self, on_alarm: Mapping[str, str] | None = None, alarms: Sequence[Alarm] | None = None):
         self.alarms = make_alarms() if alarms is None else alarms
@@ -68,6 +66,7 @@ class MonitorCallback(GRPOCallback):
         self.on_alarm = dict(on_alarm or {})
 
     def on_setup(self, trainer: HookedTrainer, **kwargs: Any) -> None:
+        check_trainable(trainer.model)
         callbacks = trainer.callback_handler.callbacks
         self.trainer = trainer
         self.detector = AlarmDetector(self.alarms)
@@ -75,7 +74,7 @@ class MonitorCallback(GRPOCallback):
         self.reward_range = (math.inf, -math.inf)  # of all rewards so far
         self._seconds = dict.fromkeys(PHASES.values(), 0.0)
         self._step_start = 0.0
-        self._record = None
+        self._record = self._check = None
         # First in line, so that the trackers behind it get the alarms with the log that raised them.
         callbacks.remove(self)
         callbacks.insert(0, self)
@@ -88,6 +87,7 @@ class MonitorCallback(GRPOCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control)
+        self._check = UpdateCheck(self.trainer) if self.is_attached else None
         if self.is_attached and state.is_world_process_zero:
             self._record = RunRecord(Path(args.output_dir) / FOLDER)  # which must be possible now
             self._record.start(description_of(self.trainer, state), state.global_step)
@@ -95,28 +95,25 @@ class MonitorCallback(GRPOCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._seconds = dict.fromkeys(PHASES.values(), 0.0)
         self._step_start = time.perf_counter()
 
     def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
-        parts = batch.parts
-        finite = torch.cat([part.rewards for part in parts])
-        finite = finite[finite.isfinite()]
-        if finite.numel() > 0:
-            self.reward_range = (
-                min(self.reward_range[0], finite.min().item()),
-                max(self.reward_range[1], finite.max().item()),
-            )
-        high, low = (sum(counts) for counts in zip(*(self._count_flat(part) for part in parts), strict=True))
-        num_rows = sum(part.group_ids.numel() for part in parts)
-        batch.metrics["rollouts/flat_high"] = high / num_rows
-        batch.metrics["rollouts/flat_low"] = low / num_rows
-        advantages = batch.token_advantages
-        counts = batch.token_mask if batch.advantages.dim() == 2 else torch.ones_like(advantages, dtype=torch.bool)
-        num_counted = counts.sum().clamp(min=1)
-        batch.metrics["advantage/mean"] = (advantages.sum() / num_counted).item()
-        batch.metrics["advantage/abs_mean"] = (advantages.abs().sum() / num_counted).item()
-        batch.metrics["advantage/nonzero"] = (advantages != 0).any(1).float().mean().item()
+        self.reward_range = widened(self.reward_range, batch)
+        batch.metrics |= metrics_of(batch, self.reward_range)
+        if self._check is not None:
+            self._check.sample(batch)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        if self._check is not None:
+            self._check.begin(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_attached:
@@ -124,6 +121,11 @@ class MonitorCallback(GRPOCallback):
         updating = time.perf_counter() - self._step_start - sum(self._seconds.values())
         for phase, seconds in {**self._seconds, "update": updating}.items():
             self.trainer.log_metric(f"time/{phase}", seconds)
+        if self._check is not None:
+            self._check.end()
+            names = {alarm.name for alarm in self.alarms} - {*self.detector.raised}
+            if self._check.num_batches > 1 and "nothing_trained" in names:
+                control.should_log = True  # the alarm should not wait for the next log
 
     def on_log(
         self,
@@ -141,6 +143,9 @@ class MonitorCallback(GRPOCallback):
             if self.trainer.accelerator.optimizer_step_was_skipped:
                 # The search of fp16 for a scale of the loss: the gradient overflowed, and the weights are as before.
                 seen.pop("grad_norm", None)
+            seen[WITHOUT_EFFECT] = self._check.num_batches if self._check is not None else 0.0
+            if seen[WITHOUT_EFFECT] > 0:
+                logs[WITHOUT_EFFECT] = state.log_history[-1][WITHOUT_EFFECT] = seen[WITHOUT_EFFECT]
             events = [(event, self._act(event, control)) for event in self.detector.update(self._agreed(seen))]
             for name in self.detector.raised:
                 # The trackers read `logs`, and log_history got a copy of it.
@@ -168,17 +173,6 @@ class MonitorCallback(GRPOCallback):
                 self._seconds[phase] += time.perf_counter() - start
 
         return timed
-
-    def _count_flat(self, batch: RolloutBatch) -> tuple[int, int]:
-        """Rows in flat groups in the upper half of the rewards of this run so far, and in the lower half."""
-        flat = batch.flat_groups()[batch.group_ids]
-        is_alone = (batch.group_sizes == 1)[batch.group_ids]
-        if is_alone.any():  # which teaches all the same where a critic stands in for the others
-            flat = flat & ~(is_alone & (batch.advantages.reshape(len(flat), -1) != 0).any(1))
-        low, high = self.reward_range
-        # As long as all rewards are the same, their sign is all there is to go by.
-        is_high = batch.rewards > ((low + high) / 2 if low < high else 0.0)
-        return int((flat & is_high).sum()), int((flat & ~is_high).sum())
 
     def _agreed(self, logs: dict[str, Any]) -> dict[str, Any]:
         """The logs of the main process. TRL gathers its metrics, yet nobody can promise that for every one of them."""
@@ -209,67 +203,56 @@ class MonitorCallback(GRPOCallback):
         self.reward_range = (low, high)
 
 
-class RunRecord:
+def widened(reward_range: tuple[float, float], batch: RolloutBatch) -> tuple[float, float]:
+    """The range of rewards of a run, once a batch is seen; of what is infinite or missing, none."""
+    rewards = torch.cat([part.rewards for part in batch.parts])
+    rewards = rewards[rewards.isfinite()]
+    if rewards.numel() == 0:
+        return reward_range
+    return min(reward_range[0], rewards.min().item()), max(reward_range[1], rewards.max().item())
+
+
+def metrics_of(batch: RolloutBatch, reward_range: tuple[float, float]) -> dict[str, float]:
     """
-    The record of a run: `run.json`, `metrics.jsonl` and `alarms.jsonl` in one folder.
+    What the monitor logs of a batch: which completions teach nothing, at which end of the rewards, and the advantages.
 
     Args:
-        folder (`Path`):
-            Where the files go.
+        batch ([`RolloutBatch`]):
+            The finished batch.
+        reward_range (`tuple[float, float]`):
+            Smallest and largest reward of the run so far.
+
+    Returns:
+        `dict[str, float]`
     """
+    low, high = reward_range
+    middle = (low + high) / 2 if low < high else 0.0  # of a single value, the sign is all there is to go by
+    rewards = torch.cat([part.rewards for part in batch.parts])
+    flat = torch.cat([flat_completions(part) for part in batch.parts])
+    advantages = batch.token_advantages
+    counts = batch.token_mask if batch.advantages.dim() == 2 else torch.ones_like(advantages, dtype=torch.bool)
+    num_counted = counts.sum().clamp(min=1)
+    return {
+        "rollouts/flat_high": (flat & (rewards > middle)).float().mean().item(),
+        "rollouts/flat_low": (flat & ~(rewards > middle)).float().mean().item(),
+        "advantage/mean": (advantages.sum() / num_counted).item(),
+        "advantage/abs_mean": (advantages.abs().sum() / num_counted).item(),
+        "advantage/nonzero": batch.teaches.float().mean().item(),
+    }
 
-    def __init__(self, folder: Path):
-        self.run, self.metrics, self.alarms = (folder / name for name in ("run.json", "metrics.jsonl", "alarms.jsonl"))
-        self._cut: set[Path] = set()  # files whose last line may be half written
-        self._has_warned = False
 
-    def start(self, description: dict[str, Any], step: int) -> None:
-        """Start anew at step 0. At a later one, go on with the record that is there, as it was at that step."""
-        self.run.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self.metrics, self.alarms):
-            kept = (entry for entry in read_lines(path) if entry["step"] <= step) if step > 0 else ()
-            lines = (f"{json.dumps(entry)}\n".encode() for entry in kept)
-            write_whole(path, functools.partial(_write_lines, lines))
-        started: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        if step > 0:
-            before = read_object(self.run)
-            resumed = before.get("resumed_at_steps")
-            started["started"] = before.get("started", started["started"])
-            started["resumed_at_steps"] = [*(resumed if isinstance(resumed, list) else []), step]
-        _replace(self.run, json.dumps({**started, **description, "status": "running"}, indent=2) + "\n")
+def flat_completions(batch: RolloutBatch) -> Tensor:
+    """
+    Which completions `(N,)` teach nothing: those of groups whose rewards are all equal.
 
-    def update(self, **changes: Any) -> None:
-        with self._going_on(self.run):
-            _replace(self.run, json.dumps({**read_object(self.run), **changes}, indent=2) + "\n")
-
-    def log(self, step: int, logs: dict[str, Any], events: list[tuple[Event, str | None]]) -> None:
-        """Append the metrics of a training step or an evaluation, and the alarms that came with them."""
-        now = time.time()
-        if "loss" in logs or any(name.startswith("eval_") for name in logs):
-            numbers = {name: _finite(value) for name, value in logs.items() if isinstance(value, int | float | None)}
-            self._append(self.metrics, {"step": step, "epoch": logs.get("epoch"), "time": now} | numbers)
-        for event, action in events:
-            entry = {"step": step, "time": now, "name": event.alarm.name, "state": event.state}
-            entry |= {"evidence": event.evidence, "cause": event.alarm.cause, "remedy": event.alarm.remedy}
-            self._append(self.alarms, entry | {"action": action})
-
-    def _append(self, path: Path, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False) + "\n"
-        with self._going_on(path):
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}" if path in self._cut else line)
-            self._cut.discard(path)
-
-    @contextlib.contextmanager
-    def _going_on(self, path: Path) -> Iterator[None]:
-        """A disk that is full, or a file system that is gone for a while, costs lines of the record and not the run."""
-        try:
-            yield
-        except OSError as error:
-            self._cut.add(path)
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning(f"{path} could not be written ({error}): training goes on, and the record has a gap")
+    A completion that is alone in its group has no others to be compared with. A baseline beyond the group may teach it
+    all the same, so its advantage decides. What was discarded has no advantages, and then it taught nothing.
+    """
+    flat = batch.flat_groups()[batch.group_ids]
+    if batch.advantages.numel() == 0:
+        return flat
+    is_alone = (batch.group_sizes == 1)[batch.group_ids]
+    return torch.where(is_alone, ~batch.teaches, flat)
 
 
 def description_of(trainer: Any, state: Any) -> dict[str, Any]:
@@ -285,56 +268,6 @@ def description_of(trainer: Any, state: Any) -> dict[str, Any]:
         "reward_weights": trainer.reward_weights.tolist(),
         "max_steps": state.max_steps,
     }
-
-
-def without_secrets(value: Any) -> Any:
-    """
-    Options as plain JSON: tokens, passwords and the like left out, other objects as text, NaN and infinity as `None`.
-
-    ```python
-    >>> without_secrets({"hub_token": "hf_x", "eos_token": "<eos>", "lr": float("inf"), "kwargs": {"password": "x"}})
-    {'eos_token': '<eos>', 'lr': None, 'kwargs': {}}
-    >>> without_secrets({"url": "http://me:secret@host:8000/v1"})
-    {'url': 'http://host:8000/v1'}
-
-    ```
-    """
-    if isinstance(value, Mapping):
-        return {str(k): without_secrets(v) for k, v in value.items() if not SECRET.search(str(k))}
-    if isinstance(value, list | tuple | set):
-        return [without_secrets(v) for v in value]
-    if isinstance(value, int | float | None):
-        return _finite(value)
-    return re.sub(r"//[^/@\s]+@", "//", str(value))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record, one at a time, without one that a killed run left half written."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                yield entry
-
-
-def _finite(value: float | None) -> float | None:
-    try:
-        return value if value is None or math.isfinite(value) else None
-    except OverflowError:  # an integer beyond all floats
-        return None
-
-
-def _write_lines(lines: Iterable[bytes], file: IO[bytes]) -> None:
-    file.writelines(lines)
-
-
-def _replace(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _version(package: str) -> str | None:

@@ -132,6 +132,7 @@ class Curriculum(GRPOCallback):
     """What the curricula share: the difficulty column, the floor of exploration, the logged position."""
 
     is_unique = True
+    reads_dataset = True
     exploration: float
     difficulty: Tensor = torch.empty(0)  # (D,), where there is a difficulty column
 
@@ -231,6 +232,7 @@ class OnlineCurriculumCallback(Curriculum):
 
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
+        self._effective = float(len(trainer.train_dataset))
 
     def on_prompt_weights(self, weights: Tensor, **kwargs: Any) -> Tensor:
         variance = self.posterior.variance()

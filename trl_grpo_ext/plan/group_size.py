@@ -66,6 +66,7 @@ class ThresholdGroupSizeCallback(GRPOCallback):
     """
 
     is_unique = True
+    reads_dataset = True
     sizes: Tensor
 
     def __init__(self, std_threshold: float = 0.1):
@@ -112,6 +113,7 @@ class VarianceGroupSizeCallback(GRPOCallback):
     """
 
     is_unique = True
+    reads_dataset = True
 
     def __init__(self, decay: float = 0.5, prior: float = 2.0):
         self.decay = decay

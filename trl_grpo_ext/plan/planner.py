@@ -140,9 +140,11 @@ def check_plannable(args: AdaptiveGRPOConfig, callbacks: list[GRPOCallback], dat
             "train_dataset, or leave them off"
         )
     if not isinstance(dataset, Dataset):
+        remedies = {dict: "pass one of its splits, such as dataset['train']", list: "pass Dataset.from_list(rows)"}
+        remedy = next((remedy for kind, remedy in remedies.items() if isinstance(dataset, kind)), None)
+        remedy = remedy or "pass a datasets.Dataset (such as load_dataset(..., streaming=False)), or leave them off"
         raise ValueError(
-            f"{features} choose rows of the training dataset, which a {type(dataset).__name__} does not allow: pass a "
-            "datasets.Dataset (such as load_dataset(..., streaming=False)), or leave them off"
+            f"{features} choose rows of the training dataset, which a {type(dataset).__name__} does not allow: {remedy}"
         )
     if any(callback.overrides("on_group_sizes") for callback in callbacks):
         args.check_group_sizes()

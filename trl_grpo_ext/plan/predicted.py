@@ -56,7 +56,9 @@ class PredictedCurriculumCallback(Curriculum):
     def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         for part in batch.parts:
             mean, std, count = part.group_stats()
-            features, index = self.features[part.prompt_index], part.prompt_index
+            index = part.prompt_index
+            assert index is not None  # because this callback chooses the prompts
+            features = self.features[index]
             guess = self.reward.predict(features)
             self._log_explained(batch, guess, mean)
             self.reward.learn(features, mean)
@@ -84,8 +86,8 @@ class PredictedCurriculumCallback(Curriculum):
             batch.metrics["curriculum/explained_variance"] = 1 - missed / spread
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"posterior": self.posterior, "reward": self.reward, "variance": self.variance}
-        return {name: part.state_dict() for name, part in parts.items()}
+        predictors = {"reward": self.reward.state_dict(), "variance": self.variance.state_dict()}
+        return {"posterior": self.posterior.state_dict(), **predictors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, posterior=dict, reward=dict, variance=dict)

@@ -1,11 +1,26 @@
-"""For scripts: arguments, datasets, training and comparing.
+"""For scripts: from a file of prompts and a reward to a trained model, its comparison and its report.
 
-- `script`: [`parse_arguments`], [`make_trainer`], [`train_and_compare`], [`finish`], which a recipe is made of.
-- `datasets`, `layouts`: prompts from files, folders and hubs. To add a layout, add an entry to `LAYOUTS`.
-- `evaluation`: held-out answers before and after.
-- `data/`: the shipped prompts.
+A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`], then [`train_and_compare`].
+
+- `script`: [`DataArguments`], [`parse_arguments`], [`make_trainer`], [`train_and_compare`] and [`finish`].
+- `datasets`: [`load_prompts`], which brings prompts into one form; `reading` finds and reads files, folders and sets on
+  the hub, `normal` cleans texts, `layouts` knows columns of other forms. To add a layout, add an entry to `LAYOUTS`.
+- `evaluation`: greedy answers to held-out prompts, scored before and after.
+- `cold_start`: supervised steps before a training. To add a step of this kind, return the folder of a model.
+- `check`: does the package work on this machine? `accelerate launch -m trl_grpo_ext.recipe.check`.
+- `tiny`: a model and a tokenizer that are made in a moment, for the check, the studies and the tests.
+- `data/`: the shipped prompts, with a page about each set.
 """
 
+from .datasets import load_prompts
 from .script import DataArguments, finish, init_kwargs, make_trainer, parse_arguments, train_and_compare
 
-__all__ = ["DataArguments", "finish", "init_kwargs", "make_trainer", "parse_arguments", "train_and_compare"]
+__all__ = [
+    "DataArguments",
+    "finish",
+    "init_kwargs",
+    "load_prompts",
+    "make_trainer",
+    "parse_arguments",
+    "train_and_compare",
+]

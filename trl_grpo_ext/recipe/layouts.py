@@ -1,4 +1,4 @@
-"""Layouts of sets on the hub that the recipes know: how `prompt` and `reference` are made of what is there."""
+"""Layouts: how the columns of a set become `prompt` and `reference`. To add one, add an entry to `LAYOUTS`."""
 
 import re
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant"}
+_SPEAKERS |= {"system": "system"}
 
 
 def from_gsm8k(row: dict[str, Any]) -> dict[str, Any]:
@@ -74,10 +76,91 @@ def from_hh_rlhf(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": messages[:-1], "reference": messages[-1]["content"]}
 
 
+def from_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A row with `messages`: those up to the last answer are the prompt, and the last answer is the reference.
+
+    Args:
+        row (`dict`):
+            `messages`, a list of `{"role": ..., "content": ...}`.
+
+    Returns:
+        `dict`:
+            `prompt` and `reference`, which is `None` where the user has the last word.
+
+    Raises:
+        `ValueError`: where `messages` is no such list, or holds nothing but an answer.
+
+    Example:
+
+    ```python
+    >>> hello = {"role": "user", "content": "Hi!"}
+    >>> from_messages({"messages": [hello, {"role": "assistant", "content": "Hello."}]})
+    {'prompt': [{'role': 'user', 'content': 'Hi!'}], 'reference': 'Hello.'}
+
+    ```
+    """
+    return _prompt_and_reference("messages", row["messages"], row["messages"])
+
+
+def from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    A row of ShareGPT's form: `conversations` is read as `messages` are in [`from_messages`].
+
+    Args:
+        row (`dict`):
+            `conversations`, a list of `{"from": ..., "value": ...}`, from `"human"`, `"gpt"` or `"system"`.
+
+    Returns:
+        `dict`:
+            `prompt` and `reference`.
+
+    Raises:
+        `ValueError`: where `conversations` is no such list, or somebody else speaks.
+
+    Example:
+
+    ```python
+    >>> from_sharegpt({"conversations": [{"from": "human", "value": "Hi!"}, {"from": "gpt", "value": "Hello."}]})
+    {'prompt': [{'role': 'user', 'content': 'Hi!'}], 'reference': 'Hello.'}
+
+    ```
+    """
+    said = row["conversations"]
+    if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+        return _prompt_and_reference("conversations", said, said)
+    messages = []
+    for message in said:
+        who = message.get("from") or message.get("role")
+        if who not in _SPEAKERS:
+            raise ValueError(
+                f"conversations has a message from {who!r}: only {', '.join(map(repr, _SPEAKERS))} are known; rename "
+                "the speaker, or leave the row out"
+            )
+        content = message.get("value") if "value" in message else message.get("content")
+        messages.append({"role": _SPEAKERS[who], "content": content})
+    return _prompt_and_reference("conversations", said, messages)
+
+
+def _prompt_and_reference(column: str, given: Any, messages: Any) -> dict[str, Any]:
+    is_list = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
+    if not is_list or not all(
+        message.get("role") and (message.get("content") or message.get("tool_calls")) for message in messages
+    ):
+        raise ValueError(f"{column}={given!r:.80} is no list of messages, each of which says something: fill it in")
+    # Arrow gives each message the keys of all others, with None for those that it lacks.
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    has_reference = messages[-1]["role"] == "assistant"
+    prompt = messages[:-1] if has_reference else messages
+    if not prompt:
+        raise ValueError(f"{column}={given!r:.80} holds nothing but an answer: put what the user says before it")
+    return {"prompt": prompt, "reference": messages[-1].get("content") if has_reference else None}
+
+
 @dataclass(frozen=True)
 class Layout:
     """
-    How a set is laid out.
+    How a set is laid out: which of its columns become which.
 
     Args:
         columns (`tuple[str, ...]`, *optional*):
@@ -97,6 +180,8 @@ class Layout:
 
 
 LAYOUTS = {
+    "messages": Layout(("messages",), from_messages),
+    "sharegpt": Layout(("conversations",), from_sharegpt),
     "gsm8k": Layout(("question", "answer"), from_gsm8k, config="main"),
     "hh-rlhf": Layout(
         ("chosen", "rejected"),

@@ -1,15 +1,16 @@
-"""What the recipes share: arguments from YAML and the command line, a trainer, and a comparison before and after."""
+"""What recipes are made of: arguments from YAML and the command line, a trainer, a comparison before and after."""
 
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -19,10 +20,11 @@ from ..host.processes import leave
 from ..host.sources import resolve_model
 from ..observe.live import LiveCallback
 from ..observe.report import write_report
-from ..rewards import Reward
+from ..rewards import Reward, as_reward
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
-from .evaluation import HeldOutCallback, print_comparison
+from .evaluation import HeldOutCallback, as_one_reward, print_comparison
+from .layouts import LAYOUTS
 
 
 @dataclass
@@ -35,6 +37,8 @@ class DataArguments:
             A shipped set, a local file or folder, or a dataset on the hub.
         dataset_config (`str`, *optional*), dataset_layout (`str`, *optional*), dataset_streaming (`bool`, *optional*):
             As in [`~trl_grpo_ext.recipe.datasets.load_prompts`], and so are the two splits.
+        prompt_column (`str`, *optional*), reference_column (`str`, *optional*), system_prompt (`str`, *optional*):
+            As in [`~trl_grpo_ext.recipe.datasets.load_prompts`].
         max_test_prompts (`int`, *optional*, defaults to `200`):
             Most held-out prompts.
     """
@@ -44,7 +48,15 @@ class DataArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_layout: str | None = field(
-        default=None, metadata={"help": "Layout of its columns, 'gsm8k' or 'hh-rlhf'; known for the sets on the hub."}
+        default=None,
+        metadata={"help": f"Layout of its columns: {', '.join(LAYOUTS)}; known for the sets on the hub."},
+    )
+    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompts, if not `prompt`."})
+    reference_column: str | None = field(
+        default=None, metadata={"help": "Column with the references, if not `reference`."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "What the system says first, in place of a row's own system message."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Held-out split."})
@@ -60,6 +72,9 @@ class DataArguments:
             self.dataset_name,
             config=self.dataset_config,
             layout=self.dataset_layout,
+            prompt_column=self.prompt_column,
+            reference_column=self.reference_column,
+            system_prompt=self.system_prompt,
             train_split=self.dataset_train_split,
             test_split=self.dataset_test_split,
             columns=columns,
@@ -82,9 +97,6 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
         `tuple`:
             The recipe's arguments, [`AdaptiveGRPOConfig`] and [`~trl.ModelConfig`].
     """
-    flags = sys.argv[1:]
-    if "--config" not in flags:
-        flags += ["--config", str(Path(script).parent / "configs" / f"{Path(script).stem}.yaml")]
     parser = TrlParser((arguments, AdaptiveGRPOConfig, ModelConfig))
     # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
     parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
@@ -92,10 +104,58 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse_args_and_config(flags)
+    parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse_args_and_config(flags_with_config(script))
     if parsed[2].model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: name a model in the YAML file or with --model_name_or_path")
+    parsed[1].resume_from_checkpoint = checkpoint_of(parsed[1])
     return parsed
+
+
+def flags_with_config(script: str) -> list[str]:
+    """
+    The command line with one `--config`, as the two words that TRL's parser reads.
+
+    Args:
+        script (`str`):
+            `__file__` of a script. Without the flag, it is `configs/<script>.yaml` beside the script.
+
+    Raises:
+        `ValueError`: where the flag names no file.
+    """
+    flags: list[str] = []
+    for flag in sys.argv[1:]:
+        name, sign, value = flag.partition("=")
+        flags += [name, value] if name == "--config" and sign else [flag]
+    if "--config" not in flags:
+        flags += ["--config", str(Path(script).parent / "configs" / f"{Path(script).stem}.yaml")]
+    if flags.count("--config") > 1:
+        raise ValueError("--config is there twice: name one file")
+    path = "".join(flags[flags.index("--config") + 1 :][:1])
+    if not path or path.startswith("--"):
+        raise ValueError("--config names no file: write --config other.yaml")
+    if not os.path.isfile(path):
+        raise ValueError(f"--config {path}: there is no such file (looked for {os.path.abspath(path)})")
+    return flags
+
+
+def checkpoint_of(training_args: AdaptiveGRPOConfig) -> str | bool | None:
+    """
+    What `resume_from_checkpoint` means: a folder, or `True` for the last checkpoint of `output_dir`.
+
+    Raises:
+        `ValueError`: for what is neither, such as `"last"`.
+    """
+    value: str | bool | None = training_args.resume_from_checkpoint
+    if isinstance(value, bool) or not value:
+        return value or None
+    if value.lower() in ("true", "false"):  # as the command line gives them
+        return value.lower() == "true" or None
+    if not os.path.isdir(value):
+        raise ValueError(
+            f"resume_from_checkpoint={value!r} is no folder (looked for {os.path.abspath(value)}): name a checkpoint, "
+            f"such as {os.path.join(training_args.output_dir, 'checkpoint-10')}, or true for the last one in output_dir"
+        )
+    return value
 
 
 def init_kwargs(training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -109,25 +169,32 @@ def init_kwargs(training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> d
 
 
 def make_trainer(
-    prompts: dict[str, Any], reward: Reward, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
+    prompts: Mapping[str, Any], reward: Any, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
 ) -> AdaptiveGRPOTrainer:
     """
     A trainer with the live view, which says what it was given.
 
     Args:
-        prompts (`dict`):
+        prompts (`Mapping`):
             `train` and `test`, as of [`~trl_grpo_ext.recipe.datasets.load_prompts`].
-        reward ([`~trl_grpo_ext.rewards.Reward`]):
-            Reward.
+        reward ([`~trl_grpo_ext.rewards.Reward`], or what TRL takes as `reward_funcs`):
+            A reward, a function, a model or its id, or a list of them.
         training_args ([`AdaptiveGRPOConfig`]), model_args ([`~trl.ModelConfig`]):
             As of [`parse_arguments`]. Where the hub does not answer, the model comes from
             [`~trl_grpo_ext.host.sources.resolve_model`].
+
+    Raises:
+        `ValueError`: for prompts or a checkpoint of another form, before a model is loaded.
     """
+    check_splits(prompts)
+    training_args.resume_from_checkpoint = checkpoint_of(training_args)
+    rewards = as_rewards(reward)
+    whole = as_one_reward(rewards, training_args.reward_weights)
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
     trainer = AdaptiveGRPOTrainer(
         model=source.path,
-        reward_funcs=reward,
+        reward_funcs=rewards,
         args=training_args,
         train_dataset=prompts["train"],
         quantization_config=get_quantization_config(model_args),
@@ -139,26 +206,58 @@ def make_trainer(
     count = len(train) if isinstance(train, Dataset) else "a stream"
     trainer.accelerator.print(f"Model:   {source.origin}")
     trainer.accelerator.print(f"Prompts: {count} to train on, {len(prompts['test'])} held out")
-    trainer.accelerator.print(f"Reward:  {reward}")
+    trainer.accelerator.print(f"Reward:  {whole}")
     return trainer
 
 
+def as_rewards(reward: Any) -> Reward | list[Reward]:
+    """What TRL takes as `reward_funcs`, as rewards: a model that is named is loaded once for all uses."""
+    return [as_reward(part) for part in reward] if isinstance(reward, list | tuple) else as_reward(reward)
+
+
+def check_splits(prompts: Any) -> None:
+    """
+    Raise `ValueError` for prompts that are not two splits, with what helps.
+
+    Args:
+        prompts (`Any`):
+            `train` ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]) and `test` ([`~datasets.Dataset`]).
+    """
+    halve = "hold some out, for example with dataset.train_test_split(test_size=48)"
+    if not isinstance(prompts, Mapping):
+        raise ValueError(f"prompts is a {type(prompts).__name__}: pass {{'train': ..., 'test': ...}}; {halve}")
+    for split, kinds in {"train": (Dataset, IterableDataset), "test": (Dataset,)}.items():
+        if split not in prompts:
+            raise ValueError(f"prompts has no {split!r}, only {list(prompts)}: name one of them so, or {halve}")
+        rows = prompts[split]
+        if isinstance(rows, Mapping):
+            raise ValueError(f"prompts[{split!r}] holds the splits {list(rows)}: pass one of them, not all")
+        if isinstance(rows, list | tuple):
+            raise ValueError(f"prompts[{split!r}] is a {type(rows).__name__}: make it datasets.Dataset.from_list(rows)")
+        if not isinstance(rows, kinds):
+            names = " or ".join(f"datasets.{kind.__name__}" for kind in kinds)
+            raise ValueError(f"prompts[{split!r}] is a {type(rows).__name__}: pass a {names}")
+        if isinstance(rows, Dataset) and len(rows) == 0:
+            raise ValueError(f"prompts[{split!r}] is empty: put at least one prompt into it")
+
+
 def train_and_compare(
-    prompts: dict[str, Any], reward: Reward, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
+    prompts: Mapping[str, Any], reward: Any, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
 ) -> HeldOutCallback:
     """
     Train, print a table and samples of the held-out prompts before and after, and save the model and the report.
 
     Args:
         prompts, reward, training_args, model_args:
-            As in [`make_trainer`].
+            As in [`make_trainer`]. Held-out prompts are answered as the rollout of the training answers them.
 
     Returns:
         [`~trl_grpo_ext.recipe.evaluation.HeldOutCallback`]:
             With the results in `before` and `after`.
     """
-    trainer = make_trainer(prompts, reward, training_args, model_args)
-    held_out = HeldOutCallback(trainer, prompts["test"], reward)
+    rewards = as_rewards(reward)
+    trainer = make_trainer(prompts, rewards, training_args, model_args)
+    held_out = HeldOutCallback(trainer, prompts["test"], rewards)
     trainer.add_callback(held_out)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     first = f"at step {held_out.first_step}" if held_out.first_step else "before"

@@ -1,27 +1,35 @@
-"""Rewards that compose: any TRL reward function, model or hub id, in one readable line.
+"""Rewards that compose: what an answer is worth, as one readable line.
 
 ```python
 reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
 ```
+
+- `algebra`: [`Reward`], its leaves and composites, [`as_reward`]. `ops`: the operators. `schedules`: changing weights.
+- `trees`: the rows of a composite. `naming`: names and `repr`.
+- `scoring`: one call of a leaf. `guards`, `processes`: leaves that are slow or fail. `errors`: what the messages say.
+- `text`, `turns`, `judge`: ready rewards. `models`: how a classifier is loaded and asked.
+
+A reward function needs no class: pass it to [`as_reward`]. To add a ready reward, write a [`~algebra.Leaf`] with a
+`score` method, as in `text.py`. To add an operator, see `ops.py`. Both join the conformance test by one line.
 """
 
-from .base import Reward
-from .composites import maximum, minimum
-from .leaves import as_reward
-from .models import RewardModel
+from .algebra import Reward, RewardModel, as_reward, maximum, minimum
+from .errors import RewardError
+from .judge import Judge, Rubric
 from .schedules import constant, cosine, linear, piecewise
-from .scoring import RewardError
 from .text import Harmlessness, Length, OverLength, Relevance
 from .turns import at_end, of_plan
 
 __all__ = [
     "Harmlessness",
+    "Judge",
     "Length",
     "OverLength",
     "Relevance",
     "Reward",
     "RewardError",
     "RewardModel",
+    "Rubric",
     "as_reward",
     "at_end",
     "constant",

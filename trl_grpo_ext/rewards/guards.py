@@ -1,7 +1,7 @@
-"""What guards a leaf against slowness and failure: a time limit, retries, rows at once, processes of its own.
+"""Slow and failing rewards: a time limit, retries, a limit on rows at once, processes of their own, a cache.
 
-A guarded leaf is asked about each row alone, so that a bad row costs nothing but itself. Every attempt that went wrong
-is counted by its kind, and either leads to a retry or gives the row up, so per call
+A guarded leaf is asked about each row alone, so that a bad row costs nothing but itself. Each attempt that goes wrong
+is counted by its kind, and leads to a retry or gives the row up. So for each call,
 `failures + timeouts + garbage = retries + rows given up`.
 """
 
@@ -12,10 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
+from ..host.calls import is_async
+from .errors import RowError, stops_the_run
 from .processes import Workers
-from .scoring import Job, RowError, is_missing_package, only_value
+from .scoring import Job, only_value
 
 # Not the generator of the training, whose numbers must not depend on how often a server fails.
 _JITTER = random.Random()
@@ -32,13 +34,13 @@ class Guard:
         retries (`int`, *optional*, defaults to `0`):
             Attempts after the first.
         wait (`float`, *optional*, defaults to `1.0`):
-            Longest pause before the first retry, in seconds; doubles with each.
+            Longest pause before the first retry, in seconds. It doubles with each retry.
         max_wait (`float`, *optional*, defaults to `30.0`):
             Longest pause before any retry.
         at_once (`int`, *optional*, defaults to `16`):
-            Rows at once of an async leaf.
+            Most rows that an async leaf is asked about at once.
         processes (`int`, *optional*):
-            Processes for a sync leaf; in this one when `None`.
+            Processes for a sync leaf; `None` runs it in the process of the training.
     """
 
     timeout: float | None = None
@@ -63,13 +65,14 @@ class Guard:
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"in_processes: count={self.processes} scores nothing: pass at least 1")
 
-    def changed(self, leaf: Any, is_async: bool, method: str, changes: dict[str, Any]) -> "Guard":
-        """This guard with what `method` of [`Reward`] sets. Raises `TypeError` where it cannot work with `leaf`."""
-        if is_async and method == "in_processes":
+    def changed(self, leaf: Any, method: str, changes: dict[str, Any]) -> "Guard":
+        """This guard with what `method` of [`Reward`] sets. Raises `TypeError` where `leaf` cannot have it."""
+        waits = is_async(leaf)
+        if waits and method == "in_processes":
             raise TypeError(f"reward {leaf.name!r} is async and waits instead of computing: use .concurrency(limit)")
-        if not is_async and method == "concurrency":
+        if not waits and method == "concurrency":
             raise TypeError(f"reward {leaf.name!r} is not async: use .in_processes(count), or make it `async def`")
-        if not is_async and method == "timeout" and self.processes is None:
+        if not waits and method == "timeout" and self.processes is None:
             raise TypeError(
                 f"reward {leaf.name!r} is not async, and only a process can be stopped: use "
                 f".in_processes(count, timeout={changes['timeout']})"
@@ -83,7 +86,7 @@ class Guard:
         return _JITTER.uniform(0.0, min(self.max_wait, self.wait * 2.0 ** min(attempt - 1, 100)))
 
     def source(self) -> str:
-        """The calls that make this guard of none."""
+        """The methods that make this guard, as Python."""
         default = {item.name: item.default for item in fields(self)}
         text = ""
         if self.processes is not None:
@@ -99,8 +102,125 @@ class Guard:
         return text
 
 
+R = TypeVar("R")  # the kind of reward that the methods return: `Reward`
+
+
+class LeafSettings(Generic[R]):
+    """The methods that set a cache, a limit, or what errors do, on each leaf of a reward."""
+
+    def map_leaves(self, change: Callable[[Any], Any]) -> R:
+        """The same tree with every leaf replaced by `change(leaf)`."""
+        raise NotImplementedError
+
+    def cached(self, max_size: int = 10_000) -> R:
+        """
+        Remember values, for deterministic rewards that are expensive to compute.
+
+        A composite caches each of its leaves, so that schedules keep moving. The key of a value is the prompt, the
+        completion, its token ids and all dataset columns of the row. A cached reward is called with the rows that it
+        does not know. It does not get `trainer_state`, `environments`, `log_metric` and `log_extra`, since its value
+        must depend on the row alone. Remembered values are not pickled.
+
+        Args:
+            max_size (`int`, *optional*, defaults to `10_000`):
+                Most values to keep for each leaf. The least recently used ones go first.
+        """
+        if max_size < 1:
+            raise ValueError(f"cached: max_size={max_size} keeps nothing: pass at least 1")
+        return self.map_leaves(lambda leaf: replace(leaf, cache_size=max_size))
+
+    def on_error(self, action: Literal["raise", "skip"]) -> R:
+        """
+        What happens when a leaf raises or returns something that is no finite number.
+
+        Args:
+            action (`str`):
+                `"raise"` stops the run with a [`RewardError`]. `"skip"` makes the offending rows `None`, warns, and
+                counts them in the metric `rewards/{name}/errors`; a reward that raises when asked about all rows at
+                once loses all of them. `"skip"` is the default after `timeout`, `retry`, `concurrency` or
+                `in_processes`, and else `"raise"`. A missing package and a signature that TRL cannot call always stop
+                the run.
+        """
+        if action not in ("raise", "skip"):
+            raise ValueError(f'on_error: {action!r} is unknown: choose "raise" or "skip"')
+        return self.map_leaves(lambda leaf: replace(leaf, errors=action))
+
+    def timeout(self, seconds: float) -> R:
+        """
+        Limit the time of an async reward. A row without an answer in time is given up. Each row is asked about alone.
+
+        Args:
+            seconds (`float`):
+                For one attempt at one row. A reward that does not await cannot be stopped: run it with
+                [`in_processes`][trl_grpo_ext.rewards.Reward.in_processes].
+
+        Raises:
+            `TypeError`: for a sync reward that does not run in processes.
+        """
+        return self._guarded("timeout", timeout=float(seconds))
+
+    def retry(self, times: int, wait: float = 1.0, max_wait: float = 30.0) -> R:
+        """
+        Ask again about a row where the reward raised, took too long or returned no number.
+
+        Each row is asked about alone, and each attempt gets its own copy of the row.
+
+        The pause before the `n`-th retry is drawn uniformly from 0 to `min(max_wait, wait * 2 ** (n - 1))` seconds, so
+        that rows that failed together are not asked about again together.
+
+        Args:
+            times (`int`):
+                Most retries of a row.
+            wait (`float`, *optional*, defaults to `1.0`):
+                Longest pause before the first retry, in seconds.
+            max_wait (`float`, *optional*, defaults to `30.0`):
+                Longest pause before any retry, in seconds.
+        """
+        return self._guarded("retry", retries=times, wait=float(wait), max_wait=float(max_wait))
+
+    def concurrency(self, limit: int) -> R:
+        """
+        Ask an async reward about each row alone, about at most `limit` of them at once.
+
+        Args:
+            limit (`int`):
+                Most rows at once, for each process of the training. Without this method, the limit is 16.
+
+        Raises:
+            `TypeError`: for a sync reward.
+        """
+        return self._guarded("concurrency", at_once=limit)
+
+    def in_processes(self, count: int, timeout: float = 60.0) -> R:
+        """
+        Run a sync reward in processes of its own, a row at a time. A call that hangs or crashes costs only its row.
+
+        The reward must be picklable: its function has to stand at the top of a module. A script that uses this method
+        needs `if __name__ == "__main__":`. The reward gets the dataset columns, but not `trainer_state`,
+        `environments`, `log_metric` and `log_extra`. Processes start at the first call, are kept, and are replaced when
+        they die. They contain accidents, and are no sandbox for hostile code.
+
+        Args:
+            count (`int`):
+                Processes for each process of the training.
+            timeout (`float`, *optional*, defaults to `60.0`):
+                Seconds for one attempt at one row. After that, the process is killed, with all that it started.
+
+        Raises:
+            `TypeError`: for an async reward, and for one that cannot be pickled.
+        """
+        return self._guarded("in_processes", processes=count, timeout=float(timeout))
+
+    def _guarded(self, method: str, **changes: Any) -> R:
+        return self.map_leaves(lambda leaf: replace(leaf, guard=(leaf.guard or Guard()).changed(leaf, method, changes)))
+
+
 def run(leaf: Any, job: Job) -> Any:
-    """What `leaf.score` returned or raised for the rows of `job`; for a guarded leaf a list of that, row by row."""
+    """
+    What `leaf.score` returns for the rows of `job`, or the exception that it raises.
+
+    A guarded leaf gives a list, with a value or an exception for each row.
+    """
     guard: Guard | None = leaf.guard
     if not job.rows:
         return []
@@ -118,7 +238,7 @@ def run(leaf: Any, job: Job) -> Any:
 
 
 async def run_async(leaf: Any, job: Job) -> Any:
-    """The same for an async leaf."""
+    """The same as `run`, for an async leaf."""
     guard: Guard | None = leaf.guard
     if not job.rows:
         return []
@@ -131,11 +251,11 @@ async def run_async(leaf: Any, job: Job) -> Any:
 
 
 class _Rows:
-    """One call of a guarded leaf: the rows as calls of one row each, and what went wrong with them, in `job.tally`."""
+    """One call of a guarded leaf, row by row. What goes wrong is counted in `job.tally`."""
 
     def __init__(self, guard: Guard, job: Job):
         self.guard, self.job = guard, job
-        self.columns: dict[str, list[Any]] = {}  # for the completions table, filled by rows in any order
+        self.columns: dict[str, list[Any]] = {}  # of the completions table; rows fill them in any order
 
     def call_of(self, index: int) -> dict[str, Any]:
         count = len(self.job.rows)
@@ -152,7 +272,7 @@ class _Rows:
         return call
 
     def count(self, answer: Any, tally: Counter[str], attempt: int) -> bool:
-        """Count what is wrong with `answer`, and whether to ask again."""
+        """Count what is wrong with `answer`, and say whether to ask again."""
         if not isinstance(answer, Exception):
             return False
         tally[answer.kind if isinstance(answer, RowError) else "failures"] += 1
@@ -162,7 +282,7 @@ class _Rows:
         return True
 
     def retrying(self, index: int, ask: Callable[[dict[str, Any]], Any], tally: Counter[str] | None = None) -> Any:
-        """The last answer of `ask` about a row: a value, or the exception."""
+        """The last answer of `ask` about a row: a value or an exception."""
         call, attempt = self.call_of(index), 0
         while self.count(answer := ask(call), self.job.tally if tally is None else tally, attempt):
             attempt += 1
@@ -198,7 +318,7 @@ class _Rows:
         try:
             answers = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # where one raised, which only a missing package does
+            for task in tasks:  # where one raised what stops the run
                 task.cancel()
         self.log_columns()
         return answers
@@ -216,7 +336,7 @@ def _answer(score: Callable[..., Any], call: dict[str, Any]) -> Any:
 
 
 def _given_back(error: Exception) -> Exception:
-    if is_missing_package(error):
+    if stops_the_run(error):
         raise error
     return error
 

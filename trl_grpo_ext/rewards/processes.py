@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from .scoring import NOT_OF_THE_ROW, RowError, is_missing_package, only_value, said
+from .errors import NOT_OF_THE_ROW, CallError, RowError, is_missing_package, remedy_for, said
+from .scoring import only_value
 
-_TAKEN = {"taken": True}  # what a process says before it scores: from here on, its death is the row's doing
-_PROCESS = os.getpid()  # that imported this
+_TAKEN = {"taken": True}  # a process says so before it scores: if it dies from here on, the row is to blame
+_PROCESS = os.getpid()  # the process that imported this module
 _START_TIMEOUT = 600.0  # seconds for the imports of a new process, on a machine that may be busy
 # A reward that uses torch or accelerate must not take itself for a rank of the training.
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -32,7 +33,7 @@ class StartError(RuntimeError):
 
 
 class Workers:
-    """The processes of one leaf, started when needed. Pickles and deep-copies as one without processes."""
+    """The processes of one leaf, which start when they are needed. A pickled or deep copy has none."""
 
     def __init__(self) -> None:
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
@@ -53,8 +54,8 @@ class Workers:
             ) from error
 
     def map(self, count: int, score_row: Callable[[int], Any], num_rows: int) -> list[Any]:
-        """`score_row` of each row, in at most `count` threads at once, each of which uses one process."""
-        if self._owner != os.getpid():  # in a fork, whose parent goes on with its own
+        """`score_row` of each row, in at most `count` threads at once. Each thread uses one process."""
+        if self._owner != os.getpid():  # in a fork: the parent keeps the old ones
             self._idle, self._owner = queue.LifoQueue(), os.getpid()
         executor = ThreadPoolExecutor(min(count, num_rows), thread_name_prefix="reward")
         try:
@@ -63,7 +64,7 @@ class Workers:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, leaf: Any, call: dict[str, Any], timeout: float) -> Any:
-        """The value of one row, or the [`RowError`] that it came to."""
+        """The value of one row, or the [`RowError`] that says why there is none."""
         call = {name: value for name, value in call.items() if name not in NOT_OF_THE_ROW}
         while True:
             try:
@@ -73,7 +74,7 @@ class Workers:
             answer = worker.ask(call, timeout)
             if worker.is_alive:
                 self._idle.put(worker)
-            elif was_kept and not worker.took_row:  # killed while it was idle: no fault of this row
+            elif was_kept and not worker.took_row:  # killed while it was idle: the row is not to blame
                 continue
             return answer
 
@@ -90,7 +91,7 @@ class Worker:
         # fork of the training not forkserver either, whose server is a child of the training.
         has_server = "forkserver" in multiprocessing.get_all_start_methods() and os.getpid() == _PROCESS
         context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
-        if has_server:  # what a process imports, it then shares with those after it
+        if has_server:  # so that later processes need not import it again
             context.set_forkserver_preload(["__main__", __name__])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, payload), daemon=True)
@@ -132,7 +133,9 @@ class Worker:
             return RowError(f"its process died{'' if code is None else f' ({_exit(code)})'}")
         if "missing" in answer:
             raise ImportError(answer["missing"])
-        return RowError(answer["error"], answer["kind"]) if "error" in answer else answer["value"]
+        if "mistake" in answer:
+            raise CallError(answer["mistake"])
+        return RowError(answer["error"], answer["kind"], answer["remedy"]) if "error" in answer else answer["value"]
 
     def _receive(self, timeout: float) -> Any:
         try:
@@ -171,7 +174,7 @@ def serve(connection: multiprocessing.connection.Connection, payload: bytes) -> 
     for name in _RANK:
         os.environ.pop(name, None)
     try:
-        leaf = pickle.loads(payload)  # of the training, as are all rows
+        leaf = pickle.loads(payload)  # it comes from the training, as all rows do
     except BaseException as error:
         connection.send_bytes(json.dumps({"broken": said(error)}).encode())
         return
@@ -182,22 +185,25 @@ def serve(connection: multiprocessing.connection.Connection, payload: bytes) -> 
         except EOFError:
             return
         connection.send_bytes(json.dumps(_TAKEN).encode())
-        connection.send_bytes(json.dumps(_answer(leaf, pickle.loads(call))).encode())
+        connection.send_bytes(json.dumps(_scored(leaf, pickle.loads(call))).encode())
 
 
-def _answer(leaf: Any, call: dict[str, Any]) -> dict[str, Any]:
+def _scored(leaf: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """The value of a row, or what went wrong, as JSON can say it."""
     try:
         return {"value": only_value(leaf.score(**call))}
     except RowError as error:
-        return {"error": str(error), "kind": error.kind}
-    except BaseException as error:  # SystemExit too: it is the row's
+        return {"error": str(error), "kind": error.kind, "remedy": error.remedy}
+    except CallError as error:
+        return {"mistake": str(error)}
+    except BaseException as error:  # SystemExit too: the row is to blame
         if is_missing_package(error):
             return {"missing": str(error)}
-        return {"error": said(error), "kind": "failures"}
+        return {"error": said(error), "kind": "failures", "remedy": remedy_for(error, call["completions"])}
 
 
 def _end_with_parent() -> None:
-    """End, with all that the reward started, when the training was killed and could not say so."""
+    """End, with all that the reward started, when the training ends without a word."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,80 +1,35 @@
-"""One leaf's call, from TRL's keyword arguments to checked values: what to score, what came back, what to remember."""
+"""One call of a leaf: which rows to score, what came back, and what to remember.
+
+A leaf without a cache scores all rows. A leaf with a cache scores the rows whose values it does not hold.
+"""
 
 import hashlib
 import logging
 import math
 import pickle
-import sys
-import traceback
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
-from numbers import Real
-from types import FrameType
 from typing import Any
+
+from ..host.calls import own_copy
+from .errors import NOT_OF_THE_ROW, SKIP, RewardError, RowError, remedy_for, said, shown
 
 logger = logging.getLogger(__name__)
 
-# What TRL passes besides the rows. A cached value must not depend on these, and they cannot go to another process.
-NOT_OF_THE_ROW = ("trainer_state", "environments", "log_metric", "log_extra")
-# What a guarded leaf logs as `rewards/{name}/{kind}`: bad answers by kind, retried ones included, and retries.
+# What a guarded leaf logs as `rewards/{name}/{kind}`: attempts that went wrong, by kind, and retries.
 TALLIES = ("failures", "timeouts", "garbage", "retries")
 MAX_FLOAT32 = 3.4028234663852886e38  # TRL keeps rewards in float32
-
-
-class RewardError(ValueError):
-    """A reward raised, or returned something that is no list of finite numbers and `None`, one per completion."""
-
-
-class RowError(RuntimeError):
-    """What went wrong with one row, where the message says it all. `kind` is one of [`TALLIES`]."""
-
-    def __init__(self, message: str, kind: str = "failures"):
-        super().__init__(message)
-        self.kind = kind
-
-
-def is_missing_package(error: BaseException | None) -> bool:
-    """
-    Whether the reward itself lacks a package, which is for the user to install and never for `on_error` to skip.
-
-    What a completion imports when a reward runs it is its own affair. It is told by where it stands: in code that was
-    made of a string, as by `exec`, and not in a cell of a notebook, which belongs to a module and has its own name.
-
-    ```python
-    >>> def error_of(run):
-    ...     try:
-    ...         run()
-    ...     except ImportError as error:
-    ...         return error
-    >>> is_missing_package(ImportError("of a file")), is_missing_package(error_of(lambda: exec("import not_there")))
-    (True, False)
-
-    ```
-    """
-    if not isinstance(error, ImportError):
-        return False
-    return not any(_is_of_a_string(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _is_of_a_string(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    if not file.startswith("<") or file.startswith("<frozen "):
-        return False
-    if file == "<string>" and frame.f_code.co_name != "__init__":  # that of a dataclass is made of a string too
-        return True
-    name = frame.f_globals.get("__name__")
-    module = sys.modules.get(name) if isinstance(name, str) else None
-    return frame.f_code.co_name == "<module>" or getattr(module, "__dict__", None) is not frame.f_globals
+_NOT_FINITE = "is not a finite number"
 
 
 class Memory(OrderedDict[Any, Any]):
-    """The least recently used values of one leaf. Pickles and deep-copies as an empty one."""
+    """Values by key, of which the least recently used go first. Pickles and deep-copies as an empty one."""
 
     def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
         return Memory, ()
 
     def recall(self, key: Any, default: Any = None) -> Any:
-        """The value under `key`, now the most recently used one."""
+        """The value under `key`, which becomes the most recently used one."""
         if key not in self:
             return default
         self.move_to_end(key)
@@ -91,8 +46,19 @@ class Memory(OrderedDict[Any, Any]):
 @dataclass(frozen=True)
 class Job:
     """
-    What a leaf has to score: one key per row of TRL's call, which `rows` are not `known`, and a `call` for those.
-    `tally` counts what goes wrong on the way.
+    What a leaf has to score in one call.
+
+    Args:
+        call (`dict`):
+            Keyword arguments for `score`, of the rows to score alone.
+        rows (`list[int]`):
+            Where these rows stand in TRL's call.
+        keys (`list`):
+            One key for each row of TRL's call. Rows with the same key have the same value.
+        known (`dict`):
+            Values that the cache holds, by key.
+        tally (`Counter`):
+            What went wrong, counted while the rows are scored.
     """
 
     call: dict[str, Any]
@@ -102,8 +68,8 @@ class Job:
     tally: Counter[str] = field(default_factory=Counter)
 
 
-def begin(leaf: Any, call: dict[str, Any]) -> Job:
-    """The job for `leaf`: all rows, or with a cache one row for each value that it does not hold."""
+def job_of(leaf: Any, call: dict[str, Any]) -> Job:
+    """What `leaf` has to score of TRL's keyword arguments `call`."""
     count = len(call["completions"])
     if leaf.cache_size is None:
         return Job(call=call, rows=list(range(count)), keys=list(range(count)), known={})
@@ -118,9 +84,34 @@ def begin(leaf: Any, call: dict[str, Any]) -> Job:
     return Job(call=new_rows | others, rows=rows, keys=keys, known=known)
 
 
-def settle(leaf: Any, call: dict[str, Any], job: Job, outcome: Any) -> list[float | None]:
-    """The leaf's values for all rows of `call`, once `outcome` has come back for the rows of `job`."""
-    values, problems = _read(outcome, job.rows)
+def own_rows(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with a copy of each value of each row, so that nobody sees what another reward or attempt changes."""
+    rows = {name: value for name, value in call.items() if name not in NOT_OF_THE_ROW}
+    # Value by value, since rows of one prompt may share an object.
+    return call | {
+        name: [own_copy(item) for item in value] if type(value) is list else own_copy(value)
+        for name, value in rows.items()
+    }
+
+
+def checked_values(leaf: Any, call: dict[str, Any], job: Job, outcome: Any) -> list[float | None]:
+    """
+    The leaf's values for all rows of `call`.
+
+    Args:
+        leaf ([`Leaf`]):
+            The leaf that was asked.
+        call (`dict`):
+            TRL's keyword arguments.
+        job ([`Job`]):
+            What the leaf had to score.
+        outcome (`Any`):
+            What the leaf returned for the rows of `job`, or the exception that it raised.
+
+    Raises:
+        [`RewardError`]: where a row has no usable value and the leaf does not skip such rows.
+    """
+    values, problems = _read(outcome, job)
     if problems:
         message = f"reward {leaf.name!r}{next(iter(problems.values()))}"
         if not leaf.skips:
@@ -144,84 +135,104 @@ def settle(leaf: Any, call: dict[str, Any], job: Job, outcome: Any) -> list[floa
     return [found[key] for key in job.keys]
 
 
-def _read(outcome: Any, rows: list[int]) -> tuple[list[float | None], dict[int, str]]:
-    """Values for `rows`, and for each row without a usable one what is wrong (continuing "reward 'name'")."""
-    skip = 'leave such rows out with .on_error("skip")'
-    nothing: list[float | None] = [None] * len(rows)
+def _read(outcome: Any, job: Job) -> tuple[list[float | None], dict[int, str]]:
+    """Values for the rows of `job`, and for each row without one what is wrong (continuing "reward 'name'")."""
+    rows, completions = job.rows, job.call["completions"]
+    numbers: list[float | None] = [None] * len(rows)
     if isinstance(outcome, Exception):
-        what = f" {said(outcome)}: mend the cause, or {skip}"
-        return nothing, dict.fromkeys(rows, what)
-    values = outcome.tolist() if hasattr(outcome, "tolist") else outcome  # tensors and arrays
+        return numbers, dict.fromkeys(rows, f" {said(outcome)}: {remedy_for(outcome, completions)}")
+    values = listed(outcome, len(rows))
     if not isinstance(values, list | tuple) or len(values) != len(rows):
-        given = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        what = f' returned {given} for {len(rows)} completions: return one each in a list, None for "does not apply"'
-        return nothing, dict.fromkeys(rows, what)
+        what = f" returned {_amount(values)} for {len(rows)} completions: "
+        return numbers, dict.fromkeys(rows, what + 'return one each in a list, None for "does not apply"')
     problems = {}
     for index, (row, value) in enumerate(zip(rows, values, strict=True)):
         if isinstance(value, Exception):
-            problems[row] = f", row {row}: {said(value)}: mend the cause, or {skip}"
+            problems[row] = f", row {row}: {said(value)}: {remedy_for(value, completions)}"
             continue
-        number, problem = number_or_problem(value)
+        numbers[index], problem = number_or_problem(value)
         if problem is not None:
-            problems[row] = f', row {row}: {shown(value)} {problem}: return None for "does not apply", or {skip}'
-        nothing[index] = number
-    return nothing, problems
-
-
-def number_or_problem(value: Any) -> tuple[float | None, str | None]:
-    """
-    `value` as a reward, `None` for "does not apply"; or else what is wrong with it.
-
-    ```python
-    >>> number_or_problem(2), number_or_problem("two"), number_or_problem(10**40)
-    ((2.0, None), (None, 'is not a finite number'), (None, 'is not a finite number in float32'))
-
-    ```
-    """
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # scalars of torch and numpy
-        value = value.item()
-    if value is None:
-        return None, None
-    if not isinstance(value, Real) or value != value or value in (math.inf, -math.inf):
-        return None, "is not a finite number"
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    return (number, None) if abs(number) <= MAX_FLOAT32 else (None, "is not a finite number in float32")
-
-
-def said(error: BaseException) -> str:
-    """What an exception of a reward says, in text that any log takes."""
-    if isinstance(error, RowError):
-        return str(error)
-    try:
-        text = str(error)
-    except Exception:
-        text = "(it cannot say why)"
-    return f"raised {type(error).__name__}: {text.strip().partition(chr(10))[0][:2000]}".encode(
-        "utf-8", "backslashreplace"
-    ).decode()
-
-
-def shown(value: Any) -> str:
-    """The beginning of the `repr` of what a reward returned, which may be anything."""
-    try:
-        return f"{value!r:.80}"
-    except Exception:  # Python prints no integer of 5000 digits
-        return f"a {type(value).__name__}"
+            problems[row] = f', row {row}: {shown(value)} {problem}: return None for "does not apply", or {SKIP}'
+    return numbers, problems
 
 
 def only_value(outcome: Any) -> float | None:
     """The value that a leaf returned for a call of one row. Raises [`RowError`] where that is no reward."""
-    values = outcome.tolist() if hasattr(outcome, "tolist") else outcome
+    values = listed(outcome, 1)
     if not isinstance(values, list | tuple) or len(values) != 1:
-        given = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        raise RowError(f"it returned {given} for 1 completion", "garbage")
+        raise RowError(f"it returned {_amount(values)} for 1 completion", "garbage")
     number, problem = number_or_problem(values[0])
     if problem is not None:
         raise RowError(f"{shown(values[0])} {problem}", "garbage")
     return number
+
+
+def _amount(values: Any) -> str:
+    return f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
+
+
+def listed(outcome: Any, count: int) -> Any:
+    """
+    The list of what a tensor or an array holds; anything else as it is.
+
+    `(N, 1)`, the shape of a model with one output, is read as `(N,)`.
+
+    ```python
+    >>> import torch
+    >>> listed(torch.tensor([[0.5], [2.0]]), 2)
+    [0.5, 2.0]
+
+    ```
+    """
+    if not hasattr(outcome, "tolist"):
+        return outcome
+    shape = tuple(getattr(outcome, "shape", ()))
+    return (outcome.reshape(count) if len(shape) > 1 and shape[0] == math.prod(shape) == count else outcome).tolist()
+
+
+def number_or_problem(value: Any) -> tuple[float | None, str | None]:
+    """
+    A value as a reward, and what is wrong with it where it cannot be one. `None` is "does not apply".
+
+    Any scalar that Python can make a `float` of is a number: `Decimal`, `Fraction`, the scalars of other libraries, and
+    arrays and tensors that hold one element. Text is not, even if it reads as a number.
+
+    ```python
+    >>> from decimal import Decimal
+    >>> number_or_problem(2), number_or_problem(Decimal("0.5")), number_or_problem(None)
+    ((2.0, None), (0.5, None), (None, None))
+    >>> number_or_problem("two"), number_or_problem(10**40)
+    ((None, 'is not a finite number'), (None, 'is not a finite number in float32'))
+
+    ```
+    """
+    if type(value) is not float:
+        try:
+            value = _only_element(value)
+            if value is None:
+                return None, None
+            value = float(value) if _is_numeric(value) else math.nan
+        except OverflowError:
+            return None, f"{_NOT_FINITE} in float32"
+        except Exception:  # such as an array of two numbers
+            return None, _NOT_FINITE
+    if not math.isfinite(value):
+        return None, _NOT_FINITE
+    return (value, None) if abs(value) <= MAX_FLOAT32 else (None, f"{_NOT_FINITE} in float32")
+
+
+def _is_numeric(value: Any) -> bool:
+    # numpy makes a number of some durations, and not of others.
+    is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
+    has_float = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+    return has_float and not is_time and not isinstance(value, str)
+
+
+def _only_element(value: Any) -> Any:
+    """The element of an array, tensor or numpy scalar that holds one; anything else as it is."""
+    shape = getattr(value, "shape", None)
+    holds_one = hasattr(value, "item") and isinstance(shape, tuple) and math.prod(shape) == 1
+    return value.item() if holds_one and _is_numeric(value) else value
 
 
 def _key(row: dict[str, Any]) -> bytes:
@@ -229,7 +240,7 @@ def _key(row: dict[str, Any]) -> bytes:
 
 
 def _canonical(value: Any) -> Any:
-    """`value` with a `repr` that is equal for equal values and different for different ones."""
+    """Something whose `repr` is the same for equal values, and differs between different ones."""
     if isinstance(value, dict):
         return "dict", sorted((repr(key), _canonical(item)) for key, item in value.items())
     if isinstance(value, list | tuple):

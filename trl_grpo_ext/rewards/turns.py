@@ -1,33 +1,31 @@
-"""Rewards that look at more than one answer: a whole conversation at its end, or the plan behind an implementation."""
+"""Rewards that see something else than one answer: a whole conversation at its end, or the plan of an answer."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from ..host.calls import is_async
-from .base import Reward, Value
-from .guards import run_async
-from .leaves import Leaf, as_reward
-from .scoring import begin, settle
+from .algebra import AsyncLeaf, Leaf, Reward, Value, as_reward
+from .errors import CallError
 
-Rows = dict[str, Any]
+Row = dict[str, Any]  # the columns of one row, or those of a whole call
 
 
-def whole_conversation(row: Rows) -> Rows | None:
-    """The last turn as one completion with all that came after the first answer began; no view of other turns."""
+def whole_conversation(row: Row) -> Row | None:
+    """The last turn, with all messages from the first answer on as its completion. Other turns have no view."""
     if not row.get("last_turn", True):
         return None
     history, num_answers = row["prompts"], row.get("turn", 1) - 1
     answered = [i for i, message in enumerate(history) if isinstance(message, dict) and message["role"] == "assistant"]
     start = answered[-num_answers] if num_answers else len(history)
-    # The row's token ids are those of the last answer alone.
+    # The token ids of the row are of the last answer alone.
     whole = {"prompts": history[:start], "completions": history[start:] + row["completions"], "completion_ids": None}
     return row | whole
 
 
-def plan_alone(row: Rows) -> Rows:
+def plan_alone(row: Row) -> Row:
     """The plan in place of the implementation."""
     if "plan" not in row:
-        raise KeyError(
+        raise CallError(
             "of_plan needs the column 'plan', which the hierarchical rollout gives: set rollout='hierarchical'"
         )
     plan = [{"role": "assistant", "content": row["plan"]}]
@@ -39,7 +37,7 @@ VIEWS = {"at_end": whole_conversation, "of_plan": plan_alone}
 
 @dataclass(frozen=True, repr=False)
 class ViewReward(Leaf):
-    """A leaf that shows another leaf a view of the rows, and gives `None` where there is none; see [`at_end`]."""
+    """A leaf that shows another leaf a view of each row. A row without a view gets `None`. See [`at_end`]."""
 
     leaf: Leaf
     view: str
@@ -58,7 +56,7 @@ class ViewReward(Leaf):
         named = "" if self.name == self.default_name else f".named({self.name!r})"
         return f"{self.view}({self.leaf!r}){named}"
 
-    def _show(self, call: Rows, completion_ids: list[list[int]] | None) -> tuple[list[int], Rows]:
+    def _show(self, call: Row, completion_ids: list[list[int]] | None) -> tuple[list[int], Row]:
         count = len(call["completions"])
         call = {**call, "completion_ids": completion_ids or [None] * count}
         columns = {name: column for name, column in call.items() if isinstance(column, list) and len(column) == count}
@@ -79,18 +77,8 @@ class ViewReward(Leaf):
 
 
 @dataclass(frozen=True, repr=False)
-class AsyncViewReward(ViewReward):
-    """The same around an async leaf."""
-
-    async def __call__(
-        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
-    ) -> list[Value]:
-        values: list[Value] = await super().__call__(prompts, completions, completion_ids, **kwargs)
-        return values
-
-    async def evaluate(self, call: dict[str, Any]) -> list[Value]:
-        job = begin(self, call)
-        return settle(self, call, job, await run_async(self, job))
+class AsyncViewReward(AsyncLeaf, ViewReward):
+    """A view for an async leaf."""
 
     async def score(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
@@ -101,14 +89,14 @@ class AsyncViewReward(ViewReward):
 
 def at_end(reward: Any) -> Reward:
     """
-    A reward that is asked once, at the end of a conversation, and sees all of it.
+    A reward that is asked once, at the end of a conversation, and sees the whole conversation.
 
-    For `rollout="multi_turn"`. The prompt is what came before the first answer, and the completion holds all messages
-    from the first answer on, without `completion_ids`: count the length in words or characters. Other turns get `None`.
+    For `rollout="multi_turn"`. The prompt is what comes before the first answer. The completion holds all messages from
+    the first answer on. There are no `completion_ids`, so count lengths in words or characters. Other turns get `None`.
 
     Args:
         reward ([`Reward`], or what [`as_reward`] takes):
-            Reward of a whole conversation. Each part of it goes by its name and `_at_end`.
+            Reward of a whole conversation. `_at_end` is added to the name of each leaf.
 
     Returns:
         [`Reward`]
@@ -130,14 +118,14 @@ def at_end(reward: Any) -> Reward:
 
 def of_plan(reward: Any) -> Reward:
     """
-    A reward of the plan, added to that of each of its implementations.
+    A reward that sees the plan in place of its implementation.
 
-    For `rollout="hierarchical"`, whose reward functions otherwise see implementations. All implementations of a plan
-    get the same, so this moves the plan's credit alone.
+    For `rollout="hierarchical"`, where other rewards see implementations. All implementations of a plan get the same
+    value, so it changes the credit of the plan alone.
 
     Args:
         reward ([`Reward`], or what [`as_reward`] takes):
-            Reward of the plan as a completion. Each part of it goes by its name and `_of_plan`.
+            Reward of the plan as a completion. `_of_plan` is added to the name of each leaf.
 
     Returns:
         [`Reward`]

@@ -140,7 +140,9 @@ class MultiTurnCallback(GRPOCallback):
         for place, dataset in eval_datasets(trainer).items():
             if isinstance(dataset, Dataset):
                 self._read(dataset, place)
-        self.num_batches = 0
+        self.num_batches = self._num_overflows = 0
+        self._layout: list[list[tuple[int, list[int]]]] = []
+        self._lengths: list[int] = []
         if self.history == "shared":
             own_rows = args.generation_batch_size // args.world_size
             longest = int(self.num_turns.max())
@@ -164,8 +166,7 @@ class MultiTurnCallback(GRPOCallback):
         return RolloutPlan(group_sizes=sizes, prompt_index=indices)
 
     def on_generate(self, args: AdaptiveGRPOConfig, rows: list[dict[str, Any]], **kwargs: Any) -> list[RolloutSequence]:
-        self._lengths: list[int] = []
-        self._num_overflows = 0
+        self._lengths, self._num_overflows = [], 0
         if self.trainer.model.training and self.history == "shared":
             rolled = self._share_history(rows, args.seed)
             self.num_batches += 1

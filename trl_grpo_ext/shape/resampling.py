@@ -11,6 +11,8 @@ from ..hooks.records import RolloutBatch
 
 # How each entry of TRL's rollout batch is padded when rows of different length meet: side, value.
 PADDING = {"prompt_ids": ("left", None), "prompt_mask": ("left", 0), "completion_ids": ("right", None)}
+# What an entry that a batch lacks stands for: all tokens are the model's, all were sampled by the policy itself.
+NEUTRAL = {"tool_mask": 1, "importance_sampling_ratio": 1}
 PADDING |= {"completion_mask": ("right", 0), "tool_mask": ("right", 1), "importance_sampling_ratio": ("right", 1)}
 
 
@@ -88,7 +90,8 @@ def replace_rows(
         batch (`dict[str, torch.Tensor]`):
             Rollout batch as TRL returns it: entries of shape `(B,)`, `(B, 1)` or `(B, T)`, and scalars, which are kept.
         fresh (`dict[str, torch.Tensor]`):
-            Rollout batch with the same keys and at least as many rows as `positions`.
+            Rollout batch with at least as many rows as `positions`. A mask or ratio that only one of the two has is 1
+            in the other.
         positions (`torch.Tensor` of shape `(M,)`):
             Rows of `batch` to replace.
         pad_token_id (`int`):
@@ -110,11 +113,12 @@ def replace_rows(
     ```
     """
     merged = {}
-    for key, old in batch.items():
+    for key in {**batch, **fresh}:
+        old, new = _filled(key, batch, fresh), _filled(key, fresh, batch)
         if old.ndim == 0:
             merged[key] = old
             continue
-        new = fresh[key][: positions.numel()]
+        new = new[: positions.numel()]
         if old.ndim == 2 and old.size(1) != new.size(1):
             side, value = PADDING.get(key, ("right", 0))
             length = max(old.size(1), new.size(1))
@@ -122,6 +126,20 @@ def replace_rows(
             old, new = _pad(old, length, side, fill), _pad(new, length, side, fill)
         merged[key] = old.index_copy(0, positions.to(old.device), new.to(old.dtype))
     return merged
+
+
+def _filled(key: str, batch: dict[str, Tensor], other: dict[str, Tensor]) -> Tensor:
+    """An entry of a batch; where only the other batch has it, what it means that it is missing."""
+    if key in batch:
+        return batch[key]
+    if key not in NEUTRAL:
+        raise ValueError(
+            f"Of two rounds of dynamic sampling, only one has {key!r}, so their rows cannot be merged: return it for "
+            "every row, or set dynamic_sampling_rounds=0"
+        )
+    ids, like = batch["completion_ids"], other[key]
+    shape = (len(ids), ids.size(1) if like.size(1) == other["completion_ids"].size(1) else like.size(1))
+    return torch.full(shape, NEUTRAL[key], dtype=like.dtype, device=like.device)
 
 
 def _pad(values: Tensor, length: int, side: str, fill: float) -> Tensor:

@@ -9,6 +9,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.utils import get_config_model_id
 
 from ..compute.hidden import prompt_features
@@ -19,6 +20,7 @@ from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.checks import check_advantages, check_conflicts, check_finite, check_shape
 from ..hooks.records import Answer, RolloutBatch, RolloutPlan
 from ..hooks.segments import total_rewards
+from ..host.calls import own_copy
 from ..host.seams import as_awaited, check_liger, num_generations_set
 from ..plan.planner import Planner, check_plannable, plans
 from ..rollouts.adapter import CallbackRollout, Rollout
@@ -113,9 +115,14 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self.rollout = Rollout(self)
         self._num_rollouts = 0
         super().add_callback(StepMarks(self._step_marks, self._metrics["train"]))
+        self._dataset = self.train_dataset  # what callbacks and planner were set up for
         self._set_up(self.grpo_callbacks)
 
     # Seams of TRL
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._follow_dataset()
+        return super().train(*args, **kwargs)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         super().add_callback(callback)
@@ -170,6 +177,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
 
     def _plan(self, inputs: list[dict[str, Any]]) -> tuple[RolloutPlan, list[dict[str, Any]]]:
         """Which prompts, how many completions each, and this process's rows of them."""
+        self._follow_dataset()
         if self._planner is None:
             return RolloutPlan.equal(self.args.generation_batch_size, self.num_generations), inputs
         plan = self._planner.plan(self.grpo_callbacks, self.state, self.control)
@@ -321,7 +329,18 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         prompts, copies = torch.unique(index, return_inverse=True)
         fetched = dataset.__getitems__(prompts.tolist())
-        return [dict(fetched[i]) for i in copies.tolist()]
+        # A row that two completions share, or their reward functions, would be changed by both.
+        return [own_copy(fetched[i]) for i in copies.tolist()]
+
+    def _follow_dataset(self) -> None:
+        """Set up anew what reads the training dataset, where somebody has put another one into its place."""
+        if self.train_dataset is self._dataset:
+            return
+        self._dataset, self._planner = self.train_dataset, None
+        self._set_up([callback for callback in self.grpo_callbacks if callback.reads_dataset])
+        if plans(self.grpo_callbacks):
+            check_plannable(self.args, self.grpo_callbacks, self.train_dataset)
+            self._planner = self._planner or Planner(self.args, self.train_dataset)
 
     def _set_up(self, callbacks: list[GRPOCallback]) -> None:
         self._is_set_up = True

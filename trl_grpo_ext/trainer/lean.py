@@ -1,6 +1,7 @@
 """[`LeanGRPOTrainer`]: TRL's trainer without the work that changes no gradient."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,21 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from ..compute.forward import costs_of, has_relative_positions, shared_logps, sharing_error, unwrapped, why_not_shared
-from ..compute.generation import adapter_merged, prefill_shared, why_not_merged, why_not_prefilled
+from ..compute.forward import Trials, costs_of, positions_from, shared_logps, unwrapped, why_not_shared
+from ..compute.generation import SharedPrefill, adapter_merged, why_not_merged, why_not_prefilled
 from ..compute.packing import equal_rows
-from ..compute.rows import compose, is_text_only, live_rows, used_columns
+from ..compute.rows import Cut, Teachers, first_with_context, live_rows, media_keys, regrouped
 from ..host.seams import TAKES_NUM_GENERATIONS, asking_for, eos_token_ids_of
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Whether the forward pass of a model shares prompts, and leaves out padding before them."""
+
+    shares: bool
+    trims: bool
 
 
 class LeanGRPOTrainer(GRPOTrainer):
@@ -33,11 +42,12 @@ class LeanGRPOTrainer(GRPOTrainer):
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Base model -> why it cannot share prompts, or None.
-        self._why_not_shared: dict[int, str | None] = {}
+        # Base model -> whether it can share prompts, and leave out padding before them.
+        self._savings: dict[int, Savings] = {}
+        self._shared_prefill = SharedPrefill()
         self._said: set[str] = set()
-        # Of the micro-batch whose loss is computed: live rows, mask of the loss, old log-probabilities.
-        self._rows: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # Of the micro-batch whose loss is computed.
+        self._teachers: Teachers | None = None
         super().__init__(*args, **kwargs)
         self.eos_token_ids: list[int] = eos_token_ids_of(self)
         if self.args.skip_zero_advantage and self.aux_loss_enabled:
@@ -71,12 +81,11 @@ class LeanGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        is_lean = self.args.share_prompts or self.args.skip_zero_advantage
-        if not self.model.training or not is_lean or self._buffered_inputs is before or not is_text_only(inputs):
+        if not self.model.training or not self._is_lean or self._buffered_inputs is before or self._has_media(inputs):
             return inputs
         # Where the loss is an average over a micro-batch, its sum over an optimizer step depends on who is with whom.
         is_sum = self.loss_type != "bnpo" and not self._entropy_bonus_enabled and not self.aux_loss_enabled
-        self._buffered_inputs = compose(
+        self._buffered_inputs = regrouped(
             self._buffered_inputs,
             num_accumulated=self.args.gradient_accumulation_steps,
             by_group=self.args.share_prompts,
@@ -87,17 +96,16 @@ class LeanGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         # A beta that somebody raised during training makes every row teach.
-        if self.args.skip_zero_advantage and self.model.training and self.beta == 0.0:
-            if is_text_only(inputs):
-                mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-                self._rows = (live_rows(inputs["advantages"], mask), mask, inputs.get("old_per_token_logps"))
-            else:
-                self._say_once("skip_zero_advantage: rows with images are not left out")
+        skips = self.args.skip_zero_advantage and self.model.training and self.beta == 0.0
+        if skips and not self._has_media(inputs):
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            live = live_rows(inputs["advantages"], mask)
+            self._teachers = Teachers(live, mask, inputs.get("old_per_token_logps"))
         try:
             loss: Tensor = super()._compute_loss(model, inputs)
             return loss
         finally:
-            self._rows = None
+            self._teachers = None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -108,122 +116,107 @@ class LeanGRPOTrainer(GRPOTrainer):
         batch_size: int | None = None,
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
-        **multimodal: Any,
+        **media: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        is_lean = self.args.share_prompts or self.args.skip_zero_advantage
-        if not is_lean or any(value is not None for value in multimodal.values()):
-            if self.args.share_prompts:
-                self._say_once("share_prompts: TRL's own forward pass is used, because of rows with images or sound")
-            plain: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-                **multimodal,
-            )
-            return plain
-        num_rows = input_ids.size(0)
-        live = torch.ones(num_rows, dtype=torch.bool, device=input_ids.device) if self._rows is None else self._rows[0]
-        rows = live.nonzero().flatten()
-        base = unwrapped(model, self.accelerator)
-        columns = used_columns(attention_mask[rows], logits_to_keep, has_relative_positions(base))
-        num_kept = columns.stop - (input_ids.size(1) - logits_to_keep)
-        if self._shares_prompts(model, base):
-            logps, entropies, aux_loss = self._shared(
-                model,
-                base,
-                input_ids[rows, columns],
-                attention_mask[rows, columns],
-                num_kept,
-                batch_size,
-                compute_entropy,
-            )
+        options: dict[str, Any] = {"batch_size": batch_size, "compute_entropy": compute_entropy}
+        if not self._is_lean or self._has_media(media):
+            options |= {"compute_aux_loss": compute_aux_loss, **media}
+            return self._plain_logps(model, input_ids, attention_mask, logits_to_keep, **options)
+        base = unwrapped(model)
+        savings = self._savings_of(model, base)
+        cut = Cut.of(input_ids, attention_mask, logits_to_keep, self._live_rows(input_ids), savings.trims)
+        if savings.shares:
+            logps, entropies, aux_loss = self._shared_logps(model, base, cut, **options)
         else:
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids[rows, columns],
-                attention_mask[rows, columns],
-                num_kept,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-            )
-
-        def restored(values: Tensor) -> Tensor:
-            values = torch.nn.functional.pad(values, (0, logits_to_keep - num_kept))
-            return values.new_zeros(num_rows, logits_to_keep).index_copy(0, rows, values)
-
-        logps = restored(logps)
-        entropies = restored(entropies) if entropies is not None else None
-        if self._rows is not None and len(rows) < num_rows:
-            _, mask, old_logps = self._rows
-            if old_logps is not None:  # a ratio of 1, which times an advantage of 0 is 0
-                logps = torch.where(live[:, None], logps, old_logps)
-            if entropies is not None:
-                seen = mask * live[:, None]
-                mean = (entropies.detach() * seen).sum() / seen.sum().clamp(min=1)
-                entropies = torch.where(live[:, None], entropies, mean)
+            with positions_from(base, cut.first_position):
+                logps, entropies, aux_loss = self._plain_logps(
+                    model,
+                    cut.input_ids,
+                    cut.attention_mask,
+                    cut.num_completion_columns,
+                    compute_aux_loss=compute_aux_loss,
+                    **options,
+                )
+        logps, entropies = cut.restored(logps), None if entropies is None else cut.restored(entropies)
+        if self._teachers is not None:
+            logps, entropies = self._teachers.fill_in(logps, entropies)
         return logps, entropies, aux_loss
 
-    # Prompts that are computed once
+    # What is computed of a micro-batch
 
-    def _shared(
-        self,
-        model: nn.Module,
-        base: PreTrainedModel,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None,
-        compute_entropy: bool,
+    @property
+    def _is_lean(self) -> bool:
+        return bool(self.args.share_prompts or self.args.skip_zero_advantage)
+
+    def _has_media(self, inputs: dict[str, Any]) -> bool:
+        """Whether a batch holds images or sound, which TRL's own forward pass has to read."""
+        keys = media_keys(key for key, value in inputs.items() if value is not None)
+        if keys and self._is_lean:
+            options = [name for name in ("share_prompts", "skip_zero_advantage") if getattr(self.args, name)]
+            self._say_once(
+                f"{' and '.join(options)}: TRL's own forward pass is used for all rows, because the batch holds "
+                f"{', '.join(sorted(keys))}"
+            )
+        return bool(keys)
+
+    def _live_rows(self, input_ids: Tensor) -> Tensor:
+        if self._teachers is None:
+            return torch.arange(input_ids.size(0), device=input_ids.device)
+        return self._teachers.live.nonzero().flatten()
+
+    def _plain_logps(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's own log-probabilities, entropies and loss of experts."""
+        plain: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
+            *args, **options
+        )
+        return plain
+
+    def _shared_logps(
+        self, model: nn.Module, base: PreTrainedModel, cut: Cut, batch_size: int | None, compute_entropy: bool
     ) -> tuple[Tensor, Tensor | None, None]:
         """As TRL's, in as many forward passes, since other processes may take part in each."""
-        num_rows = input_ids.size(0)
-        order = torch.arange(num_rows, device=input_ids.device)
-        if batch_size is not None and batch_size < num_rows:
-            width = input_ids.size(1) - logits_to_keep
-            order = torch.argsort(equal_rows(input_ids[:, :width], attention_mask[:, :width]), stable=True)
+        ids, mask, num_columns = cut.input_ids, cut.attention_mask, cut.num_completion_columns
+        order = torch.arange(ids.size(0), device=ids.device)
+        if batch_size is not None and batch_size < len(order):
+            width = ids.size(1) - num_columns
+            order = torch.argsort(equal_rows(ids[:, :width], mask[:, :width]), stable=True)
         costs = costs_of(base)
         logps: list[Tensor] = []
         entropies: list[Any] = []
-        for rows in order.split(batch_size or num_rows):
-            result = shared_logps(
-                model,
-                base,
-                self.accelerator,
-                input_ids[rows],
-                attention_mask[rows],
-                logits_to_keep,
-                costs,
-                self.temperature,
-                self._entropy_bonus_enabled,
-            )
+        for rows in order.split(batch_size or len(order)):
+            batch = (ids[rows], mask[rows], num_columns)
+            options = (self.temperature, self._entropy_bonus_enabled, cut.first_position)
+            result = shared_logps(model, base, self.accelerator, *batch, costs, *options)
             if result is None:
-                result = super()._get_per_token_logps_and_entropies(
-                    model, input_ids[rows], attention_mask[rows], logits_to_keep, compute_entropy=compute_entropy
-                )
+                with positions_from(base, cut.first_position):
+                    result = self._plain_logps(model, *batch, compute_entropy=compute_entropy)[:2]
             logps.append(result[0])
             entropies.append(result[1])
         back = torch.argsort(order)
-        return torch.cat(logps)[back], torch.cat(entropies)[back] if compute_entropy else None, None
+        if not compute_entropy:
+            return torch.cat(logps)[back], None, None
+        found = torch.cat(entropies)[back]
+        if self.top_entropy_quantile < 1.0:  # equal entropies must not be told apart by rounding
+            found = found.gather(0, first_with_context(ids, mask, num_columns))
+        return torch.cat(logps)[back], found, None
 
-    def _shares_prompts(self, model: nn.Module, base: PreTrainedModel) -> bool:
-        if not self.args.share_prompts:
-            return False
-        if id(base) not in self._why_not_shared:
-            peft_config = getattr(self.accelerator.unwrap_model(model), "active_peft_config", None)
-            reason = why_not_shared(base, peft_config)
-            if reason is None and self.aux_loss_enabled:
-                reason = "the load-balancing loss of its experts counts every token of every row"
-            if reason is None:
-                reason = sharing_error(model, base, self.accelerator)
-            self._why_not_shared[id(base)] = reason
-            if reason is not None:
+    # What a model allows
+
+    def _savings_of(self, model: nn.Module, base: PreTrainedModel) -> "Savings":
+        """What has been tried with a model, on all processes at its first forward pass."""
+        if id(base) not in self._savings:
+            trials = Trials(model, base, self.accelerator)
+            reason = self._why_not_shared(model, base, trials) if self.args.share_prompts else "it is not asked for"
+            if reason is not None and self.args.share_prompts:
                 self._say_once(f"share_prompts: TRL's own forward pass is used for {type(base).__name__}: {reason}")
-        return self._why_not_shared[id(base)] is None
+            self._savings[id(base)] = Savings(reason is None, trials.why_not_trimmed() is None)
+        return self._savings[id(base)]
+
+    def _why_not_shared(self, model: nn.Module, base: PreTrainedModel, trials: Trials) -> str | None:
+        peft_config = getattr(self.accelerator.unwrap_model(model), "active_peft_config", None)
+        if self.aux_loss_enabled:
+            return "the load-balancing loss of its experts counts every token of every row"
+        return why_not_shared(base, peft_config) or trials.why_not_shared()
 
     def _prefilling(self, images: Any, multimodal_fields: Any) -> AbstractContextManager[None]:
         if not self.args.share_prompts or self.use_vllm or self.use_transformers_continuous_batching:
@@ -232,15 +225,17 @@ class LeanGRPOTrainer(GRPOTrainer):
         if reason is not None:
             self._say_once(f"share_prompts: generation reads every copy of a prompt, because of {reason}")
             return nullcontext()
-        return prefill_shared(self.accelerator.unwrap_model(self.model_wrapped))
+        return self._shared_prefill.replacing(self.accelerator.unwrap_model(self.model_wrapped))
 
     def _why_not_prefilled(self, images: Any, multimodal_fields: Any) -> str | None:
         if images or multimodal_fields:
             return "images or sound"
+        if self._shared_prefill.reason is not None:
+            return f"what was found {self._shared_prefill.reason}"
         if self.accelerator.num_processes > 1 and self._splits_weights():
             return "weights that are split over processes, which must all run as many forward passes"
         peft_config = getattr(self.accelerator.unwrap_model(self.model), "active_peft_config", None)
-        return why_not_prefilled(unwrapped(self.model, self.accelerator), self.generation_config, peft_config)
+        return why_not_prefilled(unwrapped(self.model), self.generation_config, peft_config)
 
     def _merging(self) -> AbstractContextManager[None]:
         if not self.args.merge_adapter:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
+from trl_grpo_ext.config import EFFICIENT
 
 from .sampling import ask, sample
 
@@ -37,8 +38,6 @@ ALL = {"group_size": "variance", "curriculum": "online", "dynamic_sampling_round
 ALL |= {"reward_clip_quantiles": [0.05, 0.95], "share_prompts": True, "skip_zero_advantage": True}
 BATCH = {"group_size": "variance", "curriculum": "online", "scale_rewards": "batch"}
 SINGLE = {"group_size": "single", "scale_rewards": "batch"}
-EFFICIENT: dict[str, Any] = SINGLE | {"baseline": "predicted", "baseline_shift": 0.5, "curriculum": "predicted"}
-EFFICIENT |= {"num_iterations": 4, "reuse_drift_limit": 0.05}
 PAIRS = {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
@@ -60,6 +59,10 @@ METHODS = {
     # Advantages divided by the standard deviation of the batch, not of the group.
     "GRPO (TRL), batch scale": Method(GRPOTrainer, GRPOConfig, {"scale_rewards": "batch"}, tuned_as=STOCK),
     "variance + online, batch scale": Method(options=BATCH, tuned_as="variance + online"),
+    # Each completion against the others of its group alone, so that small groups weigh no less.
+    "variance + online, leave one out": Method(
+        options=BATCH | {"baseline": "leave_one_out"}, tuned_as="variance + online, batch scale"
+    ),
     "helpful.yaml": Method(options=HELPFUL),
     # Further passes over each batch.
     "GRPO (TRL), 2 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 2}),

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..record import is_number, is_own_file
 from .escaping import message_text
-from .reader import Run, average, is_number, is_own_file
+from .reader import Run, average
 
 MAX_CHARACTERS = 4000  # of one prompt or completion on the page
 _OWN = ("step", "prompt", "completion", "advantage")
@@ -77,6 +78,22 @@ def read_groups(run: Run, max_completions: int) -> tuple[list[str], list[dict[st
     which = "" if len(chosen) == len(files) else f", of {len(files)} there are, the newest and some of the others"
     what = f"{count} completions in {len(found)} groups from {len(chosen)} logged tables{which}."
     return names, found, " ".join([what, *notes])
+
+
+def scores_of(run: Run, step: int) -> dict[str, float]:
+    """Mean total reward of each prompt in the table of a step; nothing where there is none that can be read."""
+    path = next((p for p in (run.folder / "completions").glob("completions_*.parquet") if _step_of(p) == step), None)
+    if path is None:
+        return {}
+    try:
+        groups = _groups(run, _table(run, path))
+    except Exception:  # a table that is being written, or is none: pyarrow raises many kinds
+        return {}
+    means: dict[str, list[float]] = {}
+    for group in groups:
+        if group["mean"] is not None:
+            means.setdefault(group["prompt"], []).append(group["mean"])
+    return {prompt: average(values) for prompt, values in means.items()}
 
 
 def _step_of(path: Path) -> int:

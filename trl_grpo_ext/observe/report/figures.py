@@ -1,19 +1,17 @@
 """Which plots a report has, as plain data that the page and the PNG files are drawn from."""
 
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from .escaping import file_name, one_line
-from .reader import Run, average
+from .reader import Run, average, number
 
 # Colours that colour-blind readers tell apart (Okabe and Ito, 2008); the total is drawn in black.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 DASHES = ("solid", "dashed", "dotted")  # for the seventh line and beyond
-MAX = 1e100  # of a coordinate in a plot
 MAX_POINTS = 400  # per line; longer runs are averaged
 MAX_LINES = 12
+GAPS = ("completions/mean_terminated_length",)  # 0 where no completion ended, so that there is no mean
 
 # (title, unit, lines as metric -> label, metrics of a band around the first line, values that the axis must show)
 Spec: TypeAlias = tuple[str, str, dict[str, str], tuple[str, str] | None, tuple[float, ...] | None]
@@ -36,7 +34,7 @@ STATIC: tuple[Spec, ...] = (
         "Informative share",
         "share (0 to 1)",
         {
-            "rollouts/informative": "rollouts in groups with different rewards",
+            "rollouts/informative": "rollouts that teach",
             "advantage/nonzero": "advantages that are not zero",
         },
         None,
@@ -60,13 +58,15 @@ STATIC: tuple[Spec, ...] = (
     ("Loss", "loss", {"loss": "loss", "policy_loss": "policy loss"}, None, None),
     ("Entropy", "entropy per token (nats)", {"entropy": "entropy"}, None, None),
     ("Curriculum position", "0 easy to 1 hard", {"curriculum/position": "position"}, None, (0, 1)),
+    ("Difficulty of the prompts", "difficulty", {"curriculum/difficulty": "mean of the prompts drawn"}, None, None),
     (
-        "Difficulty of the prompts",
-        "difficulty",
-        {"curriculum/difficulty": "sampled", "curriculum/target": "target"},
+        "Rewards foreseen",
+        "share of their variance",
+        {"baseline/explained_variance": "by the baseline", "curriculum/explained_variance": "by the curriculum"},
         None,
-        None,
+        (0, 1),
     ),
+    ("Drift in further passes", "mean squared log-ratio", {"reuse/drift": "drift"}, None, (0,)),
     (
         "Completion length",
         "tokens",
@@ -120,6 +120,21 @@ class Panel:
     is_extra: bool = False  # a metric without a plot of its own: folded away on the page, and no file
 
     @property
+    def constant(self) -> str | None:
+        """A line of text that says all, where no line of the plot ever moves."""
+        told = []
+        for line in self.lines:
+            values = {
+                value for band in (line.y, line.low or [], line.high or []) for value in band if value is not None
+            }
+            if len(values) != 1 or len([value for value in line.y if value is not None]) < 2:
+                return None
+            told.append((line.label, number(values.pop())))
+        if len(told) == 1 or len({value for _, value in told}) == 1:
+            return f"{self.title}: {told[0][1]}"
+        return f"{self.title}: " + ", ".join(f"{label} {value}" for label, value in told)
+
+    @property
     def file(self) -> str:
         return f"{file_name(self.title)}.png"
 
@@ -141,9 +156,10 @@ def axes_of(runs: list[Run]) -> list[Axis]:
         size = bucket_size(run)
         rollouts: list[float | None] = []
         for total in run.column("rollouts/total"):
-            # A step that trains on rollouts sampled before logs no new total.
-            rollouts.append(rollouts[-1] if total is None and rollouts else total)
-        x: dict[str, list[float | None]] = {"step": run.column("step"), "rollouts": rollouts}
+            # A step that trains on rollouts sampled before logs no new total, and before the first step there is none.
+            rollouts.append(total if total is not None else rollouts[-1] if rollouts else 0.0)
+        x: dict[str, list[float | None]] = {"step": run.column("step")}
+        x |= {"rollouts": rollouts} if any(rollouts) else {}
         times = run.column("time")
         start = next((value for value in times if value is not None), 0.0)
         x["hours"] = [None if value is None else (value - start) / 3600 for value in times]
@@ -171,7 +187,8 @@ def panels_of(runs: list[Run]) -> list[Panel]:
 
     Returns:
         `list[Panel]`:
-            Only plots with a line. Metrics that belong to none come last, as `is_extra`.
+            Only plots with a line. Metrics that belong to none come last, as `is_extra`. A plot in which nothing moves
+            says so in [`Panel.constant`].
     """
     specs = [*_reward_specs(runs), *STATIC, *_time_specs(runs)]
     used = {name for _, _, lines, band, _ in specs for name in (*lines, *(band or ()))} | {"reward", "rollouts/total"}
@@ -231,6 +248,8 @@ def _panel(
     for metric, label in metrics.items():
         for index, run in enumerate(runs):
             values = run.column(metric)
+            if metric in GAPS:
+                values = [value or None for value in values]
             if all(value is None for value in values):
                 continue
             shade = index if len(runs) > 1 else -1 if metric == "reward" else color
@@ -276,113 +295,3 @@ def _needs_log(lines: list[Line]) -> bool:
     """Whether a few values would press the others flat: all are positive, and the largest is 50 times the median."""
     values = sorted(v for line in lines for v in [*line.y, *(line.high or []), *(line.low or [])] if v is not None)
     return bool(values) and values[0] > 0 and values[-1] > 50 * values[len(values) // 2]
-
-
-def write_pngs(panels: list[Panel], axes: list[Axis], folder: str | Path) -> list[Path]:
-    """
-    Draw every plot (those of metrics without a place aside) into a PNG file.
-
-    Args:
-        panels (`list[Panel]`):
-            From [`panels_of`].
-        axes (`list[Axis]`):
-            From [`axes_of`].
-        folder (`str` or `Path`):
-            Where to; it is made.
-
-    Returns:
-        `list[Path]`:
-            The files.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    folder = Path(folder)
-    if folder.is_symlink():
-        raise ValueError(f"{folder} is a link, and plots would go where it leads: delete it, or choose another output")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Runs are compared at the same number of rollouts where both count them.
-    kind = "rollouts" if len(axes) > 1 and all("rollouts" in axis.x for axis in axes) else "step"
-    files = []
-    # Names are text: no formulas in dollar signs, and characters without a glyph are no concern.
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 10}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        for panel in panels:
-            if panel.is_extra or not any(_drawn(axes[line.run].x[kind], line.y) for line in panel.lines):
-                continue
-            figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-            FigureCanvasAgg(figure)
-            _draw(figure.subplots(), panel, axes, kind)
-            files.append(folder / panel.file)
-            files[-1].unlink(missing_ok=True)  # it may be a link
-            figure.savefig(files[-1], dpi=120)
-    return files
-
-
-def _draw(plot: Any, panel: Panel, axes: list[Axis], kind: str) -> None:
-    several = len(axes) > 1
-    handles, labels = [], []
-    for line in panel.lines:
-        x = axes[line.run].x[kind]
-        color = "black" if line.color < 0 else COLORS[line.color % len(COLORS)]
-        points = _drawn(x, line.y)
-        if not points:
-            continue
-        if line.low is not None and line.high is not None and (band := _drawn(x, line.low, line.high)):
-            plot.fill_between(*map(list, zip(*band, strict=True)), color=color, alpha=0.2, linewidth=0)
-        (handle,) = plot.plot(
-            *map(list, zip(*points, strict=True)),
-            color=color,
-            linestyle=DASHES[max(line.color, 0) // len(COLORS) % len(DASHES)],
-            linewidth=2 if line.color < 0 else 1.5,
-            marker="o" if len(points) < 20 else None,
-            markersize=3.5,
-        )
-        handles.append(handle)
-        labels.append(one_line(axes[line.run].name if several else line.label, 50))
-    if panel.limits:
-        # Unseen points that the axis makes room for.
-        plot.update_datalim([(plot.dataLim.x0, value) for value in panel.limits])
-        plot.autoscale_view()
-    if panel.log:
-        plot.set_yscale("log")
-        plot.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        plot.yaxis.set_minor_formatter(lambda value, position: "")
-    for index, axis in enumerate(axes):
-        steps = axis.x["step"]
-        where = [_position(alarm["step"], steps, axis.x[kind]) for alarm in axis.alarms]
-        marks = [x for x in where if x is not None]
-        if marks:
-            (handle,) = plot.plot(
-                marks,
-                [0.02 + 0.05 * index] * len(marks),  # those of a second run above those of the first
-                "^",
-                color=COLORS[index] if several else COLORS[5],
-                markersize=7,
-                transform=plot.get_xaxis_transform(),
-            )
-            handles.append(handle)
-            labels.append(one_line(f"alarms of {axis.name}", 50) if several else "alarm raised")
-    unit = panel.unit + (", logarithmic" if panel.log else "")
-    plot.set(title=panel.title, xlabel="rollouts sampled" if kind == "rollouts" else "optimizer step", ylabel=unit)
-    plot.grid(alpha=0.3)
-    plot.spines[["top", "right"]].set_visible(False)
-    # A label that starts with an underscore would be left out.
-    labels = [f" {label}" if label.startswith("_") else label for label in labels]
-    columns = 1 if max(map(len, labels)) > 32 else 2 if max(map(len, labels)) > 18 else 4
-    plot.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-
-
-def _drawn(*columns: list[float | None]) -> list[tuple[float, ...]]:
-    """The points that matplotlib can draw: with all coordinates, none of them beyond what its axes can hold."""
-    rows = zip(*columns, strict=True)
-    return [tuple(p for p in row if p is not None) for row in rows if all(p is not None and abs(p) < MAX for p in row)]
-
-
-def _position(step: float, steps: list[float | None], x: list[float | None]) -> float | None:
-    """Where a step is on another axis: at the first point that is not before it."""
-    for at, value in zip(steps, x, strict=True):
-        if at is not None and at >= step:
-            return value
-    return None

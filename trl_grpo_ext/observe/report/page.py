@@ -11,7 +11,8 @@ from typing import Any
 from ...host.checkpoints import write_whole
 from .completions import read_groups
 from .escaping import json_for_html
-from .figures import Axis, Panel, axes_of, panels_of, run_names, write_pngs
+from .figures import Axis, Panel, axes_of, panels_of, run_names
+from .pictures import write_pngs
 from .reader import Run, read_run
 from .summary import compare_configurations, configuration, headline, shown
 
@@ -108,6 +109,7 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         "runs": shown_runs,
         "axes": [dataclasses.asdict(axis) for axis in axes],
-        "panels": [dataclasses.asdict(panel) for panel in panels],
+        "panels": [dataclasses.asdict(panel) for panel in panels if not panel.constant],
+        "constants": [panel.constant for panel in panels if panel.constant],
         "differences": compare_configurations(*runs) if len(runs) > 1 else [],
     }

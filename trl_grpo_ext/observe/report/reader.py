@@ -2,27 +2,18 @@
 
 import functools
 import itertools
-import json
 import math
-import stat
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from ..record import ALARMS, FOLDER, MAX_STEP, METRICS, RUN, is_number, is_own_file, read_alarms, read_lines, read_whole
 from .entry import Entry, Places
 from .escaping import one_line
 
-MONITOR = "monitor"
-INFO, METRICS, ALARMS = "run.json", "metrics.jsonl", "alarms.jsonl"
-MAX_LINE = 2**20  # characters of a line, of which a log takes a few thousand
-MAX_FILE = 2**28  # bytes of a file that is read as a whole
-MAX_DEPTH = 40  # of lists and dictionaries in each other
-MAX_STEP = 2**53  # what a float counts exactly
-MAX_TEXT = 2000  # characters of a text in an alarm
 MAX_TIME = 1e11  # seconds since 1970: the year 5138
 
 
@@ -130,13 +121,13 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotARunError(f"{folder} is no folder: pass the output_dir of a training run")
-    monitor = folder / MONITOR
+    monitor = folder / FOLDER
     run = Run(folder)
-    if (monitor / INFO).exists() or (monitor / METRICS).exists():
+    if (monitor / RUN).exists() or (monitor / METRICS).exists():
         _read_monitor(run, monitor)
     elif not _read_trainer_state(run) and not any((folder / "completions").glob("completions_*.parquet")):
         raise NotARunError(
-            f"{folder} is no run: it has no {MONITOR}/{METRICS} (written by MonitorCallback), no trainer_state.json, "
+            f"{folder} is no run: it has no {FOLDER}/{METRICS} (written by MonitorCallback), no trainer_state.json, "
             "no checkpoint-*/trainer_state.json and no completions/: pass the output_dir of a training run"
         )
     if not run.metrics:
@@ -144,23 +135,40 @@ def read_run(folder: str | Path) -> Run:
     return run
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds something that a run writes."""
+    patterns = (f"{FOLDER}/{RUN}", f"{FOLDER}/{METRICS}", "trainer_state.json", "checkpoint-*/trainer_state.json")
+    return any(next(folder.glob(pattern), None) for pattern in (*patterns, "completions/completions_*.parquet"))
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs right below a folder, and those below its subfolders that are none, by name."""
+    if not folder.is_dir() or is_run(folder):
+        return []
+    found: list[Path] = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        below = [path] if is_run(path) else [p for p in path.iterdir() if p.is_dir() and not p.is_symlink()]
+        found += sorted(run for run in below if is_run(run))
+    return found
+
+
 def _read_monitor(run: Run, monitor: Path) -> None:
-    for name in (INFO, METRICS, ALARMS):
+    for name in (RUN, METRICS, ALARMS):
         if (monitor / name).exists() and not is_own_file(run.folder, monitor / name):
-            run.notes.append(f"{MONITOR}/{name} is no file of this folder and is left out.")
+            run.notes.append(f"{FOLDER}/{name} is no file of this folder and is left out.")
     try:
-        info = _read_whole(run.folder, monitor / INFO)
+        info = read_whole(run.folder, monitor / RUN)
         run.info = info if isinstance(info, dict) else {}
     except (OSError, ValueError):
-        run.notes.append(f"{MONITOR}/{INFO} is missing or broken, so the configuration is unknown.")
+        run.notes.append(f"{FOLDER}/{RUN} is missing or broken, so the configuration is unknown.")
     run.metrics, broken = _merge(read_lines(monitor / METRICS, run.folder))
     if broken:
-        run.notes.append(f"{broken} lines of {MONITOR}/{METRICS} could not be read and are left out.")
+        run.notes.append(f"{broken} lines of {FOLDER}/{METRICS} could not be read and are left out.")
     if run.info.get("resumed_at_steps"):
         run.notes.append(f"The run was resumed at steps {one_line(run.info['resumed_at_steps'], 1000)}.")
     run.alarms, broken = read_alarms(monitor / ALARMS, run.folder)
     if broken:
-        run.notes.append(f"{broken} lines of {MONITOR}/{ALARMS} could not be read and are left out.")
+        run.notes.append(f"{broken} lines of {FOLDER}/{ALARMS} could not be read and are left out.")
     times = [entry["time"] for entry in run.metrics if entry.get("time") is not None]
     run.last_write = times[-1] if times else None
 
@@ -171,7 +179,7 @@ def _read_trainer_state(run: Run) -> bool:
     states = []
     for path in paths:
         try:
-            state = _read_whole(run.folder, path)
+            state = read_whole(run.folder, path)
             history, step = list(state["log_history"]), int(state["global_step"])
             states.append((step, path.stat().st_mtime, path, history, state))
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -182,64 +190,10 @@ def _read_trainer_state(run: Run) -> bool:
     run.metrics, _ = _merge(entry for entry in history if isinstance(entry, dict))
     run.info = {"max_steps": state.get("max_steps")}
     run.notes.append(
-        f"There is no {MONITOR}/, so metrics come from {path.relative_to(run.folder)}, as of step "
+        f"There is no {FOLDER}/, so metrics come from {path.relative_to(run.folder)}, as of step "
         f"{state['global_step']}; alarms, configuration and versions are unknown. Add MonitorCallback to have them."
     )
     return True
-
-
-def is_own_file(folder: Path, path: Path) -> bool:
-    """Whether `path` is an ordinary file that no link leads out of `folder`: no secret, no device, nothing endless."""
-    try:
-        real = path.resolve(strict=True)
-        return real.is_relative_to(folder.resolve()) and stat.S_ISREG(real.stat().st_mode)
-    except (OSError, RuntimeError):
-        return False
-
-
-def _parse(text: str) -> Any:
-    """The value that JSON stands for. Raises `ValueError` for what is none, or nested beyond reason."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    level, depth = [value], 0
-    while level := [part for item in level for part in _parts(item)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError("nested too deeply")
-    return value
-
-
-def _parts(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-
-
-def _read_whole(folder: Path, path: Path) -> Any:
-    if not is_own_file(folder, path) or path.stat().st_size > MAX_FILE:
-        raise OSError(f"{path} is no file of this folder, or too large")
-    return _parse(path.read_text(encoding="utf-8", errors="replace"))
-
-
-def read_lines(path: Path, folder: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects of a file with one per line; `None` for a line that is broken (a last, half-written one aside)."""
-    if not is_own_file(folder, path):
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        while line := file.readline(MAX_LINE):
-            end = line
-            while end and not end.endswith("\n"):  # too long: pass over the rest
-                end = file.readline(MAX_LINE)
-            if not line.strip():
-                continue
-            try:
-                value = _parse(line)
-            except ValueError:
-                value = None
-            if isinstance(value, dict):
-                yield value
-            elif end:  # a last line without an end is still being written
-                yield None
 
 
 def _merge(lines: Iterable[dict[str, Any] | None]) -> tuple[list[Entry], int]:
@@ -264,36 +218,6 @@ def _merge(lines: Iterable[dict[str, Any] | None]) -> tuple[list[Entry], int]:
         joined = {**before, **{key: value for key, value in values.items() if value is not None or key not in before}}
         entries[int(step)] = Entry({**joined, "step": int(step)}, places)
     return [entries[step] for step in sorted(entries)], broken
-
-
-def read_alarms(path: Path, folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Raised and cleared, joined into one entry per alarm, and how many lines are broken."""
-    broken = 0
-    found: list[dict[str, Any]] = []
-    still_open: dict[str, dict[str, Any]] = {}
-    for event in read_lines(path, folder):
-        if event is None:
-            broken += 1
-            continue
-        step, name = event.get("step"), str(event.get("name"))[:MAX_TEXT]
-        if not is_number(step) or not 0 <= step < MAX_STEP:
-            continue
-        if event.get("state") == "cleared":
-            if name in still_open:
-                still_open.pop(name)["cleared"] = int(step)
-        elif name not in still_open:
-            texts = {key: str(event.get(key) or "")[:MAX_TEXT] for key in ("evidence", "cause", "remedy", "action")}
-            still_open[name] = {"step": int(step), "cleared": None, "name": name, **texts}
-            found.append(still_open[name])
-    return found, broken
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and -sys.float_info.max <= value <= sys.float_info.max
-    )
 
 
 def average(values: Sequence[float]) -> float:
@@ -360,6 +284,26 @@ def seconds_between_logs(run: Run) -> float | None:
     times = [entry["time"] for entry in run.metrics[-50:] if entry.get("time") is not None]
     gaps = sorted(after - before for before, after in itertools.pairwise(times))
     return gaps[len(gaps) // 2] if gaps else None
+
+
+def number(value: float) -> str:
+    """
+    Three significant digits, without exponents where that stays short.
+
+    Example:
+
+    ```python
+    >>> number(0.01234), number(1234.5), number(0.5), number(-3e-7), number(0.0)
+    ('0.0123', '1234', '0.500', '-3.00e-07', '0')
+
+    ```
+    """
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 1e5:
+        digits = max(0, 2 - math.floor(math.log10(abs(value))))
+        return f"{value:.{digits}f}"
+    return f"{value:.2e}"
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,9 @@ function show(value) {
 function table(heads, rows, numeric = () => false) {
   const cell = (tag, value, i) => {
     const content = value instanceof Node ? value : tag === "td" ? show(value) : value;
-    return make(tag, { className: numeric(i) ? "number" : "" }, content);
+    const node = make(tag, { className: numeric(i) ? "number" : "" }, content);
+    if (tag === "td") node.dataset.head = heads[i];
+    return node;
   };
   const head = make("tr", {}, ...heads.map((text, i) => cell("th", text, i)));
   const body = rows.map((row) => make("tr", {}, ...row.map((value, i) => cell("td", value, i))));
@@ -230,6 +232,10 @@ class Plot {
 }
 
 function plots() {
+  if (data.constants.length) {
+    byId("plots").hidden = byId("constants").hidden = false;
+    byId("constants").textContent = `Never moved: ${data.constants.join("; ")}.`;
+  }
   if (!data.panels.length) return;
   byId("plots").hidden = false;
   const main = [], extra = [];

@@ -4,14 +4,17 @@ import dataclasses
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from ...config import AdaptiveGRPOConfig
-from ..monitor import without_secrets
-from .reader import Run, average, duration, seconds_between_logs, state_of
+from ..secrets import without_secrets
+from .completions import scores_of
+from .escaping import one_line
+from .reader import Run, average, duration, number, seconds_between_logs, state_of
 
 MAX_SHOWN = 4000  # characters of an option
 NOISE = 2.0  # a difference counts when it is this many times its standard error
+FEW_PROMPTS = 20  # with fewer, a standard error says little
 
 
 def change(values: list[float]) -> tuple[float, float, float]:
@@ -73,13 +76,52 @@ def _direction(difference: float, error: float) -> str:
 def verdict(run: Run) -> tuple[str, str]:
     """Whether the reward rises, as a tone (`"good"`, `"bad"`, `"neutral"`) and a sentence. Held-out prompts decide."""
     tone, sentence = _training_verdict(run)
-    held_out = _present(run, "eval_reward")
-    if len(held_out) < 2:
+    held_out = held_out_change(run)
+    if held_out is None:
         return tone, sentence
-    first, last = held_out[0], held_out[-1]
-    moved = "risen" if last > first else "fallen" if last < first else "stayed"
-    tone = {"risen": "good", "fallen": "bad", "stayed": "neutral"}[moved]
-    return tone, f"The held-out reward has {moved} from {number(first)} to {number(last)}. In training: {sentence}"
+    return held_out[0], f"{held_out[1]} In training: {sentence}"
+
+
+def held_out_change(run: Run) -> tuple[str, str] | None:
+    """
+    Whether the reward on held-out prompts moved by more than its noise; `None` for less than two evaluations.
+
+    Prompts are compared with themselves where the tables of both evaluations hold them. Otherwise the noise comes from
+    the spread of the rewards, which makes it larger than it is.
+    """
+    entries = [entry for entry in run.metrics if entry.get("eval_reward") is not None]
+    if len(entries) < 2:
+        return None
+    first, last = entries[0], entries[-1]
+    told = f"from {number(first['eval_reward'])} to {number(last['eval_reward'])}"
+    before, after = (scores_of(run, entry["step"]) for entry in (first, last))
+    common = [prompt for prompt in before if prompt in after]
+    if before and len(common) == len(before) == len(after):
+        gains = [after[prompt] - before[prompt] for prompt in common]
+        count, moved = len(gains), average(gains)
+        error = math.sqrt(sum((gain - moved) * (gain - moved) for gain in gains) / max(1, count - 1) / count)
+        how = "each compared with itself"
+    else:
+        count, moved = _num_prompts(last), last["eval_reward"] - first["eval_reward"]
+        spread = [entry.get("eval_reward_std") for entry in (first, last)]
+        error = math.hypot(*(value or 0.0 for value in spread)) / math.sqrt(max(1, count))
+        how = "by the spread of their rewards"
+    if count < FEW_PROMPTS:
+        which = f"{count} prompts are too few" if count else "the number of prompts is unknown: too little"
+        return "neutral", f"The held-out reward went {told}, and {which} to say whether that is more than noise."
+    direction = _direction(moved, error)
+    if direction == "flat":
+        return "neutral", f"The held-out reward stayed within its noise ({told} on {count} prompts, {how})."
+    word, tone = ("risen", "good") if direction == "up" else ("fallen", "bad")
+    noise = number(NOISE * error)
+    return tone, f"The held-out reward has {word} {told} (± {noise} on {count} prompts, {how})."
+
+
+def _num_prompts(entry: Mapping[str, Any]) -> int:
+    """Prompts of an evaluation, from how fast it says that it was; 0 where it does not say."""
+    speed, seconds = entry.get("eval_samples_per_second"), entry.get("eval_runtime")
+    count = speed * seconds if speed is not None and seconds is not None else 0.0
+    return round(count) if 0 <= count < 1e9 else 0
 
 
 def _training_verdict(run: Run) -> tuple[str, str]:
@@ -132,7 +174,7 @@ def headline(run: Run, now: float | None = None) -> dict[str, Any]:
     if informative or flat:
         values = informative or [1 - value for value in flat]
         first, last, _ = change(values)
-        what = "rollouts in groups with different rewards" if informative else "groups with different rewards"
+        what = "rollouts that teach" if informative else "groups with different rewards"
         numbers.append(["Informative", f"{last:.0%}", f"{what}; at first {first:.0%}"])
     rollouts, tokens = _present(run, "rollouts/total"), _present(run, "num_tokens")
     if rollouts or tokens:
@@ -142,6 +184,17 @@ def headline(run: Run, now: float | None = None) -> dict[str, Any]:
     numbers += _times(run, state)
     alarms = [{key: alarm[key] for key in ("name", "step", "evidence", "remedy")} for alarm in run.open_alarms]
     return {"tone": tone, "text": text, "state": state, "numbers": numbers, "alarms": alarms}
+
+
+def line_of(run: Run, now: float | None = None) -> str:
+    """A run in one line: its state, how its reward went, its open alarms."""
+    parts = [f"step {_steps(run)}", one_line(state_of(run, now)[1])]
+    rewards = _present(run, "reward")
+    if rewards:
+        first, last, _ = change(rewards)
+        parts.append(f"reward {number(first)} to {number(last)}")
+    parts += [f"alarm {one_line(alarm['name'], 40)}" for alarm in run.open_alarms]
+    return ", ".join(parts)
 
 
 def _steps(run: Run) -> str:
@@ -180,26 +233,6 @@ def _present(run: Run, name: str) -> list[float]:
     return [value for value in run.column(name) if value is not None]
 
 
-def number(value: float) -> str:
-    """
-    Three significant digits, without exponents where that stays short.
-
-    Example:
-
-    ```python
-    >>> number(0.01234), number(1234.5), number(0.5), number(-3e-7), number(0.0)
-    ('0.0123', '1234', '0.500', '-3.00e-07', '0')
-
-    ```
-    """
-    if value == 0:
-        return "0"
-    if 1e-4 <= abs(value) < 1e5:
-        digits = max(0, 2 - math.floor(math.log10(abs(value))))
-        return f"{value:.{digits}f}"
-    return f"{value:.2e}"
-
-
 def large(value: float) -> str:
     """
     A count with thousands separated.
@@ -225,6 +258,8 @@ def configuration(run: Run) -> tuple[list[list[str]], list[list[str]]]:
     if not given:
         return [], []
     import torch
+
+    from ...config import AdaptiveGRPOConfig  # which takes TRL along, and the rest of a report does not
 
     class OnPaper(AdaptiveGRPOConfig):
         """

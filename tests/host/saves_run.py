@@ -1,0 +1,187 @@
+"""Started by tests/host/test_saves.py on two processes: saves of which one part fails on one of them, and a resume.
+
+Errors are caught and written down, so that one launch can try all of them.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from kit import config_kwargs, has_answer
+from transformers import Trainer, TrainerCallback, TrainerState
+from trl import GRPOTrainer
+
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext.host import checkpoints
+from trl_grpo_ext.host.processes import leave
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+DATA = Dataset.from_dict(
+    {"prompt": [f"say {a}" for a in LETTERS], "answer": list(LETTERS), "score": [float(i) for i in range(26)]}
+)
+
+
+class Keeper(GRPOCallback):
+    def state_dict(self):
+        return {"kept": 1}
+
+
+# What may fail, as an object and the name of a function; for a function that writes several files, a part of a name.
+PARTS = {
+    "begin": (checkpoints, "begin"),
+    "card": (GRPOTrainer, "create_model_card"),
+    "model": (GRPOTrainer, "save_model"),
+    "optimizer": (GRPOTrainer, "_save_optimizer_and_scheduler"),
+    "scheduler file": (torch, "save", "scheduler.pt"),
+    "scaler": (GRPOTrainer, "_save_scaler"),
+    "random state": (GRPOTrainer, "_save_rng_state"),
+    "random file": (torch, "save", "rng_state_"),
+    "trainer state": (TrainerState, "save_to_json"),
+    "state of a callback": (Keeper, "state_dict"),
+    "callbacks file": (checkpoints, "write_whole", "grpo_callbacks"),
+    "rollouts file": (checkpoints, "write_whole", "grpo_rollouts"),
+    "complete": (checkpoints, "complete"),
+}  # fmt: skip
+# Where the writer of a file is the main process, the other one has no part that could fail.
+OF_MAIN = {"begin", "scheduler file", "trainer state", "state of a callback", "callbacks file", "complete"}
+LATER = {"push": (Trainer, "_push_from_checkpoint"), "delete": (checkpoints, "delete_old")}
+CASES = [(part, rank) for part in PARTS for rank in ((0,) if part in OF_MAIN else (0, 1))]
+CASES += [(part, 0) for part in LATER]
+
+
+class Breaks(TrainerCallback):
+    """From a step on, a part fails on one process."""
+
+    def __init__(self, part: str, rank: int, step: int):
+        self.where, self.rank, self.step = (PARTS | LATER)[part], rank, step
+        self.undo = lambda: None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and PartialState().process_index == self.rank:
+            self.break_it()
+
+    def break_it(self):
+        owner, name, *fragments = self.where
+        before = getattr(owner, name)
+        self.undo = lambda: setattr(owner, name, before)
+
+        def fails(*args, **kwargs):
+            if not fragments or any(fragments[0] in str(arg) for arg in args if isinstance(arg, str | Path)):
+                raise OSError(28, "No space left on device")
+            return before(*args, **kwargs)
+
+        setattr(owner, name, fails)
+
+
+def trainer_of(model_path: str, out: str, callbacks=(), **options) -> AdaptiveGRPOTrainer:
+    options = {
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "num_iterations": 2,
+        "ddp_timeout": 60,
+        **options,
+    }
+    args = AdaptiveGRPOConfig(**config_kwargs(out, **options))
+    return AdaptiveGRPOTrainer(
+        model_path, has_answer, args, DATA, DATA.select(range(4)), callbacks=[Keeper(), *callbacks]
+    )
+
+
+def outcome(act) -> dict:
+    """The error. A process that waits for another one in vain would have that of a collective, after a minute."""
+    try:
+        act()
+    except Exception as raised:
+        return {"error": f"{type(raised).__name__}: {raised}"}
+    return {"error": None}
+
+
+def failing_save(model_path: str, out: str, part: str, rank: int) -> dict:
+    """The third save fails. Evaluations choose a best checkpoint, since transformers then waits amid the save."""
+    breaks = Breaks(part, rank, step=3)
+    best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward"}
+    trainer = trainer_of(model_path, out, [breaks], save_total_limit=2, per_device_eval_batch_size=4, **best)
+    if part == "push":
+        trainer.args.push_to_hub = True  # not before: a repository would be made
+        trainer.push_to_hub = trainer._finish_current_push = lambda *args, **kwargs: None
+        before, Trainer._push_from_checkpoint = Trainer._push_from_checkpoint, lambda self, folder: None
+    try:
+        return outcome(trainer.train)
+    finally:
+        breaks.undo()
+        if part == "push":
+            Trainer._push_from_checkpoint = before
+
+
+def failing_again(model_path: str, out: str, part: str, rank: int) -> dict:
+    """A step is saved a second time, over its complete checkpoint."""
+    trainer = trainer_of(model_path, out)
+    trainer.train()
+    breaks = Breaks(part, rank, step=3)
+    if PartialState().process_index == rank:
+        breaks.break_it()
+    try:
+        return outcome(lambda: trainer._save_checkpoint(trainer.model, None))
+    finally:
+        breaks.undo()
+
+
+def damaged(model_path: str, out: str) -> dict:
+    """One process cannot read its part of a checkpoint whose files all have their size."""
+    trainer_of(model_path, out).train()
+    path = Path(out, "checkpoint-3", "grpo_rollouts_1.pt")
+    if PartialState().process_index == 1:
+        path.write_bytes(bytes(path.stat().st_size))
+    return outcome(lambda: trainer_of(model_path, out, max_steps=4).train(resume_from_checkpoint=True))
+
+
+EVERYTHING = {
+    "group_size": "variance",
+    "curriculum": "target",
+    "difficulty_column": "score",
+    "dynamic_sampling_rounds": 1,
+    "reward_clip_quantiles": [0.05, 0.95],
+    "share_prompts": True,
+    "monitor": True,
+    "on_alarm": {"truncated": "cool_lr"},
+    "kl_target": 0.1,
+    "kl_horizon": 100.0,
+    "beta": 0.04,
+    "gradient_accumulation_steps": 2,
+    "log_completions": True,
+    "logging_steps": 2,
+    "max_steps": 6,
+}  # fmt: skip
+
+
+def trained(model_path: str, out: str, resume: str | None = None) -> dict:
+    """A run with everything on. It saves after step 3, which is between two logs and between two generations."""
+    trainer = trainer_of(model_path, out, save_steps=3, **EVERYTHING)
+    trainer.train(resume_from_checkpoint=resume)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "weights": {key: value.detach().clone() for key, value in model.named_parameters()},
+        "logs": [{name: value for name, value in entry.items() if "time" not in name} for entry in logs],
+    }
+
+
+def main(model_path: str, out: str) -> None:
+    outcomes = {}
+    for part, rank in CASES:
+        outcomes[part, rank] = failing_save(model_path, f"{out}/{part} {rank}", part, rank)
+    outcomes["again"] = failing_again(model_path, f"{out}/again", "random file", 1)
+    outcomes["damaged"] = damaged(model_path, f"{out}/damaged")
+    outcomes["whole"] = trained(model_path, f"{out}/whole")
+    outcomes["resumed"] = trained(model_path, f"{out}/resumed", resume=f"{out}/whole/checkpoint-3")
+    torch.save(outcomes, f"{out}/rank{PartialState().process_index}.pt")
+    leave()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    main(*sys.argv[1:])

@@ -1,0 +1,95 @@
+"""The command line of recipes: configurations and checkpoints are found, or it is said where they were looked for."""
+
+import importlib
+import sys
+
+import pytest
+from kit import ROOT, config_kwargs
+
+from trl_grpo_ext import AdaptiveGRPOConfig
+from trl_grpo_ext.recipe import DataArguments, parse_arguments
+from trl_grpo_ext.recipe.script import checkpoint_of, flags_with_config
+
+CPU = ["--bf16", "false", "--use_cpu", "true"]
+
+
+def parse(monkeypatch, *flags):
+    script = ROOT / "recipes" / "helpful.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *CPU, *flags])
+    monkeypatch.syspath_prepend(str(script.parent))
+    return parse_arguments(importlib.import_module("helpful").HelpfulArguments, str(script))
+
+
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_a_configuration_is_named_in_both_forms(form, monkeypatch, tmp_path):
+    (tmp_path / "other.yaml").write_text("model_name_or_path: mine\nmax_steps: 77\n")
+    flags = form.format(tmp_path / "other.yaml").split()
+    _, args, model_args = parse(monkeypatch, *flags, "--learning_rate=0.5")
+    assert (args.max_steps, args.learning_rate, model_args.model_name_or_path) == (77, 0.5, "mine")
+    assert parse(monkeypatch)[1].max_steps != 77
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--config"], "--config names no file"),
+        (["--config="], "--config names no file"),
+        (["--config", "--max_steps", "3"], "--config names no file"),
+        (["--config=nope.yaml"], r"--config nope.yaml: there is no such file \(looked for /.*/nope.yaml\)"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is there twice"),
+    ],
+)
+def test_configurations_that_are_not_there(flags, problem, monkeypatch):
+    with pytest.raises(ValueError, match=problem):
+        parse(monkeypatch, *flags)
+
+
+def test_a_script_without_a_configuration_is_told_where_it_belongs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    with pytest.raises(ValueError, match=rf"no such file \(looked for {tmp_path}/configs/mine.yaml\)"):
+        flags_with_config(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), ("", None), (False, None), ("false", None), (True, True), ("true", True), ("True", True)],
+)
+def test_what_resuming_means(given, expected, tmp_path):
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path))
+    args.resume_from_checkpoint = given
+    assert checkpoint_of(args) is expected
+
+
+def test_a_checkpoint_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = AdaptiveGRPOConfig(**config_kwargs("runs/a"))
+    for name in ("last", "checkpoint-3", "yes", "/no/such"):
+        args.resume_from_checkpoint = name
+        with pytest.raises(ValueError, match=rf"='{name}' is no folder \(looked for /.*runs/a/checkpoint-10, or true"):
+            checkpoint_of(args)
+    (tmp_path / "checkpoint-3").mkdir()
+    args.resume_from_checkpoint = "checkpoint-3"
+    assert checkpoint_of(args) == "checkpoint-3"
+
+
+@pytest.mark.parametrize("line", ["resume_from_checkpoint: last", "resume_from_checkpoint: 'latest'"])
+def test_a_configuration_that_resumes_from_nowhere_is_refused_at_once(line, monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text(f"model_name_or_path: mine\n{line}\n")
+    with pytest.raises(ValueError, match="is no folder"):
+        parse(monkeypatch, "--config", str(tmp_path / "a.yaml"))
+    (tmp_path / "a.yaml").write_text("model_name_or_path: mine\nresume_from_checkpoint: true\n")
+    assert parse(monkeypatch, "--config", str(tmp_path / "a.yaml"))[1].resume_from_checkpoint is True
+
+
+def test_recipes_are_short_and_leave_the_path_alone():
+    for path in [*(ROOT / "recipes").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "sys." + "path." not in text, path
+        if path.parent.name == "recipes":
+            assert len(text.splitlines()) <= 110, path
+
+
+def test_every_recipe_has_a_configuration_and_help():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"check"}
+    assert {path.stem for path in (ROOT / "recipes" / "configs").glob("*.yaml")} == recipes
+    assert all(field.metadata.get("help") for field in DataArguments.__dataclass_fields__.values())
