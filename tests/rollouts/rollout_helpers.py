@@ -64,3 +64,12 @@ def make_trainer(
         eval_dataset=dataset.select(range(4)) if options.get("eval_strategy", "no") != "no" else None,
         callbacks=list(callbacks),
     )
+
+
+def use_vllm(trainer, monkeypatch, engine) -> None:
+    """Let a trainer that is complete sample from a stand-in for vLLM."""
+    options = {"use_vllm": True, "vllm_mode": "server", "_last_loaded_step": -1, "vllm_generation": engine}
+    names = ("correction", "mode", "clip_min", "clip_max")
+    options |= {name: getattr(trainer.args, name, None) for name in map("vllm_importance_sampling_{}".format, names)}
+    for name, value in options.items():
+        monkeypatch.setattr(trainer, name, value, raising=False)

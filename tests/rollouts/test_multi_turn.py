@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import config_kwargs, make_model, make_tokenizer
-from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, user
+from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, use_vllm, user
 from trainer.test_resume import Interrupt
 from trl import GRPOConfig, GRPOTrainer, chat_template_utils
 
@@ -431,13 +431,7 @@ class FakeVLLM:
 @pytest.mark.parametrize("history", ["shared", "independent"])
 def test_vllm_gets_one_prompt_per_answer_and_keeps_its_log_probabilities(history, model_path, tmp_path, monkeypatch):
     trainer = make_trainer(model_path, tmp_path, history=history, max_steps=1, **OPTIONS)
-    for name, value in {"use_vllm": True, "vllm_mode": "server", "_last_loaded_step": -1}.items():
-        monkeypatch.setattr(trainer, name, value, raising=False)
-    for name in ("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"):
-        monkeypatch.setattr(trainer, name, getattr(trainer.args, name), raising=False)
-    for name in ("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"):
-        monkeypatch.setattr(trainer, name, getattr(trainer.args, name, None), raising=False)
-    monkeypatch.setattr(trainer, "vllm_generation", FakeVLLM(), raising=False)
+    use_vllm(trainer, monkeypatch, FakeVLLM())
     trainer.train()
     rows, output = trainer.seen[0]
     asked = [
