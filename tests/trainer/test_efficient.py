@@ -1,6 +1,5 @@
 """The efficient preset as a whole: on two processes, after an interruption, and as YAML."""
 
-
 import pytest
 import torch
 import yaml
