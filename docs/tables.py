@@ -25,6 +25,7 @@ DOCS = Path(__file__).parent
 # First option of each section -> what stands above it. A new option joins the section before it.
 SECTIONS = {
     "group_size": "[Adaptive group size](group_size.md)",
+    "baseline": "[Fewest rollouts](efficient.md)",
     "dynamic_sampling_rounds": "[Dynamic sampling](dynamic_sampling.md)",
     "reward_clip_range": "[Reward clipping](reward_clipping.md)",
     "curriculum": "[Curricula](curriculum.md)",
@@ -38,6 +39,7 @@ SECTIONS = {
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "AdaptiveKLCallback": [{"kl_target": 0.05}],
     "MultiTurnCallback": [{"history": "shared"}, {"history": "independent"}],
+    "ReuseGuardCallback": [{"limit": 0.05}],
     "RewardClipCallback": [{"clip_range": [-1.0, 1.0], "on": "total"}],
     "StagedCurriculumCallback": [{"column": "difficulty"}],
     "TargetCurriculumCallback": [{"column": "difficulty"}],

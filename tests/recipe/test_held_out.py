@@ -1,5 +1,6 @@
 """The held-out pass: as the rollout of the training answers, scored by what TRL takes as rewards."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
 from trl_grpo_ext.hooks.records import Answer, RolloutSequence
-from trl_grpo_ext.recipe import make_trainer, train_and_compare
+from trl_grpo_ext.recipe import make_trainer, parse_arguments, train_and_compare
 from trl_grpo_ext.recipe.evaluation import HeldOut, HeldOutCallback, evaluate_held_out, print_comparison
 from trl_grpo_ext.rewards import Length, as_reward, of_plan
 
@@ -255,19 +256,22 @@ def test_prompts_that_are_text_are_answered_as_text(model_path, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["multi_turn", "hierarchical"])
-def test_recipes_with_rollouts_say_the_same_on_two_processes(name, model_path, tmp_path):
+def test_recipes_with_rollouts_say_the_same_on_two_processes(name, model_path, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    module = importlib.import_module(name)
     flags = ["--model_name_or_path", model_path, "--bf16", "false", "--use_cpu", "true", "--max_steps", "1"]
     flags += ["--max_completion_length", "4", "--max_test_prompts", "3", "--per_device_train_batch_size", "12"]
     flags += ["--num_generations", "2", "--disable_tqdm", "true"]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--output_dir", str(tmp_path / "1")])
+    module.main(*parse_arguments(getattr(module, f"{name.title().replace('_', '')}Arguments"), module.__file__))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", module.__file__]
+    command = [*launcher, *flags, "--output_dir", str(tmp_path / "2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr[-4000:]
     evaluated = []
-    for count in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)] if count > 1 else []
-        command = [sys.executable, *launcher, str(ROOT / "recipes" / f"{name}.py"), *flags]
-        out = tmp_path / str(count)
-        done = subprocess.run([*command, "--output_dir", str(out)], capture_output=True, text=True, timeout=540)
-        assert done.returncode == 0, done.stderr[-4000:]
-        entries = [json.loads(line) for line in (out / "monitor" / "metrics.jsonl").read_text().splitlines()]
-        first = next(entry for entry in entries if "eval_reward" in entry)
+    for out in ("1", "2"):
+        lines = (tmp_path / out / "monitor" / "metrics.jsonl").read_text().splitlines()
+        first = next(entry for entry in map(json.loads, lines) if "eval_reward" in entry)
         evaluated.append({key: value for key, value in first.items() if key.startswith("eval_rewards/")})
     assert evaluated[0]
     assert evaluated[1] == pytest.approx(evaluated[0], abs=1e-5)

@@ -193,7 +193,9 @@ def test_every_kind_of_number_is_read(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: f"{type(value).__name__} {value!r:.15}".split(" object")[0])
+@pytest.mark.parametrize(
+    "value", NO_NUMBERS, ids=lambda value: f"{type(value).__name__} {value!r:.15}".split(" object")[0]
+)
 def test_the_rest_is_refused_with_its_row(mode, value):
     reward = MODES[mode](as_reward(lambda completions, **kwargs: [value] * len(completions), "any"))
     with pytest.raises(RewardError, match=r"^reward 'any', row 0: .* is not a finite number"):

@@ -302,9 +302,10 @@ def _scores(
     state = copy.copy(trainer.state)
     state.global_step = state.max_steps = max(1, state.max_steps)
     columns: dict[str, list[float | None]] = {}
+    is_text = isinstance(inputs[0]["prompt"], str)
     total = reward(
         prompts=[answer.prompt for _, answer in asked],
-        completions=[answer.text if isinstance(answer.prompt, str) else answer.completion for _, answer in asked],
+        completions=[answer.text if is_text else answer.completion for _, answer in asked],
         completion_ids=[answer.ids for _, answer in asked],
         trainer_state=state,
         log_extra=lambda column, values: columns.update({column: values}),

@@ -182,16 +182,15 @@ def read(
         return _read_file(path, name, streaming, text_columns)
     if not os.path.isdir(path):
         _check_is_hub_id(name, path)
-    folders = layout.parts or {None: {}}
     found: dict[str, list[Part]] = {}
-    for folder, extra in folders.items():
+    for folder in layout.parts or [None]:
         try:
             splits = load_dataset(path, config, data_dir=folder, streaming=streaming)
         except Exception as error:  # datasets and the hub's client raise many kinds
             raise ValueError(_why_not_loaded(name, path, error)) from error
         for split, rows in splits.items():
             place = Place(name, split if folder is None else f"{folder}, {split}")
-            found.setdefault(split, []).append(Part(rows, place, extra=extra))
+            found.setdefault(split, []).append(Part(rows, place, extra=layout.parts[folder] if folder else {}))
     return found
 
 

@@ -145,7 +145,7 @@ def checkpoint_of(training_args: AdaptiveGRPOConfig) -> str | bool | None:
     Raises:
         `ValueError`: for what is neither, such as `"last"`.
     """
-    value = training_args.resume_from_checkpoint
+    value: str | bool | None = training_args.resume_from_checkpoint
     if isinstance(value, bool) or not value:
         return value or None
     if value.lower() in ("true", "false"):  # as the command line gives them

@@ -47,7 +47,7 @@ def _finite(schedule: str, **values: float) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the reward algebra recognises as a number that changes with progress: callable, progress in, value out."""
+    """A number that changes with the training progress: a call with the progress returns the value."""
 
     def __call__(self, progress: float) -> float:
         raise NotImplementedError
@@ -171,8 +171,9 @@ class Cosine(_Ramp):
 @dataclass(frozen=True)
 class Piecewise(Schedule):
     """
-    Straight lines through `(progress, value)` points; level before the first and after the last. Two points at the same
-    progress make a jump, and the later one holds there.
+    Straight lines through `(progress, value)` points, level before the first and after the last.
+
+    Two points at the same progress make a jump, and the later one holds there.
 
     Args:
         points (`Sequence[tuple[float, float]]`):

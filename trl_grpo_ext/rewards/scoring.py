@@ -23,7 +23,7 @@ _NOT_FINITE = "is not a finite number"
 
 
 class Memory(OrderedDict[Any, Any]):
-    """The least recently used values of one leaf. Pickles and deep-copies as an empty one."""
+    """Values by key, of which the least recently used go first. Pickles and deep-copies as an empty one."""
 
     def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
         return Memory, ()

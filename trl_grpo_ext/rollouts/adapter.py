@@ -14,7 +14,7 @@ from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutPlan, RolloutSequence
 from ..host.calls import own_copy
-from ..host.processes import fail, gather_rewards, gather_values
+from ..host.processes import fail, gather_rewards, gather_values, together
 from ..host.seams import drop_pending_logs, pending_columns, plain_rewards
 from .answers import AnswerIndex, answer_of_token, as_rollout_output, layout_of
 
@@ -114,6 +114,9 @@ class CallbackRollout(Rollout):
         return [(number, answer) for number, sequence in enumerate(self.sequences) for answer in sequence.answers]
 
     def begin(self, rows: list[Row]) -> None:
+        with together():
+            for number, row in enumerate(rows):
+                self._check_row(row, f"row {number} of the batch")
         self.rows = rows
 
     def generate(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -126,8 +129,6 @@ class CallbackRollout(Rollout):
         return as_rollout_output(self.sequences)
 
     def _generated(self, num_rows: int) -> list[RolloutSequence]:
-        for number, row in enumerate(self.rows):
-            self._check_row(row, f"row {number} of the batch")
         name = type(self.callback).__name__
         sequences: list[RolloutSequence] | None = call_hook(self.callback, "on_generate", self.trainer, rows=self.rows)
         if sequences is None or len(sequences) != num_rows:

@@ -155,7 +155,7 @@ class LeanGRPOTrainer(GRPOTrainer):
             options = [name for name in ("share_prompts", "skip_zero_advantage") if getattr(self.args, name)]
             self._say_once(
                 f"{' and '.join(options)}: TRL's own forward pass is used for all rows, because the batch holds "
-                f"{', '.join(keys)}"
+                f"{', '.join(sorted(keys))}"
             )
         return bool(keys)
 

@@ -59,6 +59,10 @@ METHODS = {
     # Advantages divided by the standard deviation of the batch, not of the group.
     "GRPO (TRL), batch scale": Method(GRPOTrainer, GRPOConfig, {"scale_rewards": "batch"}, tuned_as=STOCK),
     "variance + online, batch scale": Method(options=BATCH, tuned_as="variance + online"),
+    # Each completion against the others of its group alone, so that small groups weigh no less.
+    "variance + online, leave one out": Method(
+        options=BATCH | {"baseline": "leave_one_out"}, tuned_as="variance + online, batch scale"
+    ),
     "helpful.yaml": Method(options=HELPFUL),
     # Further passes over each batch.
     "GRPO (TRL), 2 passes": Method(GRPOTrainer, GRPOConfig, {"num_iterations": 2}),

@@ -14,7 +14,9 @@ from .methods import STOCK
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = {"PPO": 5, "DPO": 1, "RLOO": 3, STOCK: 0, "variance + online": 2, "all together": 6}  # method -> its colour
+# Method -> its colour.
+SHOWN = {"PPO": 5, "DPO": 1, "RLOO": 3, STOCK: 0, "variance + online": 2, "all together": 6}
+SHOWN |= {"GRPO (TRL), 4 passes": 1, "PPO, 2 passes": 2, "single, batch mean": 4, "efficient": 6}
 BARS = "#56B4E9"
 
 Levels = tuple[float, float, float]  # of held-out helpfulness: to count from, up to, and further up to
@@ -177,6 +179,8 @@ def plot_curves(records: list[dict[str, Any]], target: float, path: Path) -> Non
     plt = _pyplot()
     records = [record for record in records if "result" in record and record["cell"]["method"] in SHOWN]
     pools = list(dict.fromkeys(record["cell"]["pool"] for record in records))
+    if not pools:
+        return
     figure, axes = plt.subplots(2, len(pools), figsize=(6.5 * len(pools), 8.4), squeeze=False, sharey="row")
     for column, pool in enumerate(pools):
         for method, color in SHOWN.items():
