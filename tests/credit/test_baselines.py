@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels
+from kit import batch_of, count_vowels, logs_of, set_up, weights_of
 from torch import Tensor
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, BaselineCallback, RolloutBatch
+from trl_grpo_ext import BaselineCallback, RolloutBatch
 from trl_grpo_ext.credit.baselines import (
     errors_of_guess,
     mean_of_others,
@@ -185,20 +185,13 @@ def test_the_scale_is_that_of_the_difference_and_keeps_the_shift():
 
 
 def make_batch(rewards: list[float], features: Tensor) -> RolloutBatch:
-    count = len(rewards)
-    per_func = torch.tensor(rewards)[:, None]
-    batch = RolloutBatch(
-        0, torch.arange(count), torch.ones(count, dtype=torch.long), torch.arange(count), per_func, per_func, ["reward"]
-    )
-    batch.rewards, batch.prompt_features = per_func[:, 0], features
-    return batch
+    return batch_of({prompt: [reward] for prompt, reward in enumerate(rewards)}, prompt_features=features)
 
 
 def test_the_guess_is_made_before_the_batch_is_learnt(config):
     args = config(group_size="single", baseline="predicted", scale_rewards="none")
     features = torch.eye(2).repeat(8, 1)
-    callback = BaselineCallback("predicted")
-    callback.on_setup(args=args, trainer=None)
+    callback = set_up(BaselineCallback("predicted"), args)
     first = make_batch([1.0, 0.0] * 8, features)
     advantages = callback.on_advantages(args=args, batch=first)
     # Nothing is known yet: the mean of the others, 7/15 and 8/15.
@@ -216,9 +209,7 @@ def test_the_guess_is_made_before_the_batch_is_learnt(config):
 def test_state_round_trip(config):
     args = config(group_size="single", baseline="predicted", baseline_shift=0.5, scale_rewards="batch")
     features = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
-    one, other = BaselineCallback("predicted", 0.5), BaselineCallback("predicted", 0.5)
-    for callback in (one, other):
-        callback.on_setup(args=args, trainer=None)
+    one, other = (set_up(BaselineCallback("predicted", 0.5), args) for _ in range(2))
     for _ in range(3):
         one.on_advantages(args=args, batch=make_batch([1.0, 0.0] * 8, features))
     check_savable(one.state_dict())
@@ -240,18 +231,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_it_trains(name, model_path, dataset, tmp_path):
+def test_it_trains(name, make_trainer):
     options = {"scale_rewards": "batch", "num_iterations": 2, **OPTIONS[name]}
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=6, **options)),
-        train_dataset=dataset,
-    )
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer = make_trainer(reward_funcs=count_vowels, max_steps=6, **options)
+    before = weights_of(trainer)
     trainer.train()
-    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert not all(torch.equal(before[key], value) for key, value in weights_of(trainer).items())
+    logged = logs_of(trainer)
     assert all(math.isfinite(entry["loss"]) for entry in logged)
     if "single" in name:
         assert logged[0]["group_size/max"] == 1

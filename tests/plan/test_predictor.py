@@ -6,14 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs, has_answer
+from kit import Record, batch_of, batches_of, set_up
 
 from trl_grpo_ext import (
-    AdaptiveGRPOConfig,
-    AdaptiveGRPOTrainer,
     GRPOCallback,
     PredictedCurriculumCallback,
-    RolloutBatch,
 )
 from trl_grpo_ext.host.state import check_savable
 from trl_grpo_ext.plan.posterior import PromptPosterior
@@ -131,44 +128,24 @@ def test_a_broken_reward_in_the_first_batch_is_forgotten_as_soon_as_others_are_k
 # The curriculum
 
 
-def test_hopeless_prompts_never_drawn_are_avoided(config, dataset):
+def test_hopeless_prompts_never_drawn_are_avoided():
     texts = [f"translate {a}" for a in "abcdefgh"] + [f"guess {a}" for a in "abcdefgh"]
-    trainer = type("Trainer", (), {"train_dataset": [{"prompt": text} for text in texts]})
-    callback = PredictedCurriculumCallback()
-    callback.on_setup(trainer=trainer)
-    seen = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
+    callback = set_up(PredictedCurriculumCallback(), prompt=texts)
+    seen = [0, 1, 2, 3, 8, 9, 10, 11]
     for batch in range(6):
-        rewards = torch.tensor([float(batch % 2 == i % 2) for i in range(4)] + [0.0] * 4)
-        per_func = rewards[:, None]
-        made = RolloutBatch(0, torch.arange(8), torch.ones(8, dtype=torch.long), seen, per_func, per_func, ["reward"])
-        made.rewards = rewards
+        rewards = [float(batch % 2 == i % 2) for i in range(4)] + [0.0] * 4
+        made = batch_of({prompt: [reward] for prompt, reward in zip(seen, rewards, strict=True)})
         callback.on_rollouts(batch=made)
     weights = callback.on_prompt_weights(weights=torch.ones(16))
     assert weights[4:8].min() > 3 * weights[12:].max()  # none of these was ever drawn
     assert made.metrics["curriculum/effective_prompts"] <= 16
 
 
-def test_weights_of_none_keep_the_epochs(model_path, dataset, tmp_path):
+def test_weights_of_none_keep_the_epochs(trained):
     class Silent(GRPOCallback):
         def on_prompt_weights(self, **kwargs):
             return None
 
-    drawn_by = []
-    for callbacks in ([], [Silent()]):
-        trainer = AdaptiveGRPOTrainer(
-            model=model_path,
-            reward_funcs=has_answer,
-            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=4, group_size="threshold")),
-            train_dataset=dataset,
-            callbacks=callbacks,
-        )
-        seen = []
-
-        class Look(GRPOCallback):
-            def on_rollouts(self, batch, seen=seen, **kwargs):
-                seen.append(batch.prompt_index.tolist())
-
-        trainer.add_callback(Look())
-        trainer.train()
-        drawn_by.append(seen)
-    assert drawn_by[0] == drawn_by[1]
+    runs = [trained(callbacks=[*more, Record], max_steps=4, group_size="threshold") for more in ([], [Silent])]
+    one, other = ([batch.prompt_index.tolist() for batch in batches_of(run)] for run in runs)
+    assert one == other

@@ -1,22 +1,17 @@
 """Further passes over a batch end where the policy has moved too far: that step changes nothing."""
 
+from functools import partial
+
 import pytest
 import torch
-from kit import config_kwargs, count_vowels
+from kit import count_vowels, have_same_weights, logs_of
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.trainer.reuse import ReuseGuardCallback, squared_log_ratio
 
 
-def trained(model_path, dataset, tmp_path, **options):
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=6, **options)),
-        train_dataset=dataset,
-    )
-    trainer.train()
-    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+@pytest.fixture
+def passes(trained):
+    return partial(trained, reward_funcs=count_vowels, max_steps=6, num_iterations=3)
 
 
 def test_the_drift_counts_the_tokens_of_the_mask():
@@ -24,19 +19,19 @@ def test_the_drift_counts_the_tokens_of_the_mask():
     assert squared_log_ratio(logps, old, torch.tensor([[1, 1], [1, 0]])).tolist() == [5.0, 3.0]
 
 
-def test_a_generous_limit_changes_nothing(model_path, dataset, tmp_path):
-    plain, _ = trained(model_path, dataset, tmp_path, num_iterations=3)
-    guarded, logs = trained(model_path, dataset, tmp_path, num_iterations=3, reuse_drift_limit=1e9)
-    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), guarded.model.parameters(), strict=True))
+def test_a_generous_limit_changes_nothing(passes):
+    guarded = passes(reuse_drift_limit=1e9)
+    assert have_same_weights(passes(), guarded)
+    logs = logs_of(guarded)
     drifts = [entry["reuse/drift"] for entry in logs]
     assert drifts[0] == pytest.approx(0.0, abs=1e-9)
     assert drifts[1] > drifts[0]
     assert {entry["reuse/skipped"] for entry in logs} == {0.0}
 
 
-def test_beyond_the_limit_no_weight_moves_until_the_next_batch(model_path, dataset, tmp_path):
-    guarded, logs = trained(model_path, dataset, tmp_path, num_iterations=3, reuse_drift_limit=1e-9)
-    assert [entry["reuse/skipped"] for entry in logs] == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+def test_beyond_the_limit_no_weight_moves_until_the_next_batch(passes):
+    guarded = passes(reuse_drift_limit=1e-9)
+    assert [entry["reuse/skipped"] for entry in logs_of(guarded)] == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
     # The same weights as one pass over each of the same two batches, at the learning rates of those steps.
     states = guarded.optimizer.state_dict()["state"].values()
     assert {int(state["step"]) for state in states} == {2}

@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from kit import config_kwargs, count_vowels, make_letters
-from trl import GRPOConfig, GRPOTrainer
+from datasets import Dataset, DatasetDict
+from kit import Record, batches_of, count_vowels
+from trl import GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
 from trl_grpo_ext.shape.resampling import replace_rows
-
-
-def trained(model_path, dataset, tmp_path, reward, config=AdaptiveGRPOConfig, trainer=AdaptiveGRPOTrainer, **options):
-    args = config(**config_kwargs(tmp_path, **{"max_steps": 2, **options}))
-    made = trainer(model=model_path, reward_funcs=reward, args=args, train_dataset=dataset)
-    made.train()
-    return made
-
 
 # Objects of their own
 
@@ -42,32 +33,23 @@ def moves(seen):
         {"group_size": "single", "baseline": "batch", "scale_rewards": "batch"},
     ],
 )
-def test_every_completion_has_its_own_row(options, model_path, tmp_path):
+def test_every_completion_has_its_own_row(options, trained):
     rows = {"prompt": ["say a"] * 16, "board": [[0, 0]] * 16, "notes": [{"goals": ["a", "b"]}] * 16}
     seen: dict[str, list[int]] = {"stock": [], "ours": []}
-    trained(model_path, Dataset.from_dict(rows), tmp_path, moves(seen["stock"]), GRPOConfig, GRPOTrainer)
-    trained(model_path, Dataset.from_dict(rows), tmp_path, moves(seen["ours"]), **options)
+    given = {"dataset": Dataset.from_dict(rows), "max_steps": 2}
+    trained(reward_funcs=moves(seen["stock"]), cls=GRPOTrainer, **given)
+    trained(reward_funcs=moves(seen["ours"]), **given, **options)
     assert set(seen["ours"]) == set(seen["stock"]) == {13}
 
 
-def test_a_transform_that_draws_gives_one_draw_to_a_group(model_path, tmp_path):
+def test_a_transform_that_draws_gives_one_draw_to_a_group(trained, dataset):
     def draw(rows):
         return {**rows, "drawn": [torch.rand(()).item() for _ in rows["prompt"]]}
 
-    drawn: list[list[float]] = []
-
-    class Look(GRPOCallback):
-        def on_rollouts(self, batch, **kwargs):
-            drawn.append([row["drawn"] for row in batch.rows])
-
-    dataset = make_letters()
     dataset.set_transform(draw)
-    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, curriculum="online", max_steps=1))
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path, reward_funcs=count_vowels, args=args, train_dataset=dataset, callbacks=[Look()]
-    )
-    trainer.train()
-    assert [len(set(drawn[0][:4])), len(set(drawn[0][4:])), len(set(drawn[0]))] == [1, 1, 2]
+    (batch,) = batches_of(trained(callbacks=[Record], curriculum="online", max_steps=1))
+    drawn = [row["drawn"] for row in batch.rows]
+    assert [len(set(drawn[:4])), len(set(drawn[4:])), len(set(drawn))] == [1, 1, 2]
 
 
 # Another dataset
@@ -77,14 +59,14 @@ def test_a_transform_that_draws_gives_one_draw_to_a_group(model_path, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"curriculum": "online"}, {"group_size": "threshold"}, {"curriculum": "predicted"}]
 )
-def test_a_replaced_dataset_is_drawn_from_as_a_whole_and_known_anew(options, size, model_path, tmp_path):
+def test_a_replaced_dataset_is_drawn_from_as_a_whole_and_known_anew(options, size, trained):
     asked: list[str] = []
 
     def reward(prompts, completions, **kwargs):
         asked.extend(prompts)
         return count_vowels(completions)
 
-    trainer = trained(model_path, make_letters(), tmp_path, reward, max_steps=30, logging_steps=100, **options)
+    trainer = trained(reward_funcs=reward, max_steps=30, logging_steps=100, **options)
     before = trainer._planner
     trainer.train_dataset = Dataset.from_dict({"prompt": [f"tell {i}" for i in range(size)]})
     asked.clear()
@@ -95,9 +77,9 @@ def test_a_replaced_dataset_is_drawn_from_as_a_whole_and_known_anew(options, siz
     assert len(numbers) >= min(size, 30)
 
 
-def test_a_replaced_dataset_that_does_not_fit_is_refused(model_path, tmp_path):
-    trainer = trained(model_path, make_letters(), tmp_path, count_vowels, curriculum="online")
-    trainer.train_dataset = make_letters().select(range(1))
+def test_a_replaced_dataset_that_does_not_fit_is_refused(make_trainer, dataset):
+    trainer = make_trainer(curriculum="online")
+    trainer.train_dataset = dataset.select(range(1))
     with pytest.raises(ValueError, match="train_dataset has 1 rows and one generation batch holds 2 prompts"):
         trainer.train()
 
@@ -105,21 +87,21 @@ def test_a_replaced_dataset_that_does_not_fit_is_refused(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("made", "remedy"),
     [
-        (lambda dataset: __import__("datasets").DatasetDict(train=dataset), r"dataset\['train'\]"),
+        (lambda dataset: DatasetDict(train=dataset), r"dataset\['train'\]"),
         (lambda dataset: list(dataset), r"Dataset.from_list\(rows\)"),
     ],
 )
-def test_other_kinds_of_datasets_are_refused_with_a_remedy_that_helps(made, remedy, model_path, tmp_path):
+def test_other_kinds_of_datasets_are_refused_with_a_remedy_that_helps(made, remedy, make_trainer, dataset):
     with pytest.raises(ValueError, match=remedy):
-        trained(model_path, made(make_letters()), tmp_path, count_vowels, curriculum="online")
+        make_trainer(dataset=made(dataset), curriculum="online")
 
 
 # Merging two rounds
 
 
 @pytest.mark.parametrize("masks", [(True, False), (False, True), (True, True)])
-def test_the_mask_of_regenerated_rows_is_kept_whichever_round_has_one(masks, model_path, tmp_path):
-    calls, seen = [], []
+def test_the_mask_of_regenerated_rows_is_kept_whichever_round_has_one(masks, trained):
+    calls = []
 
     def rollout(prompts, trainer):
         calls.append(1)
@@ -138,22 +120,11 @@ def test_the_mask_of_regenerated_rows_is_kept_whichever_round_has_one(masks, mod
         half = len(completions) // 2
         return [1.0] * half + [float(i % 2) for i in range(len(completions) - half)]
 
-    class Look(GRPOCallback):
-        def on_rollouts(self, batch, **kwargs):
-            seen.append((batch.completion_lengths.tolist(), [row["note"] for row in batch.rows]))
-
-    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=1, dynamic_sampling_rounds=1))
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=reward,
-        args=args,
-        train_dataset=make_letters(),
-        rollout_func=rollout,
-        callbacks=[Look()],
-    )
-    trainer.train()
+    given = {"reward_funcs": reward, "rollout_func": rollout, "callbacks": [Record]}
+    (batch,) = batches_of(trained(max_steps=1, dynamic_sampling_rounds=1, **given))
     lengths = {True: 3, False: 5}
-    assert seen[0] == ([lengths[masks[1]]] * 4 + [lengths[masks[0]]] * 4, [2] * 4 + [1] * 4)
+    assert batch.completion_lengths.tolist() == [lengths[masks[1]]] * 4 + [lengths[masks[0]]] * 4
+    assert [row["note"] for row in batch.rows] == [2] * 4 + [1] * 4
 
 
 def test_an_entry_of_one_round_alone_is_refused_where_its_absence_says_nothing():
