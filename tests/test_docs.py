@@ -125,7 +125,7 @@ def test_what_cannot_be_combined_is_what_callbacks_declare():
     rows = [cells(line) for line in text.splitlines() if line.startswith("| `")]
     stated = {callback.strip("`"): [other.strip("`") for other in others.split(", ")] for callback, others in rows}
     assert stated == tables.conflicts()
-    assert {"CriticBaseline", "DynamicSamplingCallback", "HierarchicalCallback"} <= stated.keys()
+    assert {"CriticBaseline", "MultiTurnCallback(history='shared')", "HierarchicalCallback"} <= stated.keys()
     for others in stated.values():
         for other in others:
             is_class = any(cls.__name__ == other for cls in tables.callback_classes())

@@ -68,6 +68,11 @@ class LeanGRPOTrainer(GRPOTrainer):
         if reason is not None:
             raise ValueError(f"merge_adapter=True cannot be used here, because {reason}; or leave merge_adapter out")
 
+    @property
+    def notices(self) -> list[str]:
+        """What the log said once: each saving that this model or its data does not allow, with the reason."""
+        return sorted(self._said)
+
     # TRL's seams
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
