@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "recipes" / "check.py"
 
 
@@ -14,6 +16,7 @@ def run(launcher: list[str], *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
 
 
+@pytest.mark.training
 def test_all_is_well_on_two_processes():
     done = run(["-m", "torch.distributed.run", "--nproc-per-node", "2"])
     assert done.returncode == 0, done.stderr
@@ -23,6 +26,7 @@ def test_all_is_well_on_two_processes():
     assert lines[-1] == "all ok"
 
 
+@pytest.mark.training
 def test_a_difference_above_the_tolerance_fails():
     done = run([], "--checks", "stock", "--tolerance", "-1")
     assert done.returncode == 1

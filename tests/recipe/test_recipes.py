@@ -27,6 +27,7 @@ from trl_grpo_ext.rewards import Length, as_reward, linear
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.training
 def test_helpful_runs_as_the_readme_says(tmp_path):
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(ROOT / "recipes" / "helpful.py")]
     short = ["--max_steps", "2", "--max_completion_length", "8", "--per_device_train_batch_size", "8"]

@@ -111,6 +111,7 @@ def test_table_by_hand():
     assert ours[6].startswith("1.50 (1.00 to 2.00)")
 
 
+@pytest.mark.training
 def test_smoke(tmp_path):
     mixed_pool.main(mixed_pool.Options(smoke=True, output_dir=str(tmp_path)))
     results = mixed_pool.read(tmp_path / "results.csv")
@@ -124,6 +125,7 @@ def test_smoke(tmp_path):
     assert (tmp_path / "mixed_pool.png").stat().st_size > 10_000
 
 
+@pytest.mark.training
 def test_compute_smoke(tmp_path):
     command = [
         sys.executable,

@@ -348,6 +348,7 @@ def test_unknown_names_are_refused():
         compare.Options(workers=0)
 
 
+@pytest.mark.training
 def test_smoke(tmp_path):
     launch = [str(Path(sys.executable).parent / "accelerate"), "launch"]
     command = [*launch, "recipes/studies/compare.py", "--smoke", "--workers", "2", "--output_dir", str(tmp_path)]
