@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.training
 def test_killed_trainings_end_where_the_one_that_was_not_killed_ends(tmp_path):
     """Short; `python recipes/studies/crashes.py` is the long one."""
     command = [sys.executable, str(ROOT / "recipes" / "studies" / "crashes.py"), "--kills", "4", "--steps", "6"]

@@ -378,6 +378,7 @@ def test_false_alarms_are_rare_and_illnesses_are_found():
 # The benchmark
 
 
+@pytest.mark.training
 def test_benchmark_smoke(tmp_path, capsys):
     import alarms
 

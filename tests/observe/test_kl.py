@@ -169,6 +169,7 @@ def test_resume_equals_no_interruption(model_path, dataset, tmp_path):
     assert same(whole, resumed)
 
 
+@pytest.mark.training
 def test_benchmark_smoke(tmp_path):
     import adaptive_kl
 

@@ -772,6 +772,7 @@ def applies_to_cats(completions, reference, **kwargs):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.training
 def test_stock_trainer_logs_every_component(tiny, tmp_path, asynchronous):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer

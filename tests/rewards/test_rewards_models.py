@@ -76,6 +76,7 @@ def stock_trl(tokenizer, folder, tmp_path, prompts, completions):
 
 
 @pytest.mark.parametrize("conversational", [False, True], ids=["plain", "chat"])
+@pytest.mark.training
 def test_scores_are_those_of_stock_trl(tokenizer, folder, tmp_path, conversational):
     prompts, completions = PROMPTS, COMPLETIONS
     if conversational:
@@ -88,6 +89,7 @@ def test_scores_are_those_of_stock_trl(tokenizer, folder, tmp_path, conversation
         assert values == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.training
 def test_a_model_object_scores_like_its_folder(tokenizer, folder):
     expected = as_reward(folder)(prompts=PROMPTS, completions=COMPLETIONS)
     model = LlamaForSequenceClassification.from_pretrained(folder).train()  # dropout or not, scoring is in eval mode

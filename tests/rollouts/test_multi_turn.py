@@ -659,6 +659,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path)
 
 
 @pytest.mark.parametrize("closing", ["<|im_end|>", "<|im_end|>\n", "\n", ""])
+@pytest.mark.training
 def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_an_answer(closing, tmp_path):
     """As in base models, whose end of text is another token than the end of a turn of their template."""
     tokenizer = make_tokenizer()

@@ -260,6 +260,7 @@ def test_templates_that_cannot_be_carried_on_are_refused(source, message):
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
+@pytest.mark.training
 def test_a_turn_that_ends_with_the_next_role_has_that_token_once(history, tmp_path):
     """As in GLM-4.x: the model writes <|user|>, is trained on it, and the template does not write it again."""
     source, ends, _ = KINDS["the token of the next role"]

@@ -48,6 +48,9 @@ class HierarchicalCallback(GRPOCallback):
             there may be no room is not implemented.
     """
 
+    is_unique = True
+    reads_dataset = True
+
     def __init__(
         self,
         num_plans: int = 4,

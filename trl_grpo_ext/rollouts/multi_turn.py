@@ -68,6 +68,9 @@ class MultiTurnCallback(GRPOCallback):
     ```
     """
 
+    is_unique = True
+    reads_dataset = True
+
     def __init__(
         self,
         history: str = "shared",
