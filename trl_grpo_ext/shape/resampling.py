@@ -195,7 +195,8 @@ def put_logs(logs: dict[str, Any], taken: dict[str, list[Any]], where: Tensor, s
 
 
 def _columns(logs: dict[str, Any]) -> dict[str, Any]:
-    columns = {name: logs[name] for name in ("prompt", "completion", "advantages", "images") if name in logs}
+    names: tuple[str, ...] = ("prompt", "completion", "advantages", "images")
+    columns = {name: logs[name] for name in names if name in logs}
     columns |= {f"rewards/{name}": column for name, column in logs["rewards"].items()}
     return columns | {f"extra/{name}": column for name, column in logs["extra"].items()}
 
