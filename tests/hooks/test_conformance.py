@@ -33,6 +33,7 @@ from trl_grpo_ext import (
 from trl_grpo_ext.hooks.callback import call_hook
 from trl_grpo_ext.host import checkpoints
 from trl_grpo_ext.observe.actions import Action, AdaptBeta, CapGroupSize, CoolLearningRate, SaveAndStop
+from trl_grpo_ext.observe.live import LiveCallback
 from trl_grpo_ext.plan.group_size import SingleGroupSizeCallback
 from trl_grpo_ext.trainer.reuse import ReuseGuardCallback
 
@@ -54,6 +55,7 @@ CASES: list[tuple[Any, list[Any], dict[str, Any]]] = [
     (partial(HierarchicalCallback, 2, 2), [], {"rows": 12}),
     (partial(AdaptiveKLCallback, 0.1), [], {"beta": 0.1}),
     (MonitorCallback, [], {}),
+    (LiveCallback, [], {}),
     (AdaptBeta, [], {"beta": 0.1}),
     (CoolLearningRate, [], {}),
     (CapGroupSize, [VarianceGroupSizeCallback], {}),
@@ -208,7 +210,7 @@ def test_a_wrong_state_is_refused_by_its_key(run, fresh):
 def documented() -> re.Pattern[str]:
     """The names between backticks in the docs; `{name}` in one stands for any."""
     text = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-    names = set(re.findall(r"`([\w/{}]+)`", text))
+    names = set(re.findall(r"`([\w/{}]+)`", text.replace("`alarms/<name>`", "`alarms/{name}`")))
     return re.compile("|".join(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(name)) for name in names))
 
 

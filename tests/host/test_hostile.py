@@ -243,7 +243,7 @@ class Silent(GRPOCallback):
 def test_answers_without_a_token_are_refused(model_path, conversational, tmp_path):
     args = AdaptiveGRPOConfig(**config_kwargs(tmp_path))
     trainer = AdaptiveGRPOTrainer(model_path, has_answer, args=args, train_dataset=conversational, callbacks=[Silent()])
-    with pytest.raises(ValueError, match=r"Silent\.on_generate returned row 0 with an answer of no tokens"):
+    with pytest.raises(ValueError, match=r"Silent\.on_generate returned sequence 0 with an answer of no tokens"):
         trainer.train()
 
 

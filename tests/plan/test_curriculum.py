@@ -328,6 +328,7 @@ class Rows:
     """A dataset whose column may mix kinds, which `Dataset.from_dict` does not allow."""
 
     column_names = ("prompt", "d")
+    format = {"type": None}  # noqa: RUF012 (as a Dataset has)
 
     def __init__(self, values):
         self.values = values
