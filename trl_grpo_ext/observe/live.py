@@ -252,9 +252,11 @@ class LiveCallback(GRPOCallback):
     def __init__(self, console: Console | None = None):
         self.console = console
         self.view: LiveView | None = None
+        self._alarms = Path()  # the record's file, once the training begins
         self._live: Live | None = None
 
     def on_setup(self, trainer: Any, **kwargs: Any) -> None:
+        self.view, self._alarms = None, Path()
         train = trainer.train
 
         @functools.wraps(train)
