@@ -125,7 +125,7 @@ def main(options: Options) -> None:
         for method in options.methods
         for rollouts in [*(options.dpo_budgets if method == "DPO" else []), options.rollouts]
     ]
-    records = cells.run(trainings, lambda record: print(results.describe(record), flush=True))
+    records = cells.run(trainings, lambda record: print(results.line_of(record), flush=True))
     results.write(records, grid, folder, (options.start, options.target, options.further))
     print((folder / "table.md").read_text())
 

@@ -72,7 +72,7 @@ class UpdateCheck:
         """Take note of what the coming updates are made of."""
         self._teaches = bool((batch.teaches & (batch.completion_lengths > 0)).any())
 
-    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note of the learning rate of an update."""
         self._has_rate = any(group["lr"] > 0 for group in optimizer.param_groups)
 

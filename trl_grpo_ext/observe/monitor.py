@@ -113,7 +113,7 @@ class MonitorCallback(GRPOCallback):
         **kwargs: Any,
     ) -> None:
         if self._check is not None:
-            self._check.begin(optimizer)
+            self._check.watch(optimizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_attached:

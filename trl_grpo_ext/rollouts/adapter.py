@@ -40,7 +40,7 @@ class Rollout:
         self.trainer = trainer
         self.accelerator: Accelerator = trainer.accelerator
 
-    def begin(self, rows: list[Row]) -> None:
+    def take_rows(self, rows: list[Row]) -> None:
         """This process's dataset rows, for which TRL is about to generate."""
 
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
@@ -113,7 +113,7 @@ class CallbackRollout(Rollout):
     def _numbered(self) -> list[tuple[int, Answer]]:
         return [(number, answer) for number, sequence in enumerate(self.sequences) for answer in sequence.answers]
 
-    def begin(self, rows: list[Row]) -> None:
+    def take_rows(self, rows: list[Row]) -> None:
         with together():
             for number, row in enumerate(rows):
                 self._check_row(row, f"row {number} of the batch")

@@ -146,7 +146,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training or not self.grpo_callbacks:
-            self.rollout.begin(inputs)
+            self.rollout.take_rows(inputs)
             plain: dict[str, Any] = super()._generate_and_score_completions(inputs)
             return plain
         plan, rows = self._plan(inputs)
@@ -186,7 +186,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
     def _generate_and_score(self, plan: RolloutPlan, rows: list[dict[str, Any]], is_extra: bool = False) -> Sampled:
         """Let TRL sample completions and ask the reward functions. `is_extra` rows are in no order of groups."""
         is_ragged = is_extra or not self.rollout.strides or not plan.all_of_size(self.num_generations)
-        self.rollout.begin(rows)
+        self.rollout.take_rows(rows)
         # One completion per row: TRL then neither strides over the prompts (vLLM) nor reshapes rewards into groups.
         with num_generations_set(self, 1 if is_ragged else self.num_generations):
             output = super()._generate_and_score_completions(rows)

@@ -36,7 +36,7 @@ def score(record: dict[str, Any]) -> float:
     return -math.inf if any(math.isnan(value) for value in values) else mean(values)
 
 
-def describe(record: dict[str, Any]) -> str:
+def line_of(record: dict[str, Any]) -> str:
     """One line about a run."""
     cell = record["cell"]
     name = f"{cell['pool']}, {cell['method']}, seed {cell['seed']}, {cell['rollouts']} rollouts"
