@@ -72,7 +72,7 @@ def known_names(dataset: Dataset) -> list[str]:
 
 def is_transformed(dataset: Dataset) -> bool:
     """Whether a function of the user makes the rows when they are fetched (`set_transform`, `with_transform`)."""
-    return bool(dataset.format["type"] == "custom")
+    return bool(getattr(dataset, "format", {}).get("type") == "custom")
 
 
 def _plain(value: Any) -> Any:
