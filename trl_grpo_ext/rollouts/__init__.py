@@ -14,16 +14,8 @@ with [`Talk`], lay out the rows in `on_plan`, and give credit in `on_advantages`
 code gets is a copy of its own (`host.calls.own_copy`). Then name the rollout in `trainer.features` and `config`.
 """
 
-from .dialogue import Dialogue, RolloutError, Talk, read_turns, roll_out
+from .dialogue import read_turns
 from .hierarchical import HierarchicalCallback
 from .multi_turn import MultiTurnCallback
 
-__all__ = [
-    "Dialogue",
-    "HierarchicalCallback",
-    "MultiTurnCallback",
-    "RolloutError",
-    "Talk",
-    "read_turns",
-    "roll_out",
-]
+__all__ = ["HierarchicalCallback", "MultiTurnCallback", "read_turns"]

@@ -48,7 +48,6 @@ class HierarchicalCallback(GRPOCallback):
             there may be no room is not implemented.
     """
 
-    is_unique = True
     reads_dataset = True
 
     def __init__(

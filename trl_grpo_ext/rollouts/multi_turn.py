@@ -68,7 +68,6 @@ class MultiTurnCallback(GRPOCallback):
     ```
     """
 
-    is_unique = True
     reads_dataset = True
 
     def __init__(
