@@ -13,6 +13,7 @@ from trl_grpo_ext.compute.packing import Costs
 from trl_grpo_ext.compute.rows import Cut
 from trl_grpo_ext.host.seams import HAS_FUSED_HEAD
 
+pytestmark = pytest.mark.training  # a small model of each family runs
 WIDTH, DEPTH = 9, 6
 
 
