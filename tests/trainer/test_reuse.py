@@ -37,6 +37,12 @@ def test_beyond_the_limit_no_weight_moves_until_the_next_batch(passes):
     assert {int(state["step"]) for state in states} == {2}
 
 
+def test_the_callback_passed_by_hand_guards_as_the_option_does(passes):
+    runs = (passes(reuse_drift_limit=1e-9), passes(callbacks=[ReuseGuardCallback(1e-9)]))
+    by_option, by_hand = ([entry["reuse/skipped"] for entry in logs_of(run)] for run in runs)
+    assert by_option == by_hand == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+
+
 def test_a_limit_that_is_no_limit_is_refused():
     with pytest.raises(ValueError, match="must be positive"):
         ReuseGuardCallback(0.0)

@@ -158,7 +158,8 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         return self._finish(sampled)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        self._watched = inputs if self.model.training and self.args.reuse_drift_limit is not None else None
+        has_guard = any(isinstance(callback, ReuseGuardCallback) for callback in self.grpo_callbacks)
+        self._watched = inputs if self.model.training and has_guard else None
         try:
             return super()._compute_loss(model, inputs)
         finally:
