@@ -752,3 +752,27 @@ def test_every_conversation_of_an_epoch_is_held(model_path, tmp_path):
     make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[record], max_steps=6, **OPTIONS).train()
     first = dict.fromkeys(index for batch in record.batches for index in batch.prompt_index.tolist())
     assert set(first) == set(range(9))
+
+
+class ReadsFeatures(GRPOCallback):
+    reads_prompt_features = True
+
+    def on_setup(self, **kwargs):
+        self.seen = []
+
+    def on_rollouts(self, batch, **kwargs):
+        self.seen.append(batch)
+
+
+@pytest.mark.parametrize("history", ["shared", "independent"])
+def test_features_are_those_of_the_prompt_of_each_group(history, model_path, tmp_path):
+    look = ReadsFeatures()
+    trainer = make_trainer(model_path, tmp_path, history=history, callbacks=[look], **{**OPTIONS, "max_steps": 1})
+    trainer.train()
+    (batch,) = look.seen
+    assert len(batch.prompt_features) == batch.num_groups
+    if history == "independent":  # the turns of one conversation begin with one prompt, and other prompts differ
+        same_prompt = batch.prompt_index[:, None] == batch.prompt_index
+        same_features = torch.cdist(batch.prompt_features, batch.prompt_features) < 1e-4
+        assert torch.equal(same_prompt, same_features)
+        assert not same_prompt.all()

@@ -161,7 +161,8 @@ class RolloutBatch:
         parents (`torch.Tensor` of shape `(N,)`):
             Completion that each one carries on from, an earlier one; -1 where a conversation begins.
         prompt_features (`torch.Tensor` of shape `(P, d)`):
-            The policy's hidden state at the end of the prompt of each group, float32, at most 256 wide. There from
+            The policy's hidden state at the end of the prompt of each group, float32, at most 256 wide. Where a
+            sequence holds several turns, that is the prompt before the first. There from
             `on_advantages` on, where a callback says that it reads them (`reads_prompt_features`).
         is_shaped (`bool`):
             Whether a hook changed the rewards.

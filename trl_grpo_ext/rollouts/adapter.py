@@ -70,6 +70,10 @@ class Rollout:
         """Mean of the values `(N,)` of the completions of each sequence, on all processes."""
         return values
 
+    def per_completion(self, values: Tensor) -> Tensor:
+        """Of values `(B, ...)` of the sequences of all processes, that of the sequence of each completion."""
+        return values
+
     def own_advantages(self, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Advantages of this process's sequences, `(B,)`, or of their tokens in the shape of the loss mask."""
         own: Tensor = advantages.unflatten(0, (self.accelerator.num_processes, -1))[self.accelerator.process_index]
@@ -214,10 +218,13 @@ class CallbackRollout(Rollout):
 
     def lengths(self, loss_mask: Tensor) -> Tensor:
         is_trained: Tensor = self.accelerator.gather(loss_mask.sum(1) > 0).cpu()
-        return self.index.lengths * is_trained[self.index.sequences]
+        return self.index.lengths * self.per_completion(is_trained)
 
     def per_sequence(self, values: Tensor) -> Tensor:
         return self.index.mean_per_sequence(values)
+
+    def per_completion(self, values: Tensor) -> Tensor:
+        return values[self.index.sequences]
 
     def own_advantages(self, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         own = advantages[self.index.own(self.accelerator.process_index)]

@@ -305,7 +305,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         first = torch.zeros(int(prompts.max()) + 1, dtype=torch.long, device=ids.device)
         first = first.scatter(0, prompts, torch.arange(len(prompts), device=ids.device))
         own = prompt_features(self.model_wrapped, ids[first], mask[first])[prompts.cpu()]
-        features: Tensor = self.accelerator.gather(own.to(ids.device)).cpu()
+        features = self.rollout.per_completion(self.accelerator.gather(own.to(ids.device)).cpu())
         some = torch.zeros(batch.num_groups, dtype=torch.long)
         return features[some.scatter(0, batch.group_ids, torch.arange(batch.group_ids.numel()))]
 
