@@ -7,7 +7,7 @@ import torch
 from kit import NAN, batch_of
 
 from trl_grpo_ext import RolloutBatch
-from trl_grpo_ext.trainer.logs import added_metrics, flat_rows, metrics_of_merged
+from trl_grpo_ext.trainer.logs import added_metrics, metrics_of_merged
 
 
 def make_batch() -> RolloutBatch:
@@ -21,9 +21,9 @@ def make_batch() -> RolloutBatch:
     )
 
 
-def test_flat_rows_and_advantages():
+def test_flat_completions_and_advantages():
     batch = make_batch()
-    assert flat_rows(batch).tolist() == [False, False, False, True, True]
+    assert batch.flat_completions().tolist() == [False, False, False, True, True]
     assert batch.mean_advantages is batch.advantages
     batch.advantages = torch.arange(20.0).view(5, 4)
     assert batch.mean_advantages.tolist() == [0.5, 5.5, 0.0, 12.0, 17.0]  # the third row has no tokens

@@ -248,6 +248,19 @@ class RolloutBatch:
         """Which groups `(P,)` have rewards that are all equal, or no reward. A group of one is flat."""
         return flat_groups(self.rewards, self.group_ids, self.num_groups)
 
+    def flat_completions(self) -> Tensor:
+        """
+        Which completions `(N,)` teach nothing: those of groups whose rewards are all equal.
+
+        A completion that is alone in its group has no others to be compared with. A baseline beyond the group may teach
+        it all the same, so its advantage decides. What was discarded has no advantages, and then it taught nothing.
+        """
+        flat = self.flat_groups()[self.group_ids]
+        if self.advantages.numel() == 0:
+            return flat
+        is_alone = (self.group_sizes == 1)[self.group_ids]
+        return torch.where(is_alone, ~self.teaches, flat)
+
     def group_stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, standard deviation and number of the rewards of each group, each `(P,)`, in float64."""
         return group_mean_std(self.rewards, self.group_ids, self.num_groups)

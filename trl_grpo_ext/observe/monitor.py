@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import get_config_model_id
@@ -228,7 +227,7 @@ def metrics_of(batch: RolloutBatch, reward_range: tuple[float, float]) -> dict[s
     low, high = reward_range
     middle = (low + high) / 2 if low < high else 0.0  # of a single value, the sign is all there is to go by
     rewards = torch.cat([part.rewards for part in batch.parts])
-    flat = torch.cat([flat_completions(part) for part in batch.parts])
+    flat = torch.cat([part.flat_completions() for part in batch.parts])
     advantages = batch.token_advantages
     counts = batch.token_mask if batch.advantages.dim() == 2 else torch.ones_like(advantages, dtype=torch.bool)
     num_counted = counts.sum().clamp(min=1)
@@ -239,20 +238,6 @@ def metrics_of(batch: RolloutBatch, reward_range: tuple[float, float]) -> dict[s
         "advantage/abs_mean": (advantages.abs().sum() / num_counted).item(),
         "advantage/nonzero": batch.teaches.float().mean().item(),
     }
-
-
-def flat_completions(batch: RolloutBatch) -> Tensor:
-    """
-    Which completions `(N,)` teach nothing: those of groups whose rewards are all equal.
-
-    A completion that is alone in its group has no others to be compared with. A baseline beyond the group may teach it
-    all the same, so its advantage decides. What was discarded has no advantages, and then it taught nothing.
-    """
-    flat = batch.flat_groups()[batch.group_ids]
-    if batch.advantages.numel() == 0:
-        return flat
-    is_alone = (batch.group_sizes == 1)[batch.group_ids]
-    return torch.where(is_alone, ~batch.teaches, flat)
 
 
 def description_of(trainer: Any, state: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..plan.planner import Planner, check_plannable, plans
 from ..rollouts.adapter import CallbackRollout, Rollout
 from ..shape.resampling import global_positions, put_logs, rows_to_regenerate, take_logs
 from .features import callbacks_of
-from .logs import StepMarks, added_metrics, flat_rows, metrics_of_merged
+from .logs import StepMarks, added_metrics, metrics_of_merged
 from .reuse import ReuseGuardCallback, squared_log_ratio
 from .sampled import Sampled, same
 from .saving import SavingGRPOTrainer
@@ -267,7 +267,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(self.rollout.per_sequence(batch.mean_advantages).tolist())
         metrics = self._metrics["train"]
-        corrected = {"frac_reward_zero_std": flat_rows(batch).float().mean().item()} if sampled.is_ours else {}
+        corrected = {"frac_reward_zero_std": batch.flat_completions().float().mean().item()} if sampled.is_ours else {}
         if sampled.num_rounds > 0:
             # mask_truncated_completions makes the length of a completion 0 here, but not in TRL's metrics.
             with_lengths = not self.mask_truncated_completions

@@ -2,20 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import nanstd
 
 from ..hooks.records import RolloutBatch
 from ..hooks.segments import total_rewards
-
-
-def flat_rows(batch: RolloutBatch) -> Tensor:
-    """Which completions `(N,)` teach nothing: all rewards of the group are equal; alone in it, the advantage is 0."""
-    flat = batch.flat_groups()[batch.group_ids]
-    is_alone = (batch.group_sizes == 1)[batch.group_ids]
-    return torch.where(is_alone, ~batch.teaches, flat)
 
 
 def metrics_of_merged(batch: RolloutBatch, reward_weights: Tensor, with_lengths: bool) -> dict[str, float]:
@@ -72,7 +64,7 @@ def added_metrics(batch: RolloutBatch, has_sizes: bool, num_rounds: int | None) 
         metrics["group_size/mean"] = sizes.mean().item()
         metrics["group_size/min"] = sizes.min().item()
         metrics["group_size/max"] = sizes.max().item()
-    flat = flat_rows(batch)
+    flat = batch.flat_completions()
     discarded = 0 if batch.discarded is None else batch.discarded.group_ids.numel()
     metrics["rollouts/informative"] = (~flat).sum().item() / (flat.numel() + discarded)
     if num_rounds is not None:
