@@ -18,7 +18,7 @@ from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..hooks.segments import group_mean_std
 from ..host.state import check_state
-from ..plan.predictor import RidgePredictor
+from ..plan.predictor import RidgePredictor, explained_variance
 from .groups import EPS
 
 MEMORY = 0.9  # weight of the past in running statistics, at each batch
@@ -276,7 +276,9 @@ class BaselineCallback(GRPOCallback):
             self.predictor = RidgePredictor(features.size(1), self.forget)
         guess = self.predictor.predict(features).double()
         mean, _, _ = batch.group_stats()
-        self._log_explained(batch, guess, mean)
+        explained = explained_variance(guess, mean)
+        if explained is not None:
+            batch.metrics["baseline/explained_variance"] = explained
         self.predictor.learn(features, mean)
         # fmin: as long as nothing is known of prompts, the batch alone decides.
         floored = torch.fmin(guess[batch.group_ids], low)
@@ -291,13 +293,6 @@ class BaselineCallback(GRPOCallback):
             self._remember("within", errors[0])
             self._remember("between", errors[1])
         return baseline
-
-    def _log_explained(self, batch: RolloutBatch, guess: Tensor, mean: Tensor) -> None:
-        known = guess.isfinite() & mean.isfinite()
-        spread = mean[known].var(correction=0) if known.any() else torch.zeros(())
-        if spread > 1e-12:
-            missed = (mean - guess)[known].square().mean()
-            batch.metrics["baseline/explained_variance"] = (1 - missed / spread).item()
 
     def _remember(self, name: str, value: float) -> None:
         before = self.moments.get(name, value)

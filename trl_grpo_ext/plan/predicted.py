@@ -10,7 +10,7 @@ from ..hooks.records import RolloutBatch
 from ..host.state import check_state
 from .curriculum import Curriculum, with_exploration
 from .posterior import PromptPosterior
-from .predictor import RidgePredictor, prompt_text, text_features
+from .predictor import RidgePredictor, explained_variance, prompt_text, text_features
 
 
 class PredictedCurriculumCallback(Curriculum):
@@ -60,7 +60,9 @@ class PredictedCurriculumCallback(Curriculum):
             assert index is not None  # because this callback chooses the prompts
             features = self.features[index]
             guess = self.reward.predict(features)
-            self._log_explained(batch, guess, mean)
+            explained = explained_variance(guess, mean)
+            if explained is not None:
+                batch.metrics["curriculum/explained_variance"] = explained
             self.reward.learn(features, mean)
             # Of a group of one: how far off the guess is once it has learnt from this batch.
             surprise = (mean - self.reward.predict(features)).square()
@@ -77,13 +79,6 @@ class PredictedCurriculumCallback(Curriculum):
         expected = self.variance.predict(self.features)
         # A regression may go below zero: no prompt is ruled out for that.
         return expected.clamp(min=0.01 * expected.max().clamp(min=1e-12).item())
-
-    def _log_explained(self, batch: RolloutBatch, guess: Tensor, mean: Tensor) -> None:
-        known = guess.isfinite() & mean.isfinite()
-        spread = mean[known].var(correction=0).item() if known.any() else 0.0
-        if spread > 1e-12:
-            missed = (mean - guess)[known].square().mean().item()
-            batch.metrics["curriculum/explained_variance"] = 1 - missed / spread
 
     def state_dict(self) -> dict[str, Any]:
         predictors = {"reward": self.reward.state_dict(), "variance": self.variance.state_dict()}

@@ -59,7 +59,10 @@ class RidgePredictor:
 
     def predict(self, features: Tensor) -> Tensor:
         """Predictions `(M,)` for features `(M, d)`, float32; NaN as long as nothing was learnt."""
-        return self._all(features)[int(self.errors.argmin())].float()
+        if not self.count > 0:
+            return torch.full((len(features),), torch.nan)
+        centred, weights, mean = self._fitted(features)
+        return (mean + centred @ weights[int(self.errors.argmin())]).float()
 
     def learn(self, features: Tensor, targets: Tensor) -> None:
         """
@@ -76,7 +79,8 @@ class RidgePredictor:
         if y.numel() == 0:
             return
         if self.count > 0:
-            missed = (self._all(x) - y).square().sum(1)
+            centred, weights, mean = self._fitted(x)
+            missed = torch.stack([(mean + centred @ w - y).square().sum() for w in weights])
             self.errors = self.forget * self.errors + missed
         self.count = self.forget * self.count + y.numel()
         self._sum_x = self.forget * self._sum_x + x.sum(0)
@@ -84,8 +88,8 @@ class RidgePredictor:
         self._sum_xx = self.forget * self._sum_xx + x.T @ x
         self._sum_xy = self.forget * self._sum_xy + x.T @ y
 
-    def _all(self, features: Tensor) -> Tensor:
-        """Predictions `(R + 1, M)` of each penalty, and of the mean alone."""
+    def _fitted(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features `(M, d)` in their own units, weights `(R + 1, d)` of the penalties and of the mean alone, mean."""
         mean_x, mean_y = self._sum_x / self.count, self._sum_y / self.count
         covariance = self._sum_xx / self.count - torch.outer(mean_x, mean_x)
         variance = covariance.diagonal().clamp(min=0)
@@ -93,13 +97,10 @@ class RidgePredictor:
         scale = torch.where(variance > 1e-12 * mean_x.square() + 1e-30, variance.sqrt(), torch.inf)
         correlation = covariance / torch.outer(scale, scale)
         target = (self._sum_xy / self.count - mean_x * mean_y) / scale
-        x = (features.double() - mean_x) / scale
-        if not self.count > 0:
-            return torch.full((len(RIDGES) + 1, len(x)), torch.nan, dtype=torch.float64)
         eigenvalues, vectors = torch.linalg.eigh(correlation)
         rotated = vectors.T @ target
         weights = [vectors @ (rotated / (eigenvalues.clamp(min=0) + ridge / self.count)) for ridge in RIDGES]
-        return mean_y + torch.stack([*(x @ w for w in weights), torch.zeros(len(x), dtype=torch.float64)])
+        return (features.double() - mean_x) / scale, torch.stack([*weights, torch.zeros_like(target)]), mean_y
 
     def state_dict(self) -> dict[str, Any]:
         sums = {"sum_x": self._sum_x, "sum_y": self._sum_y, "sum_xx": self._sum_xx, "sum_xy": self._sum_xy}
@@ -110,6 +111,26 @@ class RidgePredictor:
         self.count, self.errors = state_dict["count"].clone(), state_dict["errors"].clone()
         self._sum_x, self._sum_y = state_dict["sum_x"].clone(), state_dict["sum_y"].clone()
         self._sum_xx, self._sum_xy = state_dict["sum_xx"].clone(), state_dict["sum_xy"].clone()
+
+
+def explained_variance(guess: Tensor, values: Tensor) -> float | None:
+    """
+    Share of the variance of the values `(M,)` that a guess foresaw; what is not finite in either is left out.
+
+    1: all of it, 0: no more than their mean, below 0: worse than that. `None` where the values do not differ.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> explained_variance(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 4.0]))
+    0.75
+
+    ```
+    """
+    known = guess.isfinite() & values.isfinite()
+    spread = values[known].var(correction=0).item() if known.any() else 0.0
+    return 1 - (values - guess)[known].square().mean().item() / spread if spread > 1e-12 else None
 
 
 def text_features(texts: Iterable[str], width: int = WIDTH) -> Tensor:
