@@ -3,9 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from kit import text_of
+from kit import Interrupt, text_of
 from rollout_helpers import Record, length_of_text, make_trainer, user
-from trainer.test_resume import Interrupt
 
 from trl_grpo_ext import HierarchicalCallback
 from trl_grpo_ext.credit.groups import EPS

@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, make_model, make_tokenizer
+from kit import Interrupt, config_kwargs, make_model, make_tokenizer
 from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, use_vllm, user
-from trainer.test_resume import Interrupt
 from trl import GRPOConfig, GRPOTrainer, chat_template_utils
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback

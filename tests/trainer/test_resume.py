@@ -11,7 +11,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, has_answer
+from kit import Interrupt, config_kwargs, has_answer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -30,18 +30,6 @@ class Plans(GRPOCallback):
     def on_rollouts(self, batch, **kwargs):
         prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()  # where TRL's sampler chooses
         self.seen.append((prompts, batch.group_sizes.tolist(), batch.rewards.tolist()))
-
-
-class Interrupt(TrainerCallback):
-    """Stops as a kill after the checkpoint would: the learning rate schedule still expects all steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = True
-            control.should_training_stop = True
 
 
 class Raise(TrainerCallback):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..host.state import check_state
+from .columns import fetched_rows
 from .curriculum import Curriculum, with_exploration
 from .posterior import PromptPosterior
 from .predictor import RidgePredictor, explained_variance, prompt_text, text_features
@@ -42,7 +43,7 @@ class PredictedCurriculumCallback(Curriculum):
 
     def on_setup(self, trainer: HookedTrainer, **kwargs: Any) -> None:
         prompts = trainer.train_dataset
-        self.features = text_features(prompt_text(row["prompt"]) for row in prompts)
+        self.features = text_features(prompt_text(row["prompt"]) for row in fetched_rows(prompts, ["prompt"]))
         self.posterior = PromptPosterior(len(prompts), self.decay, self.prior)
         self.reward, self.variance = (RidgePredictor(self.features.size(1)) for _ in range(2))
         self._effective = float(len(prompts))

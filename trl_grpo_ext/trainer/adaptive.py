@@ -339,18 +339,17 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
             return
         self._dataset, self._planner = self.train_dataset, None
         self._set_up([callback for callback in self.grpo_callbacks if callback.reads_dataset])
-        if plans(self.grpo_callbacks):
-            check_plannable(self.args, self.grpo_callbacks, self.train_dataset)
-            self._planner = self._planner or Planner(self.args, self.train_dataset)
 
     def _set_up(self, callbacks: list[GRPOCallback]) -> None:
+        """Set up some of the callbacks, beside all that are there."""
         self._is_set_up = True
-        if plans(callbacks):
-            check_plannable(self.args, callbacks, self.train_dataset)
-        check_conflicts(self.grpo_callbacks, self)
-        if plans(callbacks):
+        everyone = self.grpo_callbacks
+        if plans(everyone):
+            check_plannable(self.args, everyone, self.train_dataset)
+        check_conflicts(everyone, self)
+        if plans(everyone):
             self._planner = self._planner or Planner(self.args, self.train_dataset)
-        if self.rollout.strides and any(callback.overrides("on_generate") for callback in self.grpo_callbacks):
+        if self.rollout.strides and any(callback.overrides("on_generate") for callback in everyone):
             self.rollout = CallbackRollout(self)
             self.rollout_func = self.rollout.generate
         for callback in callbacks:

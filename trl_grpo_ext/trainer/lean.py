@@ -69,9 +69,9 @@ class LeanGRPOTrainer(GRPOTrainer):
             raise ValueError(f"merge_adapter=True cannot be used here, because {reason}; or leave merge_adapter out")
 
     @property
-    def notices(self) -> list[str]:
-        """What the log said once: each saving that this model or its data does not allow, with the reason."""
-        return sorted(self._said)
+    def num_not_sharing(self) -> int:
+        """Models, of the policy and the reference, whose forward pass cannot share prompts; the log says why."""
+        return sum(not savings.shares for savings in self._savings.values())
 
     # TRL's seams
 
