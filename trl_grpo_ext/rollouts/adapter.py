@@ -43,6 +43,17 @@ class Rollout:
     def take_rows(self, rows: list[Row]) -> None:
         """This process's dataset rows, for which TRL is about to generate."""
 
+    def answers_to(self, rows: list[Row]) -> list[list[Answer]]:
+        """
+        What the policy says to each of these rows, in evaluation; nothing of it is scored.
+
+        Every process must call this with as many rows.
+        """
+        prompts = [row["prompt"] for row in rows]
+        ids, _ = self.trainer.generate(self.trainer.tokenize(prompts))
+        texts = self.trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [[Answer(*each, is_last=True)] for each in zip(prompts, ids, texts, strict=True)]
+
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
         """Score what was generated: keep the rewards of the completions, and return the rewards of the sequences."""
         nothing = torch.zeros(len(prompts), len(self.trainer.reward_funcs), device=self.accelerator.device)
@@ -122,6 +133,12 @@ class CallbackRollout(Rollout):
             for number, row in enumerate(rows):
                 self._check_row(row, f"row {number} of the batch")
         self.rows = rows
+
+    def answers_to(self, rows: list[Row]) -> list[list[Answer]]:
+        for number, row in enumerate(rows):
+            self._check_row(row, f"row {number} of the batch")
+        self.rows = rows
+        return [sequence.answers for sequence in self._generated(len(rows))]
 
     def generate(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`: the sequences of the callback that generates."""

@@ -3,6 +3,7 @@
 from ..config import AdaptiveGRPOConfig
 from ..credit.baselines import BaselineCallback
 from ..hooks.callback import GRPOCallback
+from ..observe.evaluation import HeldOutCallback
 from ..observe.kl import AdaptiveKLCallback
 from ..observe.monitor import MonitorCallback
 from ..plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
@@ -53,6 +54,11 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(HierarchicalCallback(args.num_plans, args.num_implementations, *templates, length))
     if args.kl_target is not None:
         callbacks.append(AdaptiveKLCallback(args.kl_target, args.kl_horizon))
+    if args.evaluates_held_out:
+        passing = (args.eval_pass_at or (), args.eval_pass_threshold)
+        num_samples = args.num_generations_eval or args.num_generations
+        given = (args.eval_metrics or (), num_samples, args.eval_temperature, *passing, args.eval_patience)
+        callbacks.append(HeldOutCallback(*given))
     if args.monitor:
         assert not isinstance(args.on_alarm, str)  # __post_init__ has parsed it
         callbacks.append(MonitorCallback(args.on_alarm))
