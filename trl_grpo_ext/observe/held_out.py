@@ -83,7 +83,7 @@ class HeldOut:
         return {row: sum(values) / len(values) for row, values in self.values_of(name, turn).items()}
 
     def mean(self, name: str, turn: int | None = None) -> float:
-        """Mean over the prompts of the mean over their answers; with `turn`, over those of that turn. NaN without any."""
+        """Mean over the prompts of that of their answers; with `turn`, over those of that turn. NaN without any."""
         values = self.per_prompt(name, turn).values()
         return sum(values) / len(values) if values else math.nan
 

@@ -18,13 +18,17 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from ..config import AdaptiveGRPOConfig
 from ..host.processes import leave
 from ..host.sources import resolve_model
+from ..observe.evaluation import HeldOutCallback
+from ..observe.held_out import as_one_reward
 from ..observe.live import LiveCallback
 from ..observe.report import write_report
 from ..rewards import Reward, as_reward
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
-from .evaluation import HeldOutCallback, as_one_reward, print_comparison
+from .evaluation import print_comparison
 from .layouts import LAYOUTS
+
+BATCH_SIZE = 48  # held-out answers per generation call on each process
 
 
 @dataclass
@@ -172,7 +176,7 @@ def make_trainer(
     prompts: Mapping[str, Any], reward: Any, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
 ) -> AdaptiveGRPOTrainer:
     """
-    A trainer with the live view, which says what it was given.
+    A trainer with the live view and held-out evaluation, which says what it was given.
 
     Args:
         prompts (`Mapping`):
@@ -197,6 +201,8 @@ def make_trainer(
         reward_funcs=rewards,
         args=training_args,
         train_dataset=prompts["train"],
+        eval_dataset=prompts["test"],
+        callbacks=[] if training_args.evaluates_held_out else [HeldOutCallback(batch_size=BATCH_SIZE)],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -252,15 +258,13 @@ def train_and_compare(
             As in [`make_trainer`]. Held-out prompts are answered as the rollout of the training answers them.
 
     Returns:
-        [`~trl_grpo_ext.recipe.evaluation.HeldOutCallback`]:
+        [`~trl_grpo_ext.observe.evaluation.HeldOutCallback`]:
             With the results in `before` and `after`.
     """
-    rewards = as_rewards(reward)
-    trainer = make_trainer(prompts, rewards, training_args, model_args)
-    held_out = HeldOutCallback(trainer, prompts["test"], rewards)
-    trainer.add_callback(held_out)
+    trainer = make_trainer(prompts, reward, training_args, model_args)
+    held_out = next(callback for callback in trainer.grpo_callbacks if isinstance(callback, HeldOutCallback))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    first = f"at step {held_out.first_step}" if held_out.first_step else "before"
+    first = f"at step {held_out.before.step}" if held_out.before.step else "before"
     finish(trainer, lambda: print_comparison(held_out.before, held_out.after, first=first))
     return held_out
 
