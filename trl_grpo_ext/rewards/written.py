@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib
+import inspect
 import operator
 from typing import Any
 
@@ -81,9 +82,9 @@ def _value(node: ast.AST) -> Any:
 
 
 def _operand(node: ast.AST) -> Any:
-    """A number or a reward: of a function, `+` would otherwise be unknown."""
+    """A number, a schedule or a reward: of a function, `+` would otherwise be unknown."""
     value = _value(node)
-    return as_reward(value) if callable(value) and not isinstance(value, Reward) else value
+    return as_reward(value) if inspect.isroutine(value) else value
 
 
 def _called(node: ast.Call) -> Any:
