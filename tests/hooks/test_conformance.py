@@ -33,6 +33,7 @@ from trl_grpo_ext import (
 from trl_grpo_ext.hooks.callback import call_hook
 from trl_grpo_ext.host import checkpoints
 from trl_grpo_ext.observe.actions import Action, AdaptBeta, CapGroupSize, CoolLearningRate, SaveAndStop
+from trl_grpo_ext.observe.evaluation import HeldOutCallback
 from trl_grpo_ext.observe.live import LiveCallback
 from trl_grpo_ext.plan.group_size import SingleGroupSizeCallback
 from trl_grpo_ext.trainer.reuse import ReuseGuardCallback
@@ -55,6 +56,7 @@ CASES: list[tuple[Any, list[Any], dict[str, Any]]] = [
     (partial(HierarchicalCallback, 2, 2), [], {"rows": 12}),
     (partial(AdaptiveKLCallback, 0.1), [], {"beta": 0.1}),
     (MonitorCallback, [], {}),
+    (partial(HeldOutCallback, ["Length"]), [], {"eval_dataset": make_letters()}),
     (LiveCallback, [], {}),
     (AdaptBeta, [], {"beta": 0.1}),
     (CoolLearningRate, [], {}),
