@@ -199,6 +199,24 @@ def test_several_datasets_are_kept_apart(model_path, tmp_path):
     assert "eval_length/gain" not in metrics
 
 
+def test_a_part_of_the_reward_is_a_metric_too(model_path, tmp_path):
+    asked = []
+
+    def counted(completions, **kwargs):
+        asked.append(len(completions))
+        return count_vowels(completions)
+
+    reward = as_reward(counted) - 0.1 * Length("characters")
+    options = {"eval_metrics": ["counted", "Length('characters')"], "max_steps": 1}
+    trainer = trainer_of(model_path, tmp_path, reward_funcs=reward, **options)
+    metrics = trainer.evaluate()
+    assert asked == [52]  # once for both
+    assert metrics["eval_counted"] == metrics["eval_rewards/counted/mean"]
+    assert metrics["eval_length/gain_low"] == 0.0
+    with pytest.raises(ValueError, match="'length' is measured already"):
+        trainer_of(model_path, tmp_path, reward_funcs=reward, eval_metrics=["Length('words')"])
+
+
 # It goes on where it was
 
 
@@ -439,7 +457,7 @@ def test_a_metric_without_a_value_is_left_out_and_never_the_best(model_path, tmp
         ({"eval_dataset": make_letters().to_iterable_dataset()}, "eval_dataset is a IterableDataset.*asked again"),
         ({"eval_dataset": make_letters().rename_column("prompt", "q")}, "no column 'prompt', only"),
         ({"eval_metrics": ["Lenght()"]}, "did you mean 'Length'"),
-        ({"eval_metrics": ["rewrd"]}, "or did you mean 'reward', a part of the reward"),
+        ({"eval_metrics": ["rewrd"]}, "or did you mean 'reward', which the training rewards"),
         ({"eval_metrics": ["Length", "Length('words')"]}, "'length' is measured already: give this one another"),
         ({"metric_for_best_model": "loss"}, "held-out answers have no loss"),
         ({"metric_for_best_model": "lenght"}, "is not measured on the held-out prompts: did you mean 'length'"),

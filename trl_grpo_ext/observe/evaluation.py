@@ -94,7 +94,7 @@ class HeldOutCallback(GRPOCallback):
         self.trainer = trainer
         self.reward = reward_of(trainer)
         self.parts = [leaf.name for leaf in self.reward.leaves()]
-        self.metrics = metrics_of(self.given, [REWARD, TOTAL, *self.parts])
+        self.metrics = metrics_of(self.given, self.reward.leaves())
         self.best_metric = (args.metric_for_best_model or REWARD).removeprefix("eval_")
         sizes = {prefix: len(dataset) for prefix, dataset in self._datasets().items()}
         self._check_options(args, sizes)

@@ -290,8 +290,9 @@ def score_answers(
         `tuple`: values of each score, and for each on which answers it failed, with the first error.
     """
     asked = [(row, answer) for row, own in zip(rows, answers, strict=True) for answer in own]
-    wanted = {TOTAL: reward, **(metrics or {})}
-    names = {name: [leaf.name for leaf in reward.leaves()] if name == TOTAL else [] for name in wanted}
+    parts = [leaf.name for leaf in reward.leaves()]
+    wanted = {TOTAL: reward} | {name: metric for name, metric in (metrics or {}).items() if name not in parts}
+    names = {name: parts if name == TOTAL else [] for name in wanted}
     if not asked:
         return {each: [] for name in wanted for each in (*names[name], name)}, dict.fromkeys(wanted, ([], ""))
     call = _call_of(trainer, asked)

@@ -16,21 +16,21 @@ from .paired import FEW_PROMPTS, Difference, pass_at_k
 REWARD = "reward"  # the name of the total among the metrics
 
 
-def metrics_of(given: Sequence[Any] | Mapping[str, Any], taken: Sequence[str]) -> dict[str, Reward]:
+def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Reward] = ()) -> dict[str, Reward]:
     """
     The metrics that somebody asks for, by name.
 
     Args:
         given (`Sequence` or `Mapping[str, Any]`):
-            As of [`HeldOutCallback`]. The name `reward` and names of parts of the reward, which are measured anyway,
-            add nothing.
-        taken (`Sequence[str]`):
-            Names that are measured anyway.
+            As of [`HeldOutCallback`]. The name of a part of the reward stands for that part, and `reward` for the
+            total, which is measured anyway.
+        parts (`Sequence[Reward]`, *optional*):
+            Parts of the reward of the training.
 
     Example:
 
     ```python
-    >>> metrics_of(["reward", "Length('characters')"], taken=["reward"])
+    >>> metrics_of(["reward", "Length('characters')"])
     {'length': Length(unit='characters')}
 
     ```
@@ -38,18 +38,20 @@ def metrics_of(given: Sequence[Any] | Mapping[str, Any], taken: Sequence[str]) -
     if isinstance(given, str):
         raise ValueError(f"eval_metrics={given!r} is a text: pass a list, [{given!r}]")
     found: dict[str, Reward] = {}
+    known = {part.__name__: part for part in parts}
     entries = list(given.items()) if isinstance(given, Mapping) else [(None, entry) for entry in given]
     for name, entry in entries:
-        if isinstance(entry, str) and entry in taken:
+        if isinstance(entry, str) and entry == REWARD:
             continue
         try:
-            metric = reward_of_text(entry) if isinstance(entry, str) else as_reward(entry)
+            is_part = isinstance(entry, str) and entry in known
+            metric = known[entry] if is_part else reward_of_text(entry) if isinstance(entry, str) else as_reward(entry)
         except (TypeError, ValueError) as error:
-            near = difflib.get_close_matches(str(entry), taken, 1)
-            hint = f"; or did you mean {near[0]!r}, a part of the reward?" if near else ""
+            near = difflib.get_close_matches(str(entry), [REWARD, *known], 1)
+            hint = f"; or did you mean {near[0]!r}, which the training rewards?" if near else ""
             raise ValueError(f"eval_metrics: {error}{hint}") from error
         name = name or metric.__name__
-        if name in found or name in taken:
+        if name in found or name in (REWARD, TOTAL) or known.get(name, metric) != metric:
             raise ValueError(
                 f'eval_metrics: {name!r} is measured already: give this one another name, with .named("other")'
             )

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from ..paired import Difference, paired
 from ..record import HELD_OUT, MAX_STEP, is_number, read_lines
 
-MAX_MEASURES = 32
+MAX_MEASURES, MAX_NAME = 32, 200
 MAX_ANSWERS = 300  # on the page
 MAX_CHARACTERS = 4000  # of one question or answer on the page
 TOTAL = "total"
@@ -82,7 +82,7 @@ def read_held_out(folder: Path) -> HeldOutRun:
         else:
             of_step = sums.setdefault(step, {})
             for name, value in line["scores"].items():
-                name = name if not key[0] else f"{key[0]}: {name}"
+                name = name[:MAX_NAME] if not key[0] else f"{key[0]}: {name[:MAX_NAME]}"
                 if is_number(value) and (name in of_step or len(of_step) < MAX_MEASURES):
                     of_step.setdefault(name, {}).setdefault(key[:2], []).append(float(value))
     found.values = {
