@@ -356,10 +356,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         if self.evaluates_held_out:
-            if self.num_generations_eval is None and not self.eval_temperature:
-                self.num_generations_eval = 1  # a greedy answer has no siblings
-            if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
-                self.metric_for_best_model = "reward"
+            self._fill_in_evaluation()
         super().__post_init__()
         if self.evaluates_held_out:
             self._check_evaluation()
@@ -420,6 +417,17 @@ class AdaptiveGRPOConfig(GRPOConfig):
         """Whether an option asks for evaluation on held-out answers."""
         options = (self.eval_metrics, self.eval_temperature, self.eval_pass_at, self.eval_patience)
         return any(option is not None for option in options)
+
+    def _fill_in_evaluation(self) -> None:
+        """What TRL and transformers would take from the training, or from a loss that held-out answers do not have."""
+        filled: dict[str, Any] = {}
+        if not self.eval_temperature:
+            filled["num_generations_eval"] = 1  # a greedy answer has no siblings
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            filled["metric_for_best_model"] = "reward"
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def _check_evaluation(self) -> None:
         num_samples = self.num_generations_eval or self.num_generations

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..rewards import Reward, as_reward
+from ..rewards.algebra import Leaf
 from ..rewards.written import reward_of_text
 from .held_out import TOTAL, HeldOut
 from .paired import FEW_PROMPTS, Difference, pass_at_k
@@ -16,7 +17,7 @@ from .paired import FEW_PROMPTS, Difference, pass_at_k
 REWARD = "reward"  # the name of the total among the metrics
 
 
-def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Reward] = ()) -> dict[str, Reward]:
+def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Leaf] = ()) -> dict[str, Reward]:
     """
     The metrics that somebody asks for, by name.
 
@@ -24,7 +25,7 @@ def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Reward]
         given (`Sequence` or `Mapping[str, Any]`):
             As of [`HeldOutCallback`]. The name of a part of the reward stands for that part, and `reward` for the
             total, which is measured anyway.
-        parts (`Sequence[Reward]`, *optional*):
+        parts (`Sequence[Leaf]`, *optional*):
             Parts of the reward of the training.
 
     Example:
@@ -38,14 +39,16 @@ def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Reward]
     if isinstance(given, str):
         raise ValueError(f"eval_metrics={given!r} is a text: pass a list, [{given!r}]")
     found: dict[str, Reward] = {}
-    known = {part.__name__: part for part in parts}
+    known = {part.name: part for part in parts}
     entries = list(given.items()) if isinstance(given, Mapping) else [(None, entry) for entry in given]
     for name, entry in entries:
         if isinstance(entry, str) and entry == REWARD:
             continue
         try:
             is_part = isinstance(entry, str) and entry in known
-            metric = known[entry] if is_part else reward_of_text(entry) if isinstance(entry, str) else as_reward(entry)
+            metric: Any = (
+                known[entry] if is_part else reward_of_text(entry) if isinstance(entry, str) else as_reward(entry)
+            )
         except (TypeError, ValueError) as error:
             near = difflib.get_close_matches(str(entry), [REWARD, *known], 1)
             hint = f"; or did you mean {near[0]!r}, which the training rewards?" if near else ""

@@ -46,7 +46,7 @@ class HeldOutRun:
     @property
     def last(self) -> int:
         """Step of the evaluation of the weights that are left."""
-        return self.kept if self.kept in self.values else self.steps[-1]  # type: ignore[return-value]
+        return self.kept if self.kept is not None and self.kept in self.values else self.steps[-1]
 
     @property
     def measures(self) -> list[str]:
