@@ -24,7 +24,7 @@ from kit import (
 )
 from kit import trainer_of as plain_trainer_of
 from peft import LoraConfig
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig
@@ -259,6 +259,32 @@ def test_a_second_training_begins_anew(model_path, tmp_path):
     trainer.train()
     assert held_out_of(trainer).before.answers == first.answers
     assert [line["step"] for line in lines_of(tmp_path)] == [0] * 52 + [1] * 52
+
+
+class Spoil(TrainerCallback):
+    """Ends a run whose weights have become NaN, after every other callback had its say."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            next(model.parameters()).data.fill_(math.nan)
+            control.should_training_stop = True
+
+
+def test_broken_weights_are_not_asked(model_path, tmp_path):
+    trainer = trainer_of(model_path, tmp_path, eval_metrics=["reward"], callbacks=[Spoil()], max_steps=4, **SAMPLED)
+    trainer.train()
+    assert [entry["step"] for entry in evaluations_of(trainer)] == [0]
+
+
+class StopLate(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 1
+
+
+def test_whoever_ends_a_run_its_end_is_evaluated(model_path, tmp_path):
+    trainer = trainer_of(model_path, tmp_path, eval_metrics=["reward"], callbacks=[StopLate()], max_steps=4)
+    trainer.train()
+    assert [entry["step"] for entry in evaluations_of(trainer)] == [0, 1]
 
 
 # It keeps the best

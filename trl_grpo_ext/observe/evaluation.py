@@ -17,7 +17,9 @@ from ..hooks.callback import GRPOCallback
 from ..hooks.conflicts import Conflict
 from ..hooks.ground import HookedTrainer
 from ..host.checkpoints import step_of
+from ..host.processes import gather_values
 from ..host.state import check_state
+from .effect import has_finite_weights
 from .held_out import TOTAL, HeldOut, evaluate_held_out, reward_of
 from .measures import REWARD, check_known, check_prompts, metrics_of, names_of, rows_of, values_of
 from .paired import FEW_PROMPTS, Difference, num_since_best, paired
@@ -224,8 +226,8 @@ class HeldOutCallback(GRPOCallback):
             kept = next(iter(self.best.values())).step
             if self._record is not None and kept != state.global_step:
                 self._record.keep(state.global_step, kept)
-        elif state.global_step not in self.evaluated:
-            self.trainer.evaluate()
+        elif state.global_step not in self.evaluated and all(gather_values(has_finite_weights(self.trainer.model))):
+            self.trainer.evaluate()  # of NaN, no answer can be sampled
 
     @property
     def before(self) -> HeldOut:
