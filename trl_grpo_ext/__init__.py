@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .credit.baselines import BaselineCallback
     from .credit.critic import CriticBaseline
     from .hooks import GRPOCallback, RolloutBatch
+    from .observe.evaluation import HeldOutCallback
     from .observe.kl import AdaptiveKLCallback
     from .observe.monitor import MonitorCallback
     from .plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
@@ -28,6 +29,7 @@ __all__ = [
     "CriticBaseline",
     "DynamicSamplingCallback",
     "GRPOCallback",
+    "HeldOutCallback",
     "HierarchicalCallback",
     "MonitorCallback",
     "MultiTurnCallback",
@@ -54,6 +56,7 @@ _MODULES = {
     "shape.resampling": ["DynamicSamplingCallback"],
     "credit.baselines": ["BaselineCallback"],
     "credit.critic": ["CriticBaseline"],
+    "observe.evaluation": ["HeldOutCallback"],
     "observe.kl": ["AdaptiveKLCallback"],
     "observe.monitor": ["MonitorCallback"],
     "trainer.adaptive": ["AdaptiveGRPOTrainer"],

@@ -19,6 +19,7 @@ from trl_grpo_ext import (
     CriticBaseline,
     DynamicSamplingCallback,
     GRPOCallback,
+    HeldOutCallback,
     HierarchicalCallback,
     MonitorCallback,
     MultiTurnCallback,
@@ -33,7 +34,6 @@ from trl_grpo_ext import (
 from trl_grpo_ext.hooks.callback import call_hook
 from trl_grpo_ext.host import checkpoints
 from trl_grpo_ext.observe.actions import Action, AdaptBeta, CapGroupSize, CoolLearningRate, SaveAndStop
-from trl_grpo_ext.observe.evaluation import HeldOutCallback
 from trl_grpo_ext.observe.live import LiveCallback
 from trl_grpo_ext.plan.group_size import SingleGroupSizeCallback
 from trl_grpo_ext.trainer.reuse import ReuseGuardCallback

@@ -27,9 +27,8 @@ from peft import LoraConfig
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig
+from trl_grpo_ext import AdaptiveGRPOConfig, HeldOutCallback
 from trl_grpo_ext.observe import tables
-from trl_grpo_ext.observe.evaluation import HeldOutCallback
 from trl_grpo_ext.observe.held_out import HeldOut
 from trl_grpo_ext.observe.measures import values_of
 from trl_grpo_ext.observe.record import HELD_OUT

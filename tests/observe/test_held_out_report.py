@@ -84,6 +84,7 @@ def test_the_evaluation_of_the_kept_weights_counts(tmp_path):
     assert table_of(found)[0][3] == pytest.approx(0.15, abs=0.02)
     assert answers_of(found)[3][3] == "answer 3 at 20 "
     run = read_run(folder)
+    assert "These are the weights of step 20, which were restored." in verdict(run)[1]
     (shown,) = [value for label, value, _ in headline(run)["numbers"] if label == "Held-out reward"]
     assert shown == f"{found.mean(20, 'total'):.3f}"
     data = data_of(write_report(folder))

@@ -12,9 +12,8 @@ from kit import ROOT, config_kwargs, count_vowels
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 from trl import ModelConfig
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, HeldOutCallback, MultiTurnCallback
 from trl_grpo_ext.hooks.records import Answer, RolloutSequence
-from trl_grpo_ext.observe.evaluation import HeldOutCallback
 from trl_grpo_ext.observe.held_out import HeldOut, evaluate_held_out
 from trl_grpo_ext.recipe import make_trainer, parse_arguments, train_and_compare
 from trl_grpo_ext.recipe.evaluation import print_comparison

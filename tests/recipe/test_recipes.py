@@ -17,8 +17,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from trl_grpo_ext.observe.evaluation import HeldOutCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, HeldOutCallback
 from trl_grpo_ext.observe.held_out import HeldOut, evaluate_held_out
 from trl_grpo_ext.recipe import cold_start
 from trl_grpo_ext.recipe.datasets import load_prompts

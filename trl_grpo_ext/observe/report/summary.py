@@ -92,7 +92,10 @@ def held_out_change(run: Run) -> tuple[str, str] | None:
     if len(run.held_out.steps) > 1 and TOTAL in run.held_out.measures:
         first, last = (run.held_out.mean(step, TOTAL) for step in (run.held_out.steps[0], run.held_out.last))
         if first is not None and last is not None:
-            return _told(first, last, run.held_out.gain(TOTAL), "each compared with itself")
+            tone, sentence = _told(first, last, run.held_out.gain(TOTAL), "each compared with itself")
+            is_earlier = run.held_out.last < run.held_out.steps[-1]
+            kept = f" These are the weights of step {run.held_out.last}, which were restored." if is_earlier else ""
+            return tone, sentence + kept
     entries = [entry for entry in run.metrics if entry.get("eval_reward") is not None]
     if len(entries) < 2:
         return None
