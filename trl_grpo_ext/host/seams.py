@@ -59,7 +59,10 @@ HELPERS = {
     "trl.chat_template_utils": ["get_training_chat_template"],
     "trl.data_utils": ["is_conversational"],
     "trl.models": ["unwrap_model_for_generation"],
-    "trl.trainer.utils": ["get_config_model_id", "nanstd", "pad"],
+    "trl.trainer.utils": [
+        *("get_config_model_id", "nanstd", "pad"),
+        *("split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"),
+    ],
 }
 # Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")
