@@ -36,7 +36,6 @@ from trl import TrlParser
 
 from trl_grpo_ext.recipe.script import flags_with_config
 
-
 TASKS = ("tiny", "smollm2", "arithmetic", "reasoning")
 
 
