@@ -6,13 +6,18 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import trl
 import yaml
+from chromium import BROWSER, Page
 from kit import config_kwargs, count_vowels, text_of
 from transformers import TrainerCallback
 from trl import GRPOConfig, ModelConfig, TrlParser
@@ -398,3 +403,27 @@ def test_the_navigation_has_every_page():
         else:
             entries += entry
     assert sorted(pages) == sorted(DOCS)
+
+
+@pytest.mark.training
+@pytest.mark.skipif(find_spec("zensical") is None, reason='needs the docs extra: pip install -e ".[docs]"')
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (Debian: apt install chromium)")
+def test_the_built_site_is_searched_from_the_file_system_and_asks_no_network(tmp_path):
+    for name in ("docs", "trl_grpo_ext"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=tmp_path, check=True, timeout=300)
+    with Page() as page:
+        page.open(tmp_path / "site" / "measured" / "alarms.html")
+        page.run("document.querySelector('.md-search__button').click()")
+        page.run("new Promise((done) => setTimeout(done, 1000))")
+        page.call("Input.insertText", text="curriculum")
+        shadows = "[...document.querySelectorAll('*')].map((e) => e.shadowRoot?.textContent ?? '').join('')"
+        for _ in range(50):
+            if found := re.search(r"\d\d+ results", page.run(shadows)):
+                break
+            page.run("new Promise((done) => setTimeout(done, 200))")
+        assert found
+        assert not page.named("Runtime.exceptionThrown")
+        requested = {request["request"]["url"].split(":")[0] for request in page.named("Network.requestWillBeSent")}
+        assert requested <= {"file", "data", "about", "blob"}

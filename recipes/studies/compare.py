@@ -30,16 +30,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # every cell is a fork
 from comparison import results
 from comparison.cells import Cells
 from comparison.methods import METHODS, STOCK, train
-from comparison.smollm2 import SmolTask
+from comparison.smollm2 import AnswerTask, SmolTask
 from comparison.tiny import POOLS, TinyTask
 from trl import TrlParser
 
 from trl_grpo_ext.recipe.script import flags_with_config
 
+TASKS = ("tiny", "smollm2", "arithmetic", "reasoning")
+
 
 @dataclass
 class Options:
-    task: str = field(default="tiny", metadata={"help": "'tiny' or 'smollm2'."})
+    task: str = field(default="tiny", metadata={"help": f"One of {', '.join(TASKS)}."})
     seeds: int = field(default=5, metadata={"help": "Number of seeds: first_seed, first_seed + 1, ..."})
     first_seed: int = field(default=0, metadata={"help": "First seed of the tables."})
     methods: list[str] = field(default_factory=lambda: [STOCK], metadata={"help": f"Of {', '.join(METHODS)}."})
@@ -65,8 +67,8 @@ class Options:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown:
             raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
-        if self.task not in ("tiny", "smollm2"):
-            raise ValueError(f"task={self.task!r} is unknown: use 'tiny' or 'smollm2'")
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown: use one of {', '.join(map(repr, TASKS))}")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} runs nothing: use at least 1")
         if self.smoke:
@@ -78,6 +80,8 @@ class Options:
 def make_task(options: Options, seed: int) -> TinyTask | SmolTask:
     if options.task == "smollm2":
         return SmolTask()
+    if options.task in ("arithmetic", "reasoning"):
+        return AnswerTask(options.task)
     folder = Path(options.output_dir)
     return TinyTask(seed, folder, options.pool_size, options.held_out, options.warm_start)
 

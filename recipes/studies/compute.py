@@ -67,13 +67,18 @@ def methods_of(workload: str) -> list[str]:
     return [method for method in METHODS if method != "off" or workload == "prompt 64"]
 
 
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words `w2`, `w3`, ..., one token each."""
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
 def make_trainer(method: str, workload: str, shape: dict[str, int], folder: str) -> GRPOTrainer:
     """A trainer whose every step samples `ROWS` completions of `COMPLETION` tokens."""
     length, flat = WORKLOADS[workload]
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, shape["vocab_size"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    tokenizer = word_tokenizer(shape["vocab_size"])
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **shape))
     prompts = torch.randint(2, shape["vocab_size"], (ROWS // GROUP, length))

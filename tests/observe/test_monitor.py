@@ -730,3 +730,15 @@ def test_a_number_that_differs_between_ranks_cannot_part_them(model_path, tmp_pa
     # Rank 1 alone would have raised the alarm and changed its β.
     assert first["beta"] == second["beta"] == 0.1
     assert str(first["states"]) == str(second["states"])
+
+
+def test_a_link_put_in_place_of_the_record_is_not_written_through(tmp_path, caplog):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    record = RunRecord(tmp_path / "run")
+    record.start({"max_steps": 3}, step=0)
+    record.metrics.unlink()
+    record.metrics.symlink_to(precious)
+    record.log(1, {"loss": 0.5}, [])
+    assert precious.read_text() == "mine"
+    assert "could not be written" in caplog.text

@@ -18,6 +18,7 @@ from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..hooks.segments import group_mean_std
 from ..host.state import check_state
+from ..plan.outliers import UsualRange
 from ..plan.predictor import RidgePredictor, explained_variance
 from .groups import EPS
 
@@ -252,9 +253,14 @@ class BaselineCallback(GRPOCallback):
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.predictor: RidgePredictor | None = None  # as wide as the features, which the first batch shows
         self.moments: dict[str, float] = {}  # running: std, within, between
+        self.usual = UsualRange()
 
     def on_advantages(self, args: AdaptiveGRPOConfig, batch: RolloutBatch, **kwargs: Any) -> Tensor:
         rewards, everywhere = batch.rewards, torch.zeros_like(batch.group_ids)
+        # What is remembered for later batches; this batch's own advantages are those of the rewards as they are.
+        believed = self.usual.believed(rewards)
+        if self.usual.is_spoilt():
+            self.moments = {}
         others = mean_of_others(rewards, everywhere, 1)
         # The first batch has no past, so each completion takes the others of its own batch.
         std = self.moments.get("std", std_of_others(rewards))
@@ -264,18 +270,21 @@ class BaselineCallback(GRPOCallback):
         elif self.baseline == "batch":
             baseline = low
         else:
-            baseline = self._guessed(batch, low)
-        self._remember("std", std_of_others(torch.cat([rewards, rewards.new_full((1,), torch.nan)]))[-1].item())
+            usual_std = self.moments.get("std", std_of_others(believed))
+            usual = mean_of_others(believed, everywhere, 1) - self.shift * usual_std
+            baseline = self._guessed(batch, low, believed, usual)
+        self._remember("std", std_of_others(torch.cat([believed, believed.new_full((1,), torch.nan)]))[-1].item())
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
         return scaled_advantages(rewards, baseline, args.scale_rewards)
 
-    def _guessed(self, batch: RolloutBatch, low: Tensor) -> Tensor:
+    def _guessed(self, batch: RolloutBatch, low: Tensor, believed: Tensor, usual: Tensor) -> Tensor:
         features = batch.prompt_features
         if self.predictor is None:
             self.predictor = RidgePredictor(features.size(1), self.forget)
         guess = self.predictor.predict(features).double()
-        mean, _, _ = batch.group_stats()
+        place = (batch.group_ids, batch.num_groups)
+        mean, _, _ = group_mean_std(believed, *place)
         explained = explained_variance(guess, mean)
         if explained is not None:
             batch.metrics["baseline/explained_variance"] = explained
@@ -284,11 +293,10 @@ class BaselineCallback(GRPOCallback):
         floored = torch.fmin(guess[batch.group_ids], low)
         if self.baseline == "predicted":
             return floored
-        place = (batch.group_ids, batch.num_groups)
         baseline = shrunk_baseline(
             batch.rewards, floored, *place, self.moments.get("within", 1.0), self.moments.get("between", 1.0)
         )
-        errors = errors_of_guess(batch.rewards, floored, *place)
+        errors = errors_of_guess(believed, torch.fmin(guess[batch.group_ids], usual), *place)
         if errors is not None:
             self._remember("within", errors[0])
             self._remember("between", errors[1])
@@ -299,16 +307,17 @@ class BaselineCallback(GRPOCallback):
         self.moments[name] = self.forget * before + (1 - self.forget) * value
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"moments": dict(self.moments)}
+        state: dict[str, Any] = {"moments": dict(self.moments), "usual": self.usual.state_dict()}
         if self.predictor is not None:
             state["predictor"] = self.predictor.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, moments=dict)
+        check_state(state_dict, moments=dict, usual=dict)
         names = {"std", "within", "between"} & set(state_dict["moments"])
         check_state(state_dict["moments"], **dict.fromkeys(names, float))
         self.moments = {name: float(state_dict["moments"][name]) for name in names}
+        self.usual.load_state_dict(state_dict["usual"])
         if "predictor" in state_dict:
             check_state(state_dict, predictor=dict)
             sum_x = state_dict["predictor"].get("sum_x")

@@ -58,7 +58,10 @@ OPEN_SEAMS = {
 HELPERS = {
     "trl.chat_template_utils": ["get_training_chat_template"],
     "trl.data_utils": ["is_conversational"],
-    "trl.trainer.utils": ["get_config_model_id", "nanstd"],
+    "trl.trainer.utils": [
+        *("get_config_model_id", "nanstd"),
+        *("split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"),
+    ],
 }
 # Since TRL 1.15, models have a head that computes log-probabilities without keeping the logits.
 HAS_FUSED_HEAD = hasattr(utils, "add_fused_lm_head")

@@ -51,8 +51,8 @@ class MonitorCallback(GRPOCallback):
             Alarms with their thresholds. Defaults to those of [`~trl_grpo_ext.observe.alarms.make_alarms`].
 
     Raises:
-        `ValueError`: for unknown alarms and actions, for actions that cannot work with the configuration, and for a
-        model of which nothing can be trained.
+        `ValueError`: for unknown alarms and actions, actions that cannot work with the configuration, and a model of
+            which nothing can be trained.
     """
 
     is_unique = True

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import stat
 import sys
 import time
@@ -49,7 +50,7 @@ class Record:
     def _append(self, path: Path, *entries: dict[str, Any]) -> None:
         lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
         with self._going_on(path):
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
                 file.write(f"\n{lines}" if path in self._cut else lines)
             self._cut.discard(path)
 
@@ -240,6 +241,11 @@ def is_number(value: Any) -> TypeGuard[float]:
         and not isinstance(value, bool)
         and -sys.float_info.max <= value <= sys.float_info.max
     )
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file unless its name is a link, which somebody else may have put there. Windows has no such flag."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _write_lines(lines: Iterable[bytes], file: IO[bytes]) -> None:

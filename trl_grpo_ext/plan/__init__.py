@@ -4,6 +4,7 @@
 - `sampler`: [`PromptSampler`], shuffled epochs or weighted draws. `sizes`: group sizes that add up.
 - `group_size`: the callbacks behind `group_size`. `curriculum`, `predicted`: those behind `curriculum`.
 - `posterior`: what the rewards of a prompt say of it. `predictor`: what its features say before it was drawn.
+  `outliers`: which rewards neither of them believes.
 - `difficulty`: a column of levels or numbers.
 
 To add a curriculum, override `on_prompt_weights`; to add a rule for sizes, override `on_group_sizes`; then give it an

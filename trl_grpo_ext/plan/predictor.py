@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..host.state import check_state
+from .outliers import UsualRange
 
 RIDGES = (0.3, 3.0, 30.0, 300.0)  # penalties among which past errors decide, in completions
 WIDTH = 64  # of the features of a text
@@ -21,7 +22,8 @@ class RidgePredictor:
     Ridge regression on decayed sums (recursive least squares with a forgetting factor). Features are centred and
     measured in their own standard deviation, so their unit has no effect. Several penalties predict side by side, and
     the one whose predictions of batches to come were best so far is used. The plain mean of the targets is among them:
-    where features say nothing, the predictor becomes that mean.
+    where features say nothing, the predictor becomes that mean. Targets are held to their [`UsualRange`], so that one
+    broken reward does not decide all predictions.
 
     Args:
         num_features (`int`):
@@ -48,7 +50,12 @@ class RidgePredictor:
     def __init__(self, num_features: int, forget: float = 0.9):
         if not 0 <= forget <= 1:
             raise ValueError(f"forget={forget} must be between 0 (only the last batch) and 1 (never forget): try 0.9")
-        self.forget = forget
+        self.forget, self._num_features = forget, num_features
+        self.usual = UsualRange()
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        num_features = self._num_features
         self.count = torch.zeros((), dtype=torch.float64)
         self._sum_x = torch.zeros(num_features, dtype=torch.float64)
         self._sum_y = torch.zeros((), dtype=torch.float64)
@@ -75,9 +82,11 @@ class RidgePredictor:
                 Targets. Those that are not finite are left out.
         """
         known = targets.isfinite() & features.isfinite().all(1)
-        x, y = features[known].double(), targets[known].double()
+        x, y = features[known].double(), self.usual.believed(targets[known])
         if y.numel() == 0:
             return
+        if self.usual.is_spoilt():
+            self._forget_all()
         if self.count > 0:
             centred, weights, mean = self._fitted(x)
             missed = torch.stack([(mean + centred @ w - y).square().sum() for w in weights])
@@ -104,10 +113,11 @@ class RidgePredictor:
 
     def state_dict(self) -> dict[str, Any]:
         sums = {"sum_x": self._sum_x, "sum_y": self._sum_y, "sum_xx": self._sum_xx, "sum_xy": self._sum_xy}
-        return {"count": self.count, "errors": self.errors, **sums}
+        return {"count": self.count, "errors": self.errors, **sums, "usual": self.usual.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, **self.state_dict())
+        check_state(state_dict, **{**self.state_dict(), "usual": dict})
+        self.usual.load_state_dict(state_dict["usual"])
         self.count, self.errors = state_dict["count"].clone(), state_dict["errors"].clone()
         self._sum_x, self._sum_y = state_dict["sum_x"].clone(), state_dict["sum_y"].clone()
         self._sum_xx, self._sum_xy = state_dict["sum_xx"].clone(), state_dict["sum_xy"].clone()

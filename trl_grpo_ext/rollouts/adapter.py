@@ -13,9 +13,11 @@ from ..credit.turns import spread_over_tokens
 from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutPlan, RolloutSequence
-from ..host.calls import own_copy
+from ..host.calls import SIBLINGS, own_copy, siblings_of
 from ..host.processes import fail, gather_rewards, gather_values, together
 from ..host.seams import drop_pending_logs, pending_columns, plain_rewards
+from ..rewards import Reward
+from ..rewards.text import text_of
 from .answers import AnswerIndex, answer_of_token, as_rollout_output, layout_of
 
 Row = dict[str, Any]
@@ -53,6 +55,10 @@ class Rollout:
         ids, _ = self.trainer.generate(self.trainer.tokenize(prompts))
         texts = self.trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [[Answer(*each, is_last=True)] for each in zip(prompts, ids, texts, strict=True)]
+
+    def rows_to_score(self, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
+        """The rows as reward functions get them: with the answers of the whole group, where one reads them."""
+        return with_siblings(self.trainer, rows, prompts, completions)
 
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
         """Score what was generated: keep the rewards of the completions, and return the rewards of the sequences."""
@@ -165,6 +171,9 @@ class CallbackRollout(Rollout):
                 )
         return sequences
 
+    def rows_to_score(self, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
+        return rows  # what is scored are the answers, in `_ask`
+
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
         # TRL logs these two lists: the prompts of the sequences, and all messages after those.
         prompts[:] = [sequence.prompt for sequence in self.sequences]
@@ -208,6 +217,7 @@ class CallbackRollout(Rollout):
             for row, answer in asked
         ]
         messages = ([own_copy(a.prompt) for _, a in asked], [a.completion for _, a in asked])
+        rows = with_siblings(self.trainer, rows, *messages)
         calculate = partial(plain_rewards, self.trainer, rows, *messages, [list(a.ids) for _, a in asked])
         nothing = torch.zeros(len(asked), len(self.trainer.reward_funcs), device=self.accelerator.device)
         gathered = gather_rewards(self.accelerator, calculate, nothing)
@@ -290,6 +300,23 @@ class CallbackRollout(Rollout):
                 f"{name} needs conversational prompts, and that of {where} is {row['prompt']!r:.80}: make each prompt "
                 'a list of messages, such as [{"role": "user", "content": "..."}]'
             )
+
+
+def with_siblings(trainer: HookedTrainer, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
+    """
+    The rows with the answers of all processes to their prompts, where a reward compares answers.
+
+    Every process must call this. All have the same rewards, so all gather or none does.
+    """
+    given = (getattr(reward, "__wrapped__", reward) for reward in trainer.reward_funcs)  # TRL 1.13 gets functions
+    rewards = [reward for reward in given if isinstance(reward, Reward)]
+    if not any(leaf.reads_siblings for reward in rewards for leaf in reward.leaves()):
+        return rows
+    texts = [text_of(completion) for completion in completions]
+    parts = gather_values((prompts, texts))
+    siblings = siblings_of(*([item for part in parts for item in part[side]] for side in (0, 1)))
+    first = sum(len(part[1]) for part in parts[: trainer.accelerator.process_index])
+    return [{**row, SIBLINGS: siblings[first + number]} for number, row in enumerate(rows)]
 
 
 def eval_datasets(trainer: HookedTrainer) -> dict[str, Any]:

@@ -1,6 +1,11 @@
-"""SmolLM2-135M with LoRA on the shipped questions, with the reward of `recipes/helpful.py`."""
+"""SmolLM2-135M with LoRA: the shipped questions with the reward of `recipes/helpful.py`, or tasks with one answer."""
 
+import importlib.util
+from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -9,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.recipe.datasets import load_prompts
-from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward
+from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward
 
-from .sampling import mean_scores, sample
+from .sampling import ask, mean_scores, sample
+
+RECIPES = Path(__file__).parents[2]
 
 
 class SmolTask:
@@ -50,3 +57,64 @@ class SmolTask:
         prompts = list(rows["prompt"])
         ids = sample(model, self.tokenizer, prompts, self.max_completion_length, do_sample=False, batch_size=48)
         return mean_scores(self.reward, rows, ids, self.tokenizer)
+
+
+class AnswerTask(SmolTask):
+    """
+    A recipe whose answers are right or wrong, such as `recipes/arithmetic.py`, with its reward.
+
+    What is measured on the way is the share of held-out prompts whose greedy answer is right. At the end, 16 samples to
+    each say how much of that was there before: `pass@1`, `pass@16`.
+    """
+
+    max_completion_length = 12
+    num_samples = 16
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.recipe = _load(name)
+        if name == "arithmetic":
+            self.splits = self.recipe.make_sums()
+            right: Callable[..., list[Any]] = self.recipe.correct
+            self.reward = 1.0 * as_reward(right) - 0.01 * Length()
+        else:
+            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments())
+            right = self.recipe.solved_fully
+            self.reward = as_reward(self.recipe.score) + 0.5 * as_reward(right, "right")
+        self.helpfulness = as_reward(right).named("helpfulness")
+
+    def dataset(self, pool: str) -> Dataset:
+        return self.splits["train"]
+
+    def measure(self, model: PreTrainedModel) -> float:
+        return self._scores(model, self.splits["test"], do_sample=False)["helpfulness"]
+
+    def held_out_reward(self, model: PreTrainedModel) -> float:
+        return float("nan")  # the greedy answers say enough
+
+    def final(self, model: PreTrainedModel) -> dict[str, float]:
+        rows = self.splits["test"]
+        repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            ids = sample(model, self.tokenizer, list(repeated["prompt"]), self.max_completion_length, batch_size=256)
+        is_right = torch.tensor(ask(self.helpfulness, repeated, ids, self.tokenizer)).view(len(rows), -1) == 1
+        counts = {"pass@1": is_right.float().mean().item(), "pass@16": is_right.any(1).float().mean().item()}
+        return self._scores(model, rows, do_sample=False) | counts
+
+    def _scores(self, model: PreTrainedModel, rows: Dataset, do_sample: bool) -> dict[str, float]:
+        prompts = list(rows["prompt"])
+        ids = sample(model, self.tokenizer, prompts, self.max_completion_length, do_sample=do_sample, batch_size=48)
+        scores = mean_scores(self.reward, rows, ids, self.tokenizer)
+        right = ask(self.helpfulness, rows, ids, self.tokenizer)
+        return scores | {"helpfulness": sum(right) / len(right)}
+
+
+def _load(name: str) -> ModuleType:
+    """A recipe, which is a script and no module of a package."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,88 @@
+"""What is believed of a number: one broken reward must not decide what is expected of every prompt."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..host.state import check_state
+
+RECENT = 256  # values that say what is usual
+FEW = 7  # of them that may be broken: fewer of one kind could also be rare successes, and more are usual
+FAR = 20.0  # usual distances from the median, beyond which a value is an outlier
+
+
+class UsualRange:
+    """
+    Holds values to the range of those seen lately, and notices when an earlier outlier was taken for usual.
+
+    The range is the median of the last 256 values, plus or minus 20 usual distances from that median. The usual
+    distance is the eighth largest, or the median one where there are fewer than sixteen; values that equal the median
+    have none. So up to seven outliers do not move the range, and successes that are rare do.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> usual = UsualRange()
+    >>> usual.believed(torch.tensor([0.0, 1.0, 1.0, 0.0, 1e20])).tolist()
+    [0.0, 1.0, 1.0, 0.0, 21.0]
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.recent = torch.zeros(RECENT, dtype=torch.float64)
+        self.seen = torch.zeros((), dtype=torch.int64)
+        self.farthest = torch.zeros((), dtype=torch.float64)  # distance of what was believed since the last reset
+
+    def believed(self, values: Tensor) -> Tensor:
+        """
+        Take in values and return them within the range.
+
+        Args:
+            values (`torch.Tensor` of shape `(M,)`):
+                Values. Those that are not finite stay as they are and say nothing.
+
+        Returns:
+            `torch.Tensor` of shape `(M,)`: in float64.
+        """
+        values = values.double()
+        finite = values[values.isfinite()]
+        if finite.numel() == 0:
+            return values
+        # Doubles of any size are compared; a difference of two must not overflow.
+        self.recent = torch.cat([self.recent, finite.clamp(-1e300, 1e300)])[-RECENT:]
+        self.seen = (self.seen + finite.numel()).clamp(max=RECENT)
+        center, limit = self._range()
+        held = torch.where(values.isfinite(), values.clamp(center - limit, center + limit), values)
+        self.farthest = torch.maximum(self.farthest, (held[values.isfinite()] - center).abs().max())
+        return held
+
+    def is_spoilt(self) -> bool:
+        """
+        Whether something believed earlier is an outlier by now, so that statistics over it must begin anew.
+
+        Forgets that value, so the answer is yes once.
+        """
+        _, limit = self._range()
+        if self.farthest <= 2 * limit:  # the median may have moved a little
+            return False
+        self.farthest = torch.zeros_like(self.farthest)
+        return True
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        known = self.recent[RECENT - int(self.seen) :]
+        center = known.median()
+        distance = (known - center).abs()
+        distance = distance[distance > 0].sort(descending=True).values
+        limit = FAR * distance[min(FEW, distance.numel() // 2)] if distance.numel() else torch.zeros_like(center)
+        return center, limit
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": self.recent, "seen": self.seen, "farthest": self.farthest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, **self.state_dict())
+        self.recent, self.seen = state_dict["recent"].clone(), state_dict["seen"].clone()
+        self.farthest = state_dict["farthest"].clone()
