@@ -1,6 +1,7 @@
 """What recipes are made of: arguments from YAML and the command line, a trainer, a comparison before and after."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -206,6 +207,8 @@ def make_trainer(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if source.path != model_args.model_name_or_path:
+        call_base_model(trainer, model_args.model_name_or_path)
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveCallback)
     train = prompts["train"]
@@ -214,6 +217,16 @@ def make_trainer(
     trainer.accelerator.print(f"Prompts: {count} to train on, {len(prompts['test'])} held out")
     trainer.accelerator.print(f"Reward:  {whole}")
     return trainer
+
+
+def call_base_model(trainer: AdaptiveGRPOTrainer, name: str) -> None:
+    """Say of which model on the hub the weights are a copy, so that an adapter or a card names no folder of here."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config._name_or_path = name
+    for config in getattr(model, "peft_config", {}).values():
+        config.base_model_name_or_path = name
+    # peft looks there whether embeddings were added; where no hub answers, none were.
+    warnings.filterwarnings("ignore", message=f"Could not find a config file in {re.escape(name)}")
 
 
 def as_rewards(reward: Any) -> Reward | list[Reward]:
@@ -270,10 +283,18 @@ def train_and_compare(
 
 
 def finish(trainer: AdaptiveGRPOTrainer, compare: Callable[[], None]) -> None:
-    """Save the model and the state; then the main process prints what `compare` prints, and writes the report."""
+    """
+    Save the model, its card and the state, and push them with `push_to_hub`.
+
+    Then the main process prints what `compare` prints, and writes the report.
+    """
     output_dir = trainer.args.output_dir
     trainer.save_model(output_dir)
     trainer.save_state()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card(model_name=Path(output_dir).name)
     if trainer.accelerator.is_main_process:
         compare()
         print(f"Model saved to {output_dir}, report of the run to {write_report(output_dir)}")
