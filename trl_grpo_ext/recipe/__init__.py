@@ -12,7 +12,9 @@ A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`]
 - `data/`: the shipped prompts, with a page about each set.
 """
 
+from ..host.sources import resolve_model
 from .datasets import load_prompts
+from .evaluation import print_comparison
 from .script import DataArguments, finish, init_kwargs, make_trainer, parse_arguments, train_and_compare
 
 __all__ = [
@@ -22,5 +24,7 @@ __all__ = [
     "load_prompts",
     "make_trainer",
     "parse_arguments",
+    "print_comparison",
+    "resolve_model",
     "train_and_compare",
 ]
