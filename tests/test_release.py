@@ -113,9 +113,9 @@ def test_links_of_code_stay_as_they_are():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     text = "[a](docs/a.md#b) ![c](d.svg) [e](https://f) [g](#h)\n```python\nx[0](y)\n```\n[i](j)\n"
-    assert module.with_full_addresses(text, "A") == (
-        "[a](A/blob/main/docs/a.md#b) ![c](A/raw/main/d.svg) [e](https://f) [g](#h)\n"
-        "```python\nx[0](y)\n```\n[i](A/blob/main/j)\n"
+    assert module.with_full_addresses(text, "https://a") == (
+        "[a](https://a/blob/main/docs/a.md#b) ![c](https://a/raw/main/d.svg) [e](https://f) [g](#h)\n"
+        "```python\nx[0](y)\n```\n[i](https://a/blob/main/j)\n"
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 import trl
 import trl.rewards
 from trl import DatasetMixtureConfig, ModelConfig
@@ -59,10 +60,16 @@ class GRPOScriptArguments(stock.GRPOScriptArguments):
 
 
 class ScriptTrainer(AdaptiveGRPOTrainer):
-    """[`AdaptiveGRPOTrainer`] that resumes where its options say so: TRL's script passes that on since 1.15."""
+    """[`AdaptiveGRPOTrainer`] as the script calls it, whatever the release of TRL."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """TRL's script passes on where to resume since 1.15."""
         return super().train(resume_from_checkpoint or self.args.resume_from_checkpoint, **kwargs)
+
+    def end(self) -> None:
+        """TRL's script calls this since 1.15, and it would end the group of processes without waiting for them."""
+        leave()
+        super().end()
 
 
 def make_parser(prog: str | None = None) -> FlagParser:
@@ -101,7 +108,8 @@ def run(flags: Sequence[str] | None = None) -> int:
     ]
     with trainer_of_ours():
         stock.main(script_args, training_args, *others)
-    leave()
+    if torch.distributed.is_initialized():  # where the script did not end what it began
+        leave()
     return 0
 
 

@@ -66,7 +66,9 @@ def parse_reward(text: str, lookup: Callable[[str], Any] | None = None) -> Rewar
             raise ValueError(f"{reward!r} is no reward: name one, such as Length()")
     except SyntaxError as error:
         raise ValueError(f'reward "{text}": {error.msg}: write an expression such as 1.0 * Length()') from None
-    except (ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
+    except (RecursionError, MemoryError):
+        raise ValueError(f'reward "{text}": it is nested too deeply: write it as a function, and name that') from None
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f'reward "{text}": {error}') from error
     return reward
 
@@ -148,7 +150,7 @@ class _Reader:
         try:
             return self.ready[name](*arguments, **options)
         except TypeError as error:  # whose text names a private method
-            raise ValueError(f"{name}: {str(error).replace(f'{name}.__init__() ', '')}") from error
+            raise ValueError(f"{name}: {str(error).partition('__init__() ')[2] or error}") from error
 
 
 def _pairs(node: ast.Dict) -> list[tuple[ast.expr, ast.expr]]:
