@@ -5,10 +5,13 @@ import email
 import email.message
 import importlib
 import importlib.util
+import os
 import re
+import site as site_packages
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -124,6 +127,55 @@ def test_the_readme_works_where_only_the_readme_is_shown():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     relative = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))]
     assert [link for link in relative if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """The `bin` folder of an environment with the wheel, and with what it needs from here: nothing is downloaded."""
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root, with_pip=False)
+    python = root / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(built[".whl"])], check=True, capture_output=True)
+    (site,) = root.glob("lib/python*/site-packages")
+    (site / "needs.pth").write_text(
+        "\n".join(site_packages.getsitepackages())
+    )  # after the wheel, and no editable install
+    return root / "bin"
+
+
+def in_wheel(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment = {**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(installed / command[0]), *command[1:]],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_an_installed_wheel_has_its_commands_and_recipes(installed, tmp_path):
+    version = in_wheel(installed, tmp_path, "trl-grpo-ext", "--version")
+    assert version.stdout.startswith(f"trl-grpo-ext {trl_grpo_ext.__version__} (trl "), version.stderr
+    assert in_wheel(installed, tmp_path, "trl-grpo-report", "--help").returncode == 0
+    listed = in_wheel(installed, tmp_path, "trl-grpo-ext", "recipe").stdout
+    assert "  helpful " in listed
+    assert f"They are in {installed.parent}/lib/" in listed
+    wrong = in_wheel(installed, tmp_path, "python", "-m", "trl_grpo_ext.recipes.helpful", "--lerning_rate", "1")
+    assert wrong.returncode == 2
+    assert wrong.stderr.endswith("error: --lerning_rate is no option: did you mean --learning_rate?\n")
+
+
+def test_an_installed_recipe_trains(installed, model_path, tmp_path):
+    flags = ["--model_name_or_path", model_path, "--max_steps", "1", "--max_completion_length", "4"]
+    flags += ["--per_device_train_batch_size", "8", "--num_generations", "4", "--output_dir", str(tmp_path / "run")]
+    result = in_wheel(installed, tmp_path, "trl-grpo-ext", "recipe", "arithmetic", *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "report of the run to" in result.stdout
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 # Imports
