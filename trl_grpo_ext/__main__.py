@@ -1,10 +1,11 @@
 """`trl-grpo-ext COMMAND ...`, or `python -m trl_grpo_ext COMMAND ...`. A command is imported when it is asked for."""
 
-import difflib
 import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+
+from .host.nearest import nearest
 
 PROG = "trl-grpo-ext"
 # Name -> ("module:function", what it does). The function takes the flags after the name and returns the exit status.
@@ -12,7 +13,7 @@ COMMANDS = {
     "grpo": ("trl_grpo_ext.recipe.grpo:main", "train as `trl grpo` does: its flags and YAML, and all of this package"),
     "recipe": ("trl_grpo_ext.recipe.shipped:main", "list the recipes, run one, or copy one to change it"),
     "check": ("trl_grpo_ext.recipe.check:main", "does the package work on this machine, with this launcher?"),
-    "report": ("trl_grpo_ext.observe.report.__main__:main", "write the report of a run, compare two, or list them"),
+    "report": ("trl_grpo_ext.observe.report.__main__:command", "write the report of a run, compare two, or list them"),
 }
 BESIDES = ("trl", "transformers", "accelerate", "torch")  # what `--version` names, too: an error report needs them
 
@@ -48,8 +49,8 @@ def main(flags: Sequence[str] | None = None) -> int:
         print(versions())
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
+        near = nearest(name, COMMANDS, cutoff=0.5)
+        remedy = f"did you mean {near}?" if near else f"use one of {', '.join(COMMANDS)}"
         print(f"{PROG}: error: {name!r} is no command: {remedy}", file=sys.stderr)
         return 2
     module, function = COMMANDS[name][0].split(":")

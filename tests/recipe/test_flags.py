@@ -123,10 +123,10 @@ def test_config_is_found_wherever_it_stands(flags, at):
 
 @given(st.sampled_from(sorted(AdaptiveGRPOConfig.__dataclass_fields__)), st.data())
 def test_one_letter_left_out_is_found(name, data):
-    names = list(AdaptiveGRPOConfig.__dataclass_fields__)
+    names = [f"--{option}" for option in AdaptiveGRPOConfig.__dataclass_fields__]
     at = data.draw(st.integers(0, len(name) - 1))
     typed = name[:at] + name[at + 1 :]
-    if len(name) > 5 and typed not in names:
+    if len(name) > 5 and f"--{typed}" not in names:
         assert meant(f"--{typed}", names).startswith(": did you mean --")
 
 

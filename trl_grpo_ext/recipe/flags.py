@@ -1,16 +1,17 @@
 """The command line of scripts: TRL's parser, which answers what is wrong in one line, with what was meant."""
 
 import dataclasses
-import difflib
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
+
+from ..host.nearest import nearest
 
 
 class FlagParser(TrlParser):
@@ -69,13 +70,13 @@ class FlagParser(TrlParser):
             *parsed, of_file, of_line = self.parse_args_and_config(
                 words, return_remaining_strings=True, separate_remaining_strings=True
             )
-        known = [f"--{option.name}" for kind in self.dataclass_types for option in dataclasses.fields(kind)]
-        known += ["--config", *others]
-        wrong = []
+        options = [option.name for kind in self.dataclass_types for option in dataclasses.fields(kind)]
+        names = [*options, *(name.lstrip("-").replace("-", "_") for name in others)]
+        known, wrong = ["--config", *(f"--{name}" for name in names)], []
         for flag in of_file[::2]:
             if flag not in others:
                 file = words[words.index("--config") + 1]
-                wrong.append(f"{file} sets {flag[2:]!r}, which is no option{meant(flag, known, '')}")
+                wrong.append(f"{file} sets {flag[2:]!r}, which is no option{meant(flag[2:], names)}")
         given = [flag.partition("=")[0] for flag in of_line if flag.startswith("-") and not _is_number(flag)]
         wrong += [f"{flag} is no option{meant(flag, known)}" for flag in given if flag not in others]
         if of_line and not given:
@@ -85,7 +86,7 @@ class FlagParser(TrlParser):
         return parsed, of_file, of_line
 
 
-def meant(flag: str, known: Collection[str], dashes: str = "--") -> str:
+def meant(flag: str, known: Iterable[str]) -> str:
     """
     The end of an error about a flag: which of the known ones was meant.
 
@@ -98,9 +99,8 @@ def meant(flag: str, known: Collection[str], dashes: str = "--") -> str:
 
     ```
     """
-    names = sorted({name.lstrip("-").replace("-", "_") for name in known})
-    near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_").lower(), names, n=1, cutoff=0.6)
-    return f": did you mean {dashes}{near[0]}?" if near else " (--help lists them)"
+    near = nearest(flag, known)
+    return f": did you mean {near}?" if near else " (--help lists them)"
 
 
 def _is_number(word: str) -> bool:

@@ -154,7 +154,7 @@ def rewards_of(script_args: Any, importing: Callable[[str], Any]) -> list[str | 
             return getattr(trl.rewards, name)
         if "." in name:
             return importing(name)
-        raise ValueError(f"there is no reward {name!r}{meant(name, [*ready(), *NAMES], '')}")
+        raise ValueError(f"there is no reward {name!r}{meant(name, [*ready(), *NAMES])}")
 
     texts = script_args.reward_funcs or []
     rewards: list[str | Reward] = []

@@ -44,7 +44,7 @@ def main(flags: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = flags
     if name not in known:
-        print(f"{PROG}: error: {name!r} is no recipe{meant(name, known, '')}", file=sys.stderr)
+        print(f"{PROG}: error: {name!r} is no recipe{meant(name, known)}", file=sys.stderr)
         return 2
     if rest and rest[0].partition("=")[0] in ("--copy_to", "--copy-to"):
         return _copy(known[name], [word for word in [*rest[0].split("=", 1)[1:], *rest[1:]] if word])

@@ -5,12 +5,12 @@ algebra, and pass numbers, texts and lists to them.
 """
 
 import ast
-import difflib
 import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from ..host.nearest import nearest
 from .algebra import Reward, as_reward
 from .ops import Operators
 from .schedules import Schedule
@@ -100,8 +100,8 @@ class _Reader:
             case ast.Compare(ops=[op], comparators=[right]) if type(op) in _INFIX:
                 return self.infix(op, node.left, right)
             case ast.Compare():
-                refuse(node, "compare twice: (a > 0.2) * (a < 0.8)")
-        refuse(node, f"use rewards, numbers, + - * / > >= < <= and the methods {', '.join(sorted(_METHODS))}")
+                _refuse(node, "compare twice: (a > 0.2) * (a < 0.8)")
+        _refuse(node, f"use rewards, numbers, + - * / > >= < <= and the methods {', '.join(sorted(_METHODS))}")
 
     def infix(self, op: ast.operator | ast.cmpop, left: ast.expr, right: ast.expr) -> Any:
         return _INFIX[type(op)](*(_number_or_reward(self.value(side), side) for side in (left, right)))
@@ -109,7 +109,7 @@ class _Reader:
     def named(self, name: str | None, node: ast.expr) -> Any:
         """A reward that is named without parentheses."""
         if name is None:
-            refuse(node, "name a reward, or call one of its methods")
+            _refuse(node, "name a reward, or call one of its methods")
         if name in self.ready:
             if not isinstance(self.ready[name], type):
                 raise ValueError(f"{name} needs its arguments: write {name}(...)")
@@ -118,27 +118,27 @@ class _Reader:
             if name.startswith("get_"):  # as TRL calls what makes a reward function
                 raise ValueError(f"{name} makes a reward function of its arguments: write {name}(...)")
             return as_reward(self.lookup(name))
-        raise ValueError(f"there is no reward {name!r}{near(name, list(self.ready))}")
+        raise ValueError(f"there is no reward {name!r}{_instead(name, self.ready)}")
 
     def called(self, node: ast.Call) -> Any:
         if any(isinstance(argument, ast.Starred) for argument in node.args) or None in [k.arg for k in node.keywords]:
-            refuse(node, "pass each argument by itself, without *")
+            _refuse(node, "pass each argument by itself, without *")
         if isinstance(node.func, ast.Attribute) and node.func.attr in _METHODS:
             reward = self.value(node.func.value)
             if not isinstance(reward, Reward):
-                refuse(node.func.value, "name a reward, such as Length()")
+                _refuse(node.func.value, "name a reward, such as Length()")
             function: Any = getattr(reward, node.func.attr)
         elif isinstance(node.func, ast.Name) and node.func.id in self.ready:
             return self.of_call(node.func.id, *self.arguments(node))
         elif isinstance(node.func, ast.Name) and self.lookup is None:
-            raise ValueError(f"there is no reward {node.func.id!r}{near(node.func.id, list(self.ready))}")
+            raise ValueError(f"there is no reward {node.func.id!r}{_instead(node.func.id, self.ready)}")
         elif isinstance(node.func, ast.Name) and self.lookup is not None:
             function = self.lookup(node.func.id)
             if not node.func.id.startswith("get_"):
-                refuse(node, f"a reward function takes no arguments here: write {node.func.id}")
+                _refuse(node, f"a reward function takes no arguments here: write {node.func.id}")
         else:
             methods = ", ".join(sorted(_METHODS))
-            refuse(node, f"call a reward of this package, or one of the methods {methods}")
+            _refuse(node, f"call a reward of this package, or one of the methods {methods}")
         arguments, options = self.arguments(node)
         made = function(*arguments, **options)
         return made if isinstance(made, Reward) else as_reward(made)
@@ -157,7 +157,7 @@ def _pairs(node: ast.Dict) -> list[tuple[ast.expr, ast.expr]]:
     pairs = []
     for key, item in zip(node.keys, node.values, strict=True):
         if not isinstance(key, ast.Constant):
-            refuse(node, "use texts or numbers as keys")
+            _refuse(node, "use texts or numbers as keys")
         pairs.append((key, item))
     return pairs
 
@@ -174,17 +174,16 @@ def _dotted(node: ast.expr) -> str | None:
 
 def _number_or_reward(value: Any, node: ast.expr) -> Any:
     if not isinstance(value, int | float | Operators | Schedule):
-        refuse(node, "only rewards, schedules and numbers can be added, weighed and compared")
+        _refuse(node, "only rewards, schedules and numbers can be added, weighed and compared")
     return value
 
 
-def refuse(node: ast.expr, remedy: str) -> NoReturn:
+def _refuse(node: ast.expr, remedy: str) -> NoReturn:
     """Raise `ValueError` for a part of the text."""
     raise ValueError(f"{ast.unparse(node)} cannot stand here: {remedy}")
 
 
-def near(name: str, known: list[str]) -> str:
+def _instead(name: str, known: Iterable[str]) -> str:
     """The end of an error about a name: which of the known ones was meant, or all of them."""
-    lower = {item.lower(): item for item in known}
-    found = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
-    return f": did you mean {lower[found[0]]}?" if found else f": use one of {', '.join(known)}, or a dotted name"
+    near = nearest(name, known)
+    return f": did you mean {near}?" if near else f": use one of {', '.join(known)}, or a dotted name"
