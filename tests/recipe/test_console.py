@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
@@ -16,7 +18,7 @@ from trl.scripts import grpo as stock
 import trl_grpo_ext
 from trl_grpo_ext import __main__ as console
 from trl_grpo_ext.recipe import grpo, launch, shipped
-from trl_grpo_ext.rewards import Length, Reward
+from trl_grpo_ext.rewards import Length, Relevance, Reward
 
 # In the shape of TRL's own examples, for a tiny model.
 YAML = """
@@ -114,6 +116,13 @@ def test_the_version_needs_neither_torch_nor_trl():
     code = "import sys; from trl_grpo_ext.__main__ import main; main(['--version']); print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert {"torch", "trl", "transformers"} & set(result.stdout.splitlines()[1].split()) == set()
+
+
+def test_a_wrong_flag_of_the_report_is_one_line(capsys):
+    assert console.main(["report", "runs/a", "--outptu", "b"]) == 2
+    assert capsys.readouterr().err == "trl-grpo-ext report: --outptu is not expected: did you mean --output?\n"
+    assert console.main(["report", "runs/nothing/here"]) == 2
+    assert capsys.readouterr().err.startswith("trl-grpo-ext report: ")
 
 
 # `grpo` against `trl grpo`
@@ -228,6 +237,32 @@ def test_what_is_wrong_is_said_before_a_process_starts(way, options, flags, prob
     assert problem in error
     assert error.startswith("trl-grpo-ext grpo: error: ")
     assert error.count("\n") == 1
+
+
+def test_rewards_of_the_docs_are_read():
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    table = page.split("### Rewards as text")[1].split("\n\n")[2].replace("my_rewards.polite", "kit.count_vowels")
+    texts = [text for line in table.splitlines()[2:] for text in re.findall(r"`([^`]+)`", line.split("|")[2])]
+    assert len(texts) == 7
+    rewards = grpo.rewards_of(SimpleNamespace(reward_funcs=texts), grpo.import_reward)
+    assert rewards[:3] == texts[:3] == ["accuracy_reward", "think_format_reward", "kit.count_vowels"]
+    assert rewards[3:5] == [Length(), Relevance("reference")]
+    assert [leaf.name for leaf in rewards[5].leaves()] == ["accuracy_reward", "length"]
+    assert rewards[6].name == "repetition_penalty_reward"
+
+
+def test_one_name_twice_needs_another_name():
+    texts = ["kit.count_vowels + test_console.vowels", "vowels + 1"]
+    for text, problem in zip(texts, ["", "there is no reward 'vowels'"], strict=True):
+        arguments = SimpleNamespace(reward_funcs=[text])
+        if problem:
+            with pytest.raises(ValueError, match=problem):
+                grpo.rewards_of(arguments, grpo.import_reward)
+        else:
+            assert len(grpo.rewards_of(arguments, grpo.import_reward)[0].leaves()) == 2
+    same = SimpleNamespace(reward_funcs=["test_console.vowels + kit.count_vowels.named('vowels')"])
+    with pytest.raises(ValueError, match=r"two different rewards are called 'vowels': .*\.named\("):
+        grpo.rewards_of(same, grpo.import_reward)
 
 
 def test_a_reward_that_cannot_be_imported_is_one_line(yaml_of, capsys):

@@ -113,6 +113,20 @@ def test_a_script_has_a_configuration_of_its_own(written):
     assert parser(path).parse([*CPU, "--colour", "grey"])[0].colour == "grey"
 
 
+def test_a_preset_is_found_beside_the_configuration_of_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(ROOT / "recipes" / "configs" / "helpful.yaml")
+    found = flags_with_config(["--config=presets/small.yaml", "--a"], config)
+    assert found == ["--config", str(ROOT / "recipes" / "configs" / "presets" / "small.yaml"), "--a"]
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "small.yaml").write_text("")  # what is here is meant first
+    assert flags_with_config(["--config", "presets/small.yaml"], config) == ["--config", "presets/small.yaml"]
+    with pytest.raises(ValueError, match=rf"looked for {tmp_path}/no.yaml and {ROOT}/recipes/configs/no.yaml"):
+        flags_with_config(["--config", "no.yaml"], config)
+    with pytest.raises(ValueError, match=rf"looked for {tmp_path}/no.yaml\)"):
+        flags_with_config(["--config", "no.yaml"])
+
+
 @given(st.lists(st.sampled_from(["--a", "1", "-2", "--b=3", "x y"]), max_size=6), st.integers(0, 6))
 def test_config_is_found_wherever_it_stands(flags, at):
     name = str(ROOT / "mkdocs.yml")

@@ -37,7 +37,7 @@ def test_a_configuration_is_named_in_both_forms(form, monkeypatch, tmp_path):
         (["--config"], "--config names no file"),
         (["--config="], "--config names no file"),
         (["--config", "--max_steps", "3"], "--config names no file"),
-        (["--config=nope.yaml"], r"--config nope.yaml: there is no such file \(looked for /.*/nope.yaml\)"),
+        (["--config=nope.yaml"], r"--config nope.yaml: there is no such file \(looked for /.*/nope.yaml and /.*\)"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is there twice"),
     ],
 )

@@ -124,7 +124,8 @@ def flags_with_config(flags: Sequence[str], config: str | None = None) -> list[s
         flags (`Sequence[str]`):
             Of the command line, with `--config other.yaml` or `--config=other.yaml`.
         config (`str`, *optional*):
-            The file where the flags name none.
+            The file where the flags name none. A file that is not there is looked for beside this one, too, such as
+            `--config presets/small.yaml`.
 
     Raises:
         `ValueError`: where the flag names no file.
@@ -139,9 +140,14 @@ def flags_with_config(flags: Sequence[str], config: str | None = None) -> list[s
         words += ["--config", config]
     if words.count("--config") > 1:
         raise ValueError("--config is there twice: name one file")
-    path = "".join(words[words.index("--config") + 1 :][:1])
+    at = words.index("--config") + 1
+    path = "".join(words[at : at + 1])
     if not path or path.startswith("--"):
         raise ValueError("--config names no file: write --config other.yaml")
-    if not os.path.isfile(path):
-        raise ValueError(f"--config {path}: there is no such file (looked for {os.path.abspath(path)})")
-    return words
+    places = [os.path.abspath(path)]
+    if config is not None:
+        places += [place for place in [os.path.join(os.path.dirname(config), path)] if place not in (config, path)]
+    found = next(filter(os.path.isfile, [path, *places]), None)
+    if found is None:
+        raise ValueError(f"--config {path}: there is no such file (looked for {' and '.join(places)})")
+    return [*words[:at], found, *words[at + 1 :]]

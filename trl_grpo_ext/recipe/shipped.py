@@ -66,8 +66,9 @@ def _listing(known: dict[str, Path]) -> str:
     width = max(map(len, known), default=0)
     lines = [f"  {name:<{width}}  {_first_line(path)}" for name, path in known.items()]
     usage = f"usage: {PROG} NAME [flags]\n       {PROG} NAME --copy_to FOLDER"
-    presets = folder() / "configs" / "presets"
-    return "\n".join([usage, "", *lines, "", f"They are in {folder()}, and presets for --config in {presets}."])
+    presets = ", ".join(sorted(path.name for path in (folder() / "configs" / "presets").glob("*.yaml")))
+    tail = f"They are in {folder()}. Settings for --config presets/...:\n  {presets}"
+    return "\n".join([usage, "", *lines, "", tail])
 
 
 def _first_line(script: Path) -> str:

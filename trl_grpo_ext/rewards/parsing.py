@@ -154,7 +154,7 @@ class _Reader:
 
 
 def _pairs(node: ast.Dict) -> list[tuple[ast.expr, ast.expr]]:
-    pairs = []
+    pairs: list[tuple[ast.expr, ast.expr]] = []
     for key, item in zip(node.keys, node.values, strict=True):
         if not isinstance(key, ast.Constant):
             _refuse(node, "use texts or numbers as keys")
