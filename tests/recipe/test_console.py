@@ -195,6 +195,34 @@ def test_a_mixture_of_datasets_and_one_reward_as_text(yaml_of, tmp_path, monkeyp
     assert (len(trainer.train_dataset), trainer.reward_funcs) == (6, [Length()])
 
 
+def test_what_trl_does_around_the_trainer_stays(yaml_of, monkeypatch):
+    """Quantisation, the eval split, a reward model's name and the upload go through TRL's script to our trainer."""
+    seen = {}
+
+    class Noted(grpo.ScriptTrainer):
+        hub_model_id = "me/mine"
+
+        def __init__(self, **kwargs):
+            seen.update(kwargs)
+            super().__init__(**{**kwargs, "quantization_config": None, "reward_funcs": kwargs["reward_funcs"][1:]})
+
+        def init_hf_repo(self, token=None):
+            pass
+
+        def push_to_hub(self, *args, **kwargs):
+            seen["pushed"] = kwargs
+
+    monkeypatch.setattr(grpo, "ScriptTrainer", Noted)
+    monkeypatch.setattr(trl, "get_quantization_config", lambda model_args: ("quantised", model_args.load_in_4bit))
+    path = yaml_of(reward_model_name_or_path="org/scorer", load_in_4bit=True, push_to_hub=True, hub_model_id="me/mine")
+    grpo.run(["--config", path, "--max_steps", "1", "--attn_implementation", "sdpa", "--reward_funcs", "Length()"])
+    assert seen["reward_funcs"] == ["org/scorer", Length()]
+    assert seen["quantization_config"] == ("quantised", True)
+    assert (len(seen["train_dataset"]), len(seen["eval_dataset"])) == (18, 8)
+    assert seen["args"].model_init_kwargs["attn_implementation"] == "sdpa"
+    assert seen["pushed"]["dataset_name"].endswith("data")
+
+
 def test_resuming_is_what_the_options_say(yaml_of, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2}
     grpo.run(["--config", yaml_of("whole", **saving)])

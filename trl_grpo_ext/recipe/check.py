@@ -204,7 +204,8 @@ def run(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> 
 def main(flags: Sequence[str] | None = None) -> int:
     """Run the checks that the flags name; by default, those of the command line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    parser = FlagParser((Options, AdaptiveGRPOConfig, ModelConfig))
+    prog = None if flags is None else "trl-grpo-ext check"  # as a command of the console
+    parser = FlagParser((Options, AdaptiveGRPOConfig, ModelConfig), prog=prog)
     parser.set_defaults_with_config(
         output_dir="unused",
         per_device_train_batch_size=8,
