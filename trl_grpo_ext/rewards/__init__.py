@@ -5,6 +5,7 @@ reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
 ```
 
 - `algebra`: [`Reward`], its leaves and composites, [`as_reward`]. `ops`: the operators. `schedules`: changing weights.
+- `parsing`: [`parse_reward`] reads a reward from text, as a flag or a YAML file gives it.
 - `trees`: the rows of a composite. `naming`: names and `repr`.
 - `scoring`: one call of a leaf. `guards`, `processes`: leaves that are slow or fail. `errors`: what the messages say.
 - `text`, `turns`, `judge`, `group_judge`: ready rewards. `models`: how a classifier is loaded and asked.
@@ -17,6 +18,7 @@ from .algebra import Reward, RewardModel, as_reward, maximum, minimum
 from .errors import RewardError
 from .group_judge import GroupJudge
 from .judge import Judge, Rubric
+from .parsing import parse_reward
 from .schedules import constant, cosine, linear, piecewise
 from .text import Harmlessness, Length, OverLength, Relevance
 from .turns import at_end, of_plan
@@ -40,5 +42,6 @@ __all__ = [
     "maximum",
     "minimum",
     "of_plan",
+    "parse_reward",
     "piecewise",
 ]
