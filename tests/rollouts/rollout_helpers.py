@@ -1,13 +1,18 @@
 """Conversations for the tests of rollouts, and a trainer that remembers what it made of them."""
 
 from datasets import Dataset
-from kit import config_kwargs, text_of
+from kit import text_of
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOTrainer
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def first_turns(count: int = 12) -> Dataset:
+    """One turn, about a letter of its own."""
+    return Dataset.from_list([{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(count)])
 
 
 def make_conversations(count: int = 12) -> Dataset:
@@ -28,14 +33,9 @@ def length_of_text(completions, **kwargs) -> list[float]:
     return [sum(ord(character) for character in text_of(c)) / 100 for c in completions]
 
 
-class Record(GRPOCallback):
-    """Every finished batch."""
-
-    def __init__(self):
-        self.batches = []
-
-    def on_rollouts(self, batch, **kwargs):
-        self.batches.append(batch)
+def patient(history):
+    """A user who goes on until a vowel is read, so that conversations have different numbers of turns."""
+    return None if set("aeiou") & set(history[-1]["content"]) else user("more")
 
 
 class Recorder(AdaptiveGRPOTrainer):
@@ -49,21 +49,6 @@ class Recorder(AdaptiveGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         self.seen.append((getattr(self.rollout, "sequences", None), output))
         return output
-
-
-def make_trainer(
-    model, out, reward_funcs=length_of_text, dataset=None, callbacks=(), processing_class=None, **options
-) -> Recorder:
-    dataset = make_conversations() if dataset is None else dataset
-    return Recorder(
-        model=model,
-        processing_class=processing_class,
-        reward_funcs=reward_funcs,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **{"per_device_train_batch_size": 16, **options})),
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(4)) if options.get("eval_strategy", "no") != "no" else None,
-        callbacks=list(callbacks),
-    )
 
 
 def use_vllm(trainer, monkeypatch, engine) -> None:
