@@ -87,6 +87,11 @@ def test_each_room_is_known_and_the_top_is_short():
     assert len(entries) <= 12
 
 
+def test_no_module_of_the_rewards_is_long():
+    paths = [path for name, path in modules().items() if name.startswith("rewards")]
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 400 for path in paths)
+
+
 def test_imports_point_to_earlier_rooms():
     assert upward(arrows()) == []
 
