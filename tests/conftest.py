@@ -61,8 +61,8 @@ def make_trainer(model_path, dataset, tmp_path):
 def trained(make_trainer):
     """The same, trained."""
 
-    def train(out="run", **given):
-        trainer = make_trainer(out, **given)
+    def train(*out, **given):
+        trainer = make_trainer(*out, **given)
         trainer.train()
         return trainer
 
