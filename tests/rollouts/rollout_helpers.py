@@ -1,5 +1,6 @@
 """Conversations for the tests of rollouts, and a trainer that remembers what it made of them."""
 
+import torch
 from datasets import Dataset
 from kit import text_of
 
@@ -51,10 +52,35 @@ class Recorder(AdaptiveGRPOTrainer):
         return output
 
 
-def use_vllm(trainer, monkeypatch, engine) -> None:
+class VLLM:
+    """Stands in for vLLM: samples tokens at random, one completion per prompt, with the model's log-probabilities."""
+
+    def __init__(self, trainer):
+        self.trainer, self.asked, self.logprobs = trainer, [], {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def sync_weights(self):
+        pass
+
+    @torch.no_grad()
+    def generate(self, prompts, images, num_generations, profiler):
+        assert num_generations == 1
+        self.asked += prompts
+        ids = [torch.randint(20, 60, (5,), generator=self.generator).tolist() for _ in prompts]
+        for prompt, own in zip(prompts, ids, strict=True):
+            logits = self.trainer.model(input_ids=torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+            logps = logits.log_softmax(-1).gather(1, torch.tensor(own)[:, None])
+            self.logprobs[str((prompt, own))] = logps.flatten().tolist()
+        given = [[[value] for value in self.logprobs[str(pair)]] for pair in zip(prompts, ids, strict=True)]
+        return prompts, ids, given, None
+
+
+def use_vllm(trainer, monkeypatch, engine=None):
     """Let a trainer that is complete sample from a stand-in for vLLM."""
+    engine = engine or VLLM(trainer)
     options = {"use_vllm": True, "vllm_mode": "server", "_last_loaded_step": -1, "vllm_generation": engine}
     names = ("correction", "mode", "clip_min", "clip_max")
     options |= {name: getattr(trainer.args, name, None) for name in map("vllm_importance_sampling_{}".format, names)}
     for name, value in options.items():
         monkeypatch.setattr(trainer, name, value, raising=False)
+    return engine

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kit import batches_of, have_same_weights, interrupt, logs_of, weights_of
+from peft import LoraConfig
 from rollout_helpers import first_turns, has_letter, length_of_text, make_conversations
 
 ROLLOUTS = {
@@ -24,6 +25,7 @@ COMBINATIONS = {
     "clipping": {"reward_clip_range": [0, 4], "reward_clip_quantiles": [0.1, 0.9], "scale_rewards": "batch"},
     "clipping totals": {"reward_clip_range": [0, 4], "reward_clip_quantiles": [0.1, 0.9], "reward_clip_on": "total"},
     "curriculum": {"curriculum": "online"},
+    "adapter": {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "beta": 0.1},
 }
 
 

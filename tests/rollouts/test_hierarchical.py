@@ -114,6 +114,7 @@ def test_rewards_see_the_implementation_and_may_see_the_plan(trained):
         return [float(len(text)) for text in plan]
 
     reward = as_reward(length_of_text) + 0.5 * as_reward(spy) + of_plan(Length("characters"))
+    reward += 10 * of_plan(Length()).named("tokens")
     trainer, batches = trained(reward_funcs=reward, max_steps=1)
     rows = trainer.seen[0][0]
     assert len(seen) == 12  # implementations alone
@@ -126,15 +127,8 @@ def test_rewards_see_the_implementation_and_may_see_the_plan(trained):
             assert raw[number].isnan()
         else:
             plan = text_of(rows[row.parent].completion)
-            assert raw[number] == pytest.approx(length_of_text([row.completion])[0] + 1.5 * len(plan), rel=1e-5)
-
-
-def test_tokens_of_a_plan_can_be_counted(trained):
-    trainer, batches = trained(reward_funcs=of_plan(Length()), max_steps=1)
-    rows = trainer.seen[0][0]
-    raw = batches[0].raw_rewards_per_func[:, 0]
-    lengths = [len(rows[row.parent].answers[0].ids) for row in rows if row.parent is not None]
-    assert raw[~raw.isnan()].tolist() == lengths
+            expected = length_of_text([row.completion])[0] + 1.5 * len(plan)
+            assert raw[number] == pytest.approx(expected + 10 * len(rows[row.parent].answers[0].ids), rel=1e-5)
 
 
 def test_what_is_logged(trained):

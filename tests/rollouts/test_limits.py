@@ -1,15 +1,14 @@
 """What does not fit: the limit of vLLM's server, metrics of rows without room, and seeds that make answers equal."""
 
+import contextlib
 import http.server
 import json
-import threading
 from types import SimpleNamespace
 
 import pytest
 import requests
-import torch
 from datasets import Dataset
-from kit import args_of, logs_of
+from kit import args_of, logs_of, serving
 from rollout_helpers import use_vllm, user
 
 from trl_grpo_ext.rollouts.limits import length_of_server, longest_conversation
@@ -18,32 +17,19 @@ from trl_grpo_ext.rollouts.limits import length_of_server, longest_conversation
 @pytest.fixture
 def serve():
     """Starts a stand-in for `vllm serve` that answers with a status and a body; gives a client of it."""
-    servers = []
+    with contextlib.ExitStack() as stack:
 
-    def start(body, status: int = 200):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                found = self.path == "/v1/models"
-                self.send_response(status if found else 404)
-                self.end_headers()
-                self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
+        def start(body, status: int = 200):
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(status if self.path == "/v1/models" else 404)
+                    self.end_headers()
+                    self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
 
-            def log_message(self, *args):
-                pass
+            server = stack.enter_context(serving(Handler))
+            return SimpleNamespace(base_url=server.url, session=requests.Session())
 
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return SimpleNamespace(base_url=f"http://127.0.0.1:{server.server_port}", session=requests.Session())
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_the_limit_of_a_server(serve):
-    assert length_of_server(serve({"data": [{"id": "tiny", "max_model_len": 256}]})) == 256
+        yield start
 
 
 def test_a_server_that_does_not_say_its_limit(serve, caplog):
@@ -78,26 +64,6 @@ def test_the_lowest_limit_counts(of_user, of_server, expected, serve, monkeypatc
     assert longest_conversation(trainer, of_user) == expected
 
 
-class TrueVLLM:
-    """Samples tokens at random, and tells the log-probabilities that the model gives them."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.generator = torch.Generator().manual_seed(0)
-
-    def sync_weights(self):
-        pass
-
-    def generate(self, prompts, images, num_generations, profiler):
-        ids = [torch.randint(20, 60, (5,), generator=self.generator).tolist() for _ in prompts]
-        return prompts, ids, [self.logprobs(*pair) for pair in zip(prompts, ids, strict=True)], None
-
-    @torch.no_grad()
-    def logprobs(self, prompt, ids):
-        logits = self.trainer.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).tolist()
-
-
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 @pytest.mark.parametrize(
     "options",
@@ -117,7 +83,7 @@ def test_rows_without_room_are_in_no_metric_of_sampling(options, mode, monkeypat
         options = {**options, "plan_template": "plan {prompt}", "implementation_template": "do it"}
     options = {**options, "num_generations": 2, "max_conversation_length": 112 if is_tree else 80, "max_steps": 3}
     trainer = make_trainer(dataset=dataset, vllm_importance_sampling_mode=mode, **options)
-    use_vllm(trainer, monkeypatch, TrueVLLM(trainer))
+    use_vllm(trainer, monkeypatch)
     trainer.train()
     scored = [answer.is_scored for rows, _ in trainer.seen for row in rows for answer in row.answers if not is_tree]
     assert is_tree or set(scored) == {False, True}

@@ -185,15 +185,21 @@ def can_be_tokenised_again(row, trainer) -> bool:
     return len(own) > 1 and own == [tokenizer(a.text)["input_ids"] for a in row.answers]
 
 
-def test_a_conversation_is_the_same_by_tokens_and_by_template(trained):
-    trainer = trained(history="independent", **OPTIONS)
+@pytest.mark.parametrize("closing", [None, "<|im_end|>", "<|im_end|>\n", "\n", ""])
+def test_a_conversation_is_the_same_by_tokens_and_by_template(closing, trained):
+    """Also in base models, whose end of text, here ~, is no token with which the template closes a turn."""
+    tokenizer = make_tokenizer()
+    if closing is not None:
+        tokenizer.eos_token = "~"
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", closing)
+    options = {**OPTIONS, "history": "independent"}
+    trainer = trained(model=make_model(tokenizer), processing_class=tokenizer, **options)
     compared = 0
     for row in (row for rows, _ in trainer.seen for row in rows if can_be_tokenised_again(row, trainer)):
-        messages = row.prompt + row.completion
-        rendered = trainer.processing_class.apply_chat_template(messages, tokenize=True, return_dict=False)
         ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
+        rendered = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=False)
         compared += 1
-        assert rendered[: len(ids)] == ids
+        assert rendered.startswith(tokenizer.decode([t for t in ids if closing is None or t != tokenizer.eos_token_id]))
     assert compared > 5
 
 
@@ -386,37 +392,21 @@ def test_a_prompt_that_leaves_no_room_is_not_answered(history, trained):
     assert all(entry["multi_turn/overflowed"] > 0 for entry in trainer.state.log_history[:2])
 
 
-class FakeVLLM:
-    """Answers like vLLM: one completion per prompt, with log-probabilities."""
-
-    def __init__(self):
-        self.prompts = []
-
-    def sync_weights(self):
-        pass
-
-    def generate(self, prompts, images, num_generations, profiler):
-        assert num_generations == 1
-        self.prompts += prompts
-        ids = [[20 + len(prompt) % 30, 40 + i % 30, 3] for i, prompt in enumerate(prompts)]
-        return prompts, ids, [[[-1.0], [-2.0], [-3.0]] for _ in prompts], None
-
-
 @pytest.mark.parametrize("history", ["shared", "independent"])
 def test_vllm_gets_one_prompt_per_answer_and_keeps_its_log_probabilities(history, monkeypatch, make_trainer):
     trainer = make_trainer(history=history, max_steps=1, **OPTIONS)
-    use_vllm(trainer, monkeypatch, FakeVLLM())
+    engine = use_vllm(trainer, monkeypatch)
     trainer.train()
     rows, output = trainer.seen[0]
-    asked = [
-        row.prompt_ids + [t for a in row.answers[:i] for t in a.glue_ids + a.ids] + answer.glue_ids
-        for row in rows
-        for i, answer in enumerate(row.answers)
-    ]
-    assert sorted(trainer.vllm_generation.prompts) == sorted(asked)
+    asked = []
     for row, logprobs in zip(rows, output["sampling_per_token_logps"].tolist(), strict=True):
-        expected = [value for a in row.answers for value in [0.0] * len(a.glue_ids) + [-1.0, -2.0, -3.0]]
-        assert logprobs[: len(expected)] == expected
+        ids, expected = list(row.prompt_ids), []
+        for answer in row.answers:
+            asked.append(ids + answer.glue_ids)
+            ids += answer.glue_ids + answer.ids
+            expected += [0.0] * len(answer.glue_ids) + engine.logprobs[str((asked[-1], answer.ids))]
+        assert logprobs[: len(expected)] == pytest.approx(expected)
+    assert sorted(engine.asked) == sorted(asked)
 
 
 # Combinations
@@ -428,15 +418,6 @@ def test_adaptive_group_size_gives_uncertain_conversations_more_rows(trained):
     sizes = [batch.group_sizes[:4].tolist() for batch in batches_of(trainer)]
     assert any(len(set(batch)) > 1 for batch in sizes[1:])
     assert all(int((batch.turns == 0).sum()) == 16 for batch in batches_of(trainer))
-
-
-def test_peft(trained):
-    from peft import LoraConfig
-
-    lora = LoraConfig(r=4, target_modules="all-linear")
-    options = {**OPTIONS, "history": "independent", "beta": 0.1, "per_device_train_batch_size": 8}
-    trainer = trained(peft_config=lora, **options)
-    assert any(value.abs().sum() > 0 for key, value in trainer.model.named_parameters() if "lora_B" in key)
 
 
 @pytest.mark.parametrize("options", [{}, {"rollout": "multi_turn", **OPTIONS}])
@@ -549,30 +530,6 @@ def test_rows_without_what_is_said_later_are_refused(make_trainer):
     rows = [{"prompt": [user("a"), {"role": "assistant", "content": ""}, user("b")]}] * 12  # nothing is lost
     options = {**OPTIONS, "turn_columns": [], "dataset": Dataset.from_list(rows)}
     make_trainer(remove_unused_columns=True, **options)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(make_trainer):
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template
-    with pytest.raises(ValueError, match="writes earlier turns differently"):
-        make_trainer(processing_class=tokenizer, **OPTIONS)
-
-
-@pytest.mark.parametrize("closing", ["<|im_end|>", "<|im_end|>\n", "\n", ""])
-def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_an_answer(closing, trained):
-    """As in base models, whose end of text is another token than the end of a turn of their template."""
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = "~"
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", closing)
-    options = {**OPTIONS, "history": "independent", "max_steps": 2}
-    trainer = trained(model=make_model(tokenizer), processing_class=tokenizer, **options)
-    compared = 0
-    for row in (row for rows, _ in trainer.seen for row in rows if can_be_tokenised_again(row, trainer)):
-        ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
-        rendered = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=False)
-        compared += 1
-        assert rendered.startswith(tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id]))
-    assert compared > 5
 
 
 def test_an_answer_that_ends_with_another_token_is_closed_too(make_trainer):

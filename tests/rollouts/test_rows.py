@@ -67,7 +67,11 @@ def test_trees_that_a_transform_makes(trained):
         ({}, lambda c: {"messages": asked(c)["prompt"]}, r"'prompt', and row 0 of train_dataset has only \['messages'"),
         ({}, lambda c: {"prompt": c["question"]}, "needs conversational prompts, and that of row 0 of train_dataset"),
         (TREE, turned, "Row 1 of the training dataset has 2 turns: a plan is made for prompts of one turn"),
-        (TREE, lambda c: {**asked(c), "plan": c["level"]}, r"The columns \['plan'\] of the training dataset would be"),
+        (
+            TREE,
+            lambda c: {**asked(c), "plan": c["level"], "turn": c["level"]},
+            r"The columns \['plan', 'turn'\] of the training dataset would be replaced .*: rename them",
+        ),
         (
             TREE,
             lambda c: {"messages": asked(c)["prompt"]},
