@@ -253,6 +253,17 @@ def test_old_checkpoints_go_first_those_that_are_not_complete_then_by_step(tmp_p
     assert set(others[: len(folders) - len(left)]) == set(folders) - left
 
 
+@pytest.mark.parametrize("ages", [(3, 2, 1, 0), (0, 0, 0, 0), (1, 3, 0, 2)])
+def test_a_copied_run_loses_its_lowest_steps(tmp_path, ages):
+    folders = [tmp_path / f"checkpoint-{step}" for step in (9, 10, 11, 100)]
+    for age, folder in zip(ages, folders, strict=True):
+        begin(folder)
+        complete(folder)
+        os.utime(folder, (age, age))
+    delete_old(folders[-1], 2, None)
+    assert checkpoints_in(tmp_path) == [folders[3], folders[2]]
+
+
 # --- a real trainer ---------------------------------------------------------------------------------------------------
 
 
