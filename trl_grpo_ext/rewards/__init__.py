@@ -7,7 +7,7 @@ reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
 - `algebra`: [`Reward`], its leaves and composites, [`as_reward`]. `ops`: the operators. `schedules`: changing weights.
 - `trees`: the rows of a composite. `naming`: names and `repr`.
 - `scoring`: one call of a leaf. `guards`, `processes`: leaves that are slow or fail. `errors`: what the messages say.
-- `text`, `turns`, `judge`: ready rewards. `models`: how a classifier is loaded and asked.
+- `text`, `turns`, `judge`: ready rewards. `tasks`: a reward for each task. `models`: how a classifier is asked.
 
 A reward function needs no class: pass it to [`as_reward`]. To add a ready reward, write a [`~algebra.Leaf`] with a
 `score` method, as in `text.py`. To add an operator, see `ops.py`. Both join the conformance test by one line.
@@ -17,6 +17,7 @@ from .algebra import Reward, RewardModel, as_reward, maximum, minimum
 from .errors import RewardError
 from .judge import Judge, Rubric
 from .schedules import constant, cosine, linear, piecewise
+from .tasks import by_task
 from .text import Harmlessness, Length, OverLength, Relevance
 from .turns import at_end, of_plan
 
@@ -32,6 +33,7 @@ __all__ = [
     "Rubric",
     "as_reward",
     "at_end",
+    "by_task",
     "constant",
     "cosine",
     "linear",
