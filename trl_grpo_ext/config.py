@@ -30,6 +30,9 @@ ALARMS = (
     "dead_reward",
     "advantage_bias",
     "nothing_trained",
+    "flat_task",
+    "falling_task",
+    "truncated_task",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 

@@ -222,7 +222,9 @@ class TaskAdvantagesCallback(GRPOCallback):
         assert self.predictor is not None
         of_prompts, _, _ = batch.group_stats()
         of_group = torch.zeros(batch.num_groups, dtype=torch.long).scatter(0, batch.group_ids, tasks)
-        explained = explained_variance(of_prompts.new_zeros(batch.num_groups).scatter(0, batch.group_ids, guess), of_prompts)
+        explained = explained_variance(
+            of_prompts.new_zeros(batch.num_groups).scatter(0, batch.group_ids, guess), of_prompts
+        )
         if explained is not None:
             batch.metrics["baseline/explained_variance"] = explained
         after = Moments(self.forget)
