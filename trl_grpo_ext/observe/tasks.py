@@ -1,17 +1,21 @@
 """The metrics of each task, which the metrics of the whole run hide."""
 
+import logging
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..config import AdaptiveGRPOConfig
 from ..hooks.callback import GRPOCallback
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..hooks.segments import group_mean_std, total_rewards
 from ..plan.tasks import read_tasks, said_instead
 from ..rewards.tasks import routes_of
+
+logger = logging.getLogger(__name__)
 
 
 class TaskCallback(GRPOCallback):
@@ -36,13 +40,18 @@ class TaskCallback(GRPOCallback):
     def __init__(self, column: str):
         self.task_column = column
 
-    def on_setup(self, trainer: HookedTrainer, **kwargs: Any) -> None:
+    def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         column, dataset = str(self.task_column), trainer.train_dataset
         self._trainer = trainer
-        if trainer.args.remove_unused_columns:
+        if args.remove_unused_columns:
             raise ValueError(
                 f"remove_unused_columns=True takes the column {column!r} out of the rows, of which task_column reads "
                 "the tasks: set it to False, as TRL does"
+            )
+        if args.baseline in ("batch", "predicted", "shrunk") and not args.task_advantages:
+            logger.warning(
+                f"baseline={args.baseline!r} compares rewards of different tasks with each other: set "
+                "task_advantages=True, or the task with the smallest rewards may not be learnt"
             )
         if not isinstance(dataset, Dataset):
             return

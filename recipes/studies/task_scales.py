@@ -1,8 +1,8 @@
 """
 Two tasks whose rewards differ in level and scale: trained together, and each alone with the same rollouts for each.
 
-    python recipes/studies/two_tasks.py            # 2 pools, 3 seeds
-    python recipes/studies/two_tasks.py --smoke    # only to see that it runs
+    python recipes/studies/task_scales.py            # 2 pools, 3 seeds
+    python recipes/studies/task_scales.py --smoke    # only to see that it runs
 
 The tiny model of `skills.py` is warm-started once per seed, by supervision, and half knows two ciphers. `exact` (prompt
 `T abcd=`) earns 1 for the right word and 0 for any other. `graded` (prompts `G abcd=`) earns 5 for each right letter,
@@ -65,7 +65,7 @@ class Options:
     warm_start: int = field(default=350, metadata={"help": "Steps of supervised training."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Which methods."})
     pools: list[str] = field(default_factory=lambda: list(POOLS), metadata={"help": "Which pools."})
-    output_dir: str = field(default="runs/two_tasks", metadata={"help": "Where the results go."})
+    output_dir: str = field(default="runs/task_scales", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed and a budget of 2 steps for each task."})
 
     def __post_init__(self) -> None:
