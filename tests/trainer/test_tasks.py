@@ -142,7 +142,7 @@ def train_a_broken_stream(model_path, out) -> str:
     """One process has rows without a task: that counts as on any other."""
     rows = [{"prompt": f"say {a}", "answer": a, "task": "m" if a < "c" else None} for a in "abcd"]
     stream = IterableDataset.from_generator(lambda: (row for _ in range(20) for row in rows))
-    options = {"per_device_train_batch_size": 8, "accelerator_config": {"dispatch_batches": False}}
+    options = {"per_device_train_batch_size": 8, "shuffle_dataset": False}
     trainer = trained(model_path, f"{out}/stream", dataset=stream, max_steps=1, **options, **TASKS)
     return logs_of(trainer)[0]["tasks/missing"]
 

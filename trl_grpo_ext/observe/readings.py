@@ -11,6 +11,7 @@ Logs = Mapping[str, Any]
 FIRST = 10  # logs that make up the start of a run, for what is compared with the start
 RECENT = 20  # logs before the current one, for what is compared with the recent past
 MOVES = 6  # values that are kept of a metric's way to where it rests
+HIDDEN = 0.2  # by how much a share of a task is worse than that of the run, where the mean hides it
 REST = 5  # logs with one and the same value after which a metric that never had another counts as constant
 
 
@@ -306,7 +307,7 @@ def hidden_level(metric: str, of_all: str, sign: float = 1.0, window: int = 8) -
         metric (`str`):
             Metric of a task, a share from 0 to 1.
         of_all (`str`):
-            The same metric of the whole run. Where it is as bad as that of the task, nothing is hidden.
+            The same metric of the whole run. Where it is less than 0.2 better than that of the task, nothing is hidden.
         sign (`float`, *optional*, defaults to `1.0`):
             `-1.0` where a small share is bad. Then 1 stands for a share of 0.
         window (`int`, *optional*, defaults to `8`):
@@ -327,8 +328,7 @@ def hidden_level(metric: str, of_all: str, sign: float = 1.0, window: int = 8) -
                 continue
             own, whole = ill(values), ill(everything)
             told = f"{name} is {fmean(values[-window:]):.3g} over {window} logs, where {of_all} is "
-            # Half way between the run and the worst there can be: what is further off, the mean hides.
-            value = own if own > (1 + whole) / 2 else 0.0
+            value = own if own - whole >= HIDDEN else 0.0
             if worst is None or value > worst.value:
                 worst = Reading(value, f"task {task!r}: {told}{fmean(everything[-window:]):.3g}")
         return worst
