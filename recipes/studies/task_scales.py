@@ -207,7 +207,8 @@ def main(options: Options) -> None:
             append(folder / "results.csv", {"pool": pool, "method": "start", "seed": seed, **start, "seconds": 0.0})
             for method in options.methods:
                 parts = [[task] for task in SHIFTS] if method == ALONE else [POOLS[pool]]
-                found, seconds = {}, 0.0
+                found: dict[str, float] = {}
+                seconds = 0.0
                 for tasks in parts:
                     pooled = [example for task in tasks for example in examples[task]]
                     budget = len(tasks) * options.rollouts

@@ -97,7 +97,7 @@ def metrics_of_tasks(batch: RolloutBatch, rewards: Tensor, lengths: Tensor, is_c
     tasks, names = batch.tasks, batch.task_names
     everywhere = torch.where(tasks < 0, len(names), tasks)  # rows that name no task are a last one
     mean, std, count = group_mean_std(rewards, everywhere, len(names) + 1)
-    found = {}
+    found: dict[str, float] = {}
     for position, name in enumerate(names):
         own = tasks == position
         values = {
