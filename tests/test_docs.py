@@ -329,7 +329,7 @@ def test_the_readme_has_claim_and_commands_on_its_first_screen():
 
 def test_every_option_of_the_recipes_is_documented():
     names = {field.name for field in dataclasses.fields(DataArguments)}
-    for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical"):
+    for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical", "two_tasks"):
         source = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8"))
         (arguments,) = [node for node in source.body if isinstance(node, ast.ClassDef)]
         names |= {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}

@@ -91,6 +91,11 @@ def test_the_command_line_imports_what_is_light_before_a_command_is_given():
     assert imports_of(source, "__main__", False, set(modules())) == {"host.nearest"}
 
 
+def test_no_module_of_the_rewards_is_long():
+    paths = [path for name, path in modules().items() if name.startswith("rewards")]
+    assert all(len(path.read_text(encoding="utf-8").splitlines()) <= 400 for path in paths)
+
+
 def test_imports_point_to_earlier_rooms():
     assert upward(arrows()) == []
 

@@ -7,13 +7,16 @@ if TYPE_CHECKING:
     from .config import AdaptiveGRPOConfig
     from .credit.baselines import BaselineCallback
     from .credit.critic import CriticBaseline
+    from .credit.tasks import TaskAdvantagesCallback
     from .hooks import GRPOCallback, RolloutBatch
     from .observe.evaluation import HeldOutCallback
     from .observe.kl import AdaptiveKLCallback
     from .observe.monitor import MonitorCallback
+    from .observe.tasks import TaskCallback
     from .plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
     from .plan.group_size import SingleGroupSizeCallback, ThresholdGroupSizeCallback, VarianceGroupSizeCallback
     from .plan.predicted import PredictedCurriculumCallback
+    from .plan.tasks import TaskMixingCallback
     from .rollouts import HierarchicalCallback, MultiTurnCallback
     from .shape.clipping import RewardClipCallback
     from .shape.resampling import DynamicSamplingCallback
@@ -40,6 +43,9 @@ __all__ = [
     "SingleGroupSizeCallback",
     "StagedCurriculumCallback",
     "TargetCurriculumCallback",
+    "TaskAdvantagesCallback",
+    "TaskCallback",
+    "TaskMixingCallback",
     "ThresholdGroupSizeCallback",
     "VarianceGroupSizeCallback",
 ]
@@ -51,14 +57,17 @@ _MODULES = {
     "plan.curriculum": ["OnlineCurriculumCallback", "StagedCurriculumCallback", "TargetCurriculumCallback"],
     "plan.group_size": ["SingleGroupSizeCallback", "ThresholdGroupSizeCallback", "VarianceGroupSizeCallback"],
     "plan.predicted": ["PredictedCurriculumCallback"],
+    "plan.tasks": ["TaskMixingCallback"],
     "rollouts": ["HierarchicalCallback", "MultiTurnCallback"],
     "shape.clipping": ["RewardClipCallback"],
     "shape.resampling": ["DynamicSamplingCallback"],
     "credit.baselines": ["BaselineCallback"],
     "credit.critic": ["CriticBaseline"],
     "observe.evaluation": ["HeldOutCallback"],
+    "credit.tasks": ["TaskAdvantagesCallback"],
     "observe.kl": ["AdaptiveKLCallback"],
     "observe.monitor": ["MonitorCallback"],
+    "observe.tasks": ["TaskCallback"],
     "trainer.adaptive": ["AdaptiveGRPOTrainer"],
 }
 

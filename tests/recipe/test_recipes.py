@@ -69,7 +69,9 @@ def answers(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-@pytest.mark.parametrize("name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical"])
+@pytest.mark.parametrize(
+    "name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical", "two_tasks"]
+)
 def test_configs_parse(name, monkeypatch):
     module = recipe(name, monkeypatch)
     (arguments,) = [
@@ -142,6 +144,7 @@ TINY += ["--num_generations", "4", "--disable_tqdm", "true"]
             ["relevance", "declined", "answered", "harmlessness", "length"],
         ),
         ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right"]),
+        ("two_tasks", [], ["correct_of_math", "length_of_math", "relevance_of_chat", "length_of_chat"]),
         (
             "hierarchical",
             ["--max_test_prompts", "3", "--per_device_train_batch_size", "12", "--num_generations", "2"],

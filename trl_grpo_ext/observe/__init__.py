@@ -9,6 +9,7 @@ Modules, in the order in which they build on each other:
   together; `kl`: adaptive beta, which needs no alarm.
 - `paired`: gains with their noise, pass@k; `held_out`: answers to held-out prompts and their scores; `measures`: which
   metrics, under which names; `tables`: for trackers; `evaluation`: the callback that brings these together.
+- `tasks`: the metrics of each task, where a run has several.
 - `report`: a run as a page of HTML; `live`: a run in the terminal.
 
 To add an alarm, write a measure in `readings` (or take one), give it a line in `RULES` and one in `ADVICE` of `alarms`,

@@ -42,7 +42,7 @@ class HeldOutCallback(GRPOCallback):
     Args:
         metrics (`Sequence` or `Mapping[str, Any]`, *optional*):
             What else to measure: reward functions, rewards, or texts that stand for one, as
-            [`~trl_grpo_ext.rewards.written.reward_of_text`] reads them. A mapping gives each a name.
+            [`~trl_grpo_ext.rewards.parse_reward`] reads them. A mapping gives each a name.
         num_samples (`int`, *optional*, defaults to `1`):
             Answers to each prompt.
         temperature (`float`, *optional*):

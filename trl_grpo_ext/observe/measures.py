@@ -8,9 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..rewards import Reward, as_reward
+from ..rewards import Reward, as_reward, parse_reward
 from ..rewards.algebra import Leaf
-from ..rewards.written import reward_of_text
+from ..rewards.parsing import import_reward
 from .held_out import TOTAL, HeldOut
 from .paired import FEW_PROMPTS, Difference, pass_at_k
 
@@ -46,9 +46,9 @@ def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Leaf] =
             continue
         try:
             is_part = isinstance(entry, str) and entry in known
-            metric: Any = (
-                known[entry] if is_part else reward_of_text(entry) if isinstance(entry, str) else as_reward(entry)
-            )
+            metric: Any = known[entry] if is_part else entry
+            if not is_part:
+                metric = parse_reward(entry, import_reward) if isinstance(entry, str) else as_reward(entry)
         except (TypeError, ValueError) as error:
             near = difflib.get_close_matches(str(entry), [REWARD, *known], 1)
             hint = f"; or did you mean {near[0]!r}, which the training rewards?" if near else ""

@@ -16,6 +16,7 @@ from ..hooks.records import Answer, RolloutPlan, RolloutSequence
 from ..host.calls import SIBLINGS, own_copy, siblings_of
 from ..host.processes import fail, gather_rewards, gather_values, together
 from ..host.seams import drop_pending_logs, pending_columns, plain_rewards
+from ..plan.tasks import tasks_of
 from ..rewards import Reward
 from ..rewards.text import text_of
 from .answers import AnswerIndex, answer_of_token, as_rollout_output, layout_of
@@ -76,7 +77,36 @@ class Rollout:
             "rows": rows,
             "turns": torch.zeros_like(group_ids),
             "parents": torch.full_like(group_ids, -1),
+            **self.tasks(rows),
         }
+
+    def tasks(self, rows: list[Row]) -> dict[str, Any]:
+        """Fields of the batch that say which task each completion has, where a callback reads them."""
+        columns = {c.task_column for c in self.trainer.grpo_callbacks if c.task_column is not None}
+        if not columns:
+            return {}
+        if len(columns) > 1:
+            raise ValueError(f"Callbacks read tasks from the columns {sorted(columns)}: let all of them read one")
+        of_all = [name for own in gather_values(tasks_of(rows, columns.pop())) for name in own]
+        names = sorted({name for name in of_all if name is not None})
+        place = {name: position for position, name in enumerate(names)}
+        return {"task_names": names, "tasks": torch.tensor([-1 if n is None else place[n] for n in of_all])}
+
+    def endings(self, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        Tokens that were written `(N,)`, and whether the limit cut the completion off `(N,)`, as TRL counts both.
+
+        `tokens` are this process's sequences, as in `RolloutBatch.tokens`.
+        """
+        ids, mask = tokens["completion_ids"], tokens["completion_mask"]
+        pad = self.trainer.tokenizer.pad_token_id
+        # A mask of zeros is that of a completion that mask_truncated_completions leaves out; its ids are still there.
+        place = torch.arange(1, ids.size(1) + 1, device=ids.device)
+        lengths = (place * torch.where(mask.sum(1, keepdim=True) > 0, mask > 0, ids != pad)).amax(1)
+        last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+        ends = torch.tensor([*self.trainer.eos_token_ids, pad], device=ids.device)
+        gathered = self.accelerator.gather(torch.stack([lengths, (~torch.isin(last, ends)).long()], dim=1)).cpu()
+        return gathered[:, 0], gathered[:, 1].bool()
 
     def lengths(self, loss_mask: Tensor) -> Tensor:
         """Tokens `(N,)` of each completion that are trained on, given the mask `(B, T)` of this process's sequences."""
@@ -241,7 +271,13 @@ class CallbackRollout(Rollout):
             "rows": [own_copy(rows[number]) for number, _ in self._numbered],
             "turns": self.index.turns,
             "parents": self.index.parents,
+            **self.tasks([rows[number] for number, _ in self._numbered]),
         }
+
+    def endings(self, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ends = {*self.trainer.eos_token_ids, self.trainer.tokenizer.pad_token_id}
+        cut = [answer.ids[-1] not in ends for _, answer in self._numbered]
+        return self.index.lengths, torch.tensor([flag for own in gather_values(cut) for flag in own])
 
     def lengths(self, loss_mask: Tensor) -> Tensor:
         is_trained: Tensor = self.accelerator.gather(loss_mask.sum(1) > 0).cpu()

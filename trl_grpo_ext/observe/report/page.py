@@ -16,6 +16,7 @@ from .held_out import MAX_ANSWERS, answers_of, table_of
 from .pictures import write_pngs
 from .reader import Run, read_run
 from .summary import compare_configurations, configuration, headline, shown
+from .tasks import HEADS, task_table
 
 MAX_COMPLETIONS = 2000
 MAX_ALARMS = 200  # in the table
@@ -93,6 +94,7 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
                 "folder": str(run.folder),
                 "headline": headline(run),
                 "notes": run.notes,
+                "tasks": task_table(run),
                 "alarms": run.alarms[-MAX_ALARMS:][::-1],
                 "alarms_left_out": max(0, len(run.alarms) - MAX_ALARMS),
                 "held_out": held_out_of(run),
@@ -108,6 +110,7 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
             }
         )
     return {
+        "task_heads": HEADS,
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         "runs": shown_runs,
         "axes": [dataclasses.asdict(axis) for axis in axes],

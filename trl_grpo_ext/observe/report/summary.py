@@ -67,7 +67,8 @@ def _variance(values: list[float]) -> float:
     return sum(gap * gap for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
 
 
-def _direction(difference: float, error: float) -> str:
+def direction_of(difference: float, error: float) -> str:
+    """`"up"`, `"down"`, or `"flat"` for a difference within its noise."""
     if not abs(difference) > max(NOISE * error, 1e-12):  # NaN too, of differences beyond what a float can hold
         return "flat"
     return "up" if difference > 0 else "down"
@@ -138,8 +139,8 @@ def _training_verdict(run: Run) -> tuple[str, str]:
     if len(rewards) < 4:
         return "neutral", f"Too early to say: {len(rewards)} logs with a reward."
     first, last, error = change(rewards)
-    overall = _direction(last - first, error)
-    trend = _direction(*slope(rewards[-max(4, len(rewards) // 3) :]))
+    overall = direction_of(last - first, error)
+    trend = direction_of(*slope(rewards[-max(4, len(rewards) // 3) :]))
     lately = {"up": "still rising", "flat": "level", "down": "falling"}[trend] + " over the last third"
     numbers = f"from {number(first)} to {number(last)}"
     if overall == "up":
