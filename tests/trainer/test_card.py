@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from trl_grpo_ext import HeldOutCallback
 from trl_grpo_ext.observe.held_out import HeldOut
-from trl_grpo_ext.recipe.script import call_base_model
+from trl_grpo_ext.recipe.script import set_base_model
 from trl_grpo_ext.rewards import Length, as_reward
 from trl_grpo_ext.trainer import card
 
@@ -57,6 +57,11 @@ def test_the_command_names_no_folder_of_this_machine_and_no_secret(arguments, sh
     assert card.command_section(arguments) == (f"```bash\n{shown}\n```" if shown else "")
 
 
+def test_a_local_base_model_has_no_address():
+    text = card.completed("This is [None](https://huggingface.co/None).", {}, "m", None, None)
+    assert text.startswith("This is a model in a local folder.")
+
+
 def test_quotes_in_a_question_stay_python():
     asked = 'Say "hi" \\ to\nme'
     text = card.completed('question = "old"\n### Framework versions\n', {}, "m", asked, None)
@@ -72,7 +77,7 @@ def trained(model_path, dataset, tmp_path):
         eval_dataset=dataset.select(range(5)), peft_config=LoraConfig(r=2, target_modules="all-linear"),
     )  # fmt: skip
     trainer.train()
-    call_base_model(trainer, "org/base")
+    set_base_model(trainer, "org/base")
     return trainer
 
 

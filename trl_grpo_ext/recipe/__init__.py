@@ -15,7 +15,7 @@ A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`]
 from ..host.sources import resolve_model
 from .datasets import load_prompts
 from .evaluation import print_comparison
-from .script import DataArguments, finish, init_kwargs, make_trainer, parse_arguments, train_and_compare
+from .script import DataArguments, finish, init_kwargs, make_trainer, parse_arguments, set_base_model, train_and_compare
 
 __all__ = [
     "DataArguments",
@@ -26,5 +26,6 @@ __all__ = [
     "parse_arguments",
     "print_comparison",
     "resolve_model",
+    "set_base_model",
     "train_and_compare",
 ]

@@ -196,7 +196,7 @@ def make_trainer(
         peft_config=get_peft_config(model_args),
     )
     if source.path != model_args.model_name_or_path:
-        call_base_model(trainer, model_args.model_name_or_path)
+        set_base_model(trainer, model_args.model_name_or_path)
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveCallback)
     train = prompts["train"]
@@ -207,7 +207,7 @@ def make_trainer(
     return trainer
 
 
-def call_base_model(trainer: AdaptiveGRPOTrainer, name: str) -> None:
+def set_base_model(trainer: AdaptiveGRPOTrainer, name: str) -> None:
     """Say of which model on the hub the weights are a copy, so that an adapter or a card names no folder of here."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config._name_or_path = name

@@ -58,6 +58,7 @@ def completed(card: str, sections: dict[str, str], name: str, question: str | No
     own = "".join(f"### {title}\n\n{text}\n\n" for title, text in sections.items() if text)
     before, mark, after = card.partition("### Framework versions")
     card = before + own + mark + after if mark else f"{card}\n\n{own}"
+    card = card.replace("[None](https://huggingface.co/None)", "a model in a local folder")
     card = card.replace('model="None"', f"model={json.dumps(name)}")
     if question is not None:
         asked = f"question = {json.dumps(question, ensure_ascii=False)}"
