@@ -33,6 +33,7 @@ from trl import GRPOTrainer, ModelConfig, TrlParser
 
 from ..config import AdaptiveGRPOConfig
 from ..hooks import GRPOCallback, RolloutBatch
+from ..host.engine import engine_for_cpu, one_engine
 from ..host.processes import leave
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .tiny import tiny_model, tiny_tokenizer
@@ -192,8 +193,9 @@ def run(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> 
     """Run the checks, and return the exit code: 1 where one failed."""
     logging.disable_progress_bar()
     check = Check(options, args, model_args)
-    for name in options.checks:
-        getattr(check, name)()
+    with engine_for_cpu(args), one_engine():
+        for name in options.checks:
+            getattr(check, name)()
     if check.is_main:
         print(f"{check.failed} failed" if check.failed else "all ok")
     leave()
@@ -218,6 +220,7 @@ def main(flags: Sequence[str] | None = None) -> int:
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        vllm_gpu_memory_utilization=0.3 if torch.cuda.is_available() else 0.1,
     )
     return run(*parser.parse_args_and_config(flags))
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import AdaptiveGRPOConfig
+from ..host.engine import engine_for_cpu
 from ..host.processes import leave
 from ..host.sources import resolve_model
 from ..observe.live import LiveCallback
@@ -98,8 +99,10 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
             The recipe's arguments, [`AdaptiveGRPOConfig`] and [`~trl.ModelConfig`].
     """
     parser = TrlParser((arguments, AdaptiveGRPOConfig, ModelConfig))
-    # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
-    parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        # TRL trains in bfloat16 by default, which most CPUs only emulate; there is no memory to pin; and the share of
+        # vLLM is one of the machine's memory.
+        parser.set_defaults_with_config(bf16=False, dataloader_pin_memory=False, vllm_gpu_memory_utilization=0.1)
     # One view, that of the training; transformers warns about its own deprecations.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -192,14 +195,15 @@ def make_trainer(
     whole = as_one_reward(rewards, training_args.reward_weights)
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-    trainer = AdaptiveGRPOTrainer(
-        model=source.path,
-        reward_funcs=rewards,
-        args=training_args,
-        train_dataset=prompts["train"],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with engine_for_cpu(training_args):
+        trainer = AdaptiveGRPOTrainer(
+            model=source.path,
+            reward_funcs=rewards,
+            args=training_args,
+            train_dataset=prompts["train"],
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveCallback)
     train = prompts["train"]
