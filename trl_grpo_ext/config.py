@@ -29,6 +29,9 @@ ALARMS = (
     "dead_reward",
     "advantage_bias",
     "nothing_trained",
+    "sampling_mismatch",
+    "sampling_ratios",
+    "stale_engine",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 

@@ -1,10 +1,10 @@
 """
 How often is an alarm wrong, and how often is an illness missed? Counted on hundreds of simulated runs.
 
-    python recipes/studies/alarm_rates.py            # 900 runs of 120 logs, half a minute
+    python recipes/studies/alarm_rates.py            # 1080 runs of 120 logs, half a minute
     python recipes/studies/alarm_rates.py --runs 5   # only to see that it runs
 
-Healthy runs come in nine shapes, each of which has something that looks like an illness: a component that is met ever
+Healthy runs come in ten shapes, each of which has something that looks like an illness: a component that is met ever
 more often until it is always met, gradient norms with heavy tails, answers that get shorter or longer. A sick run is a
 healthy one that falls ill on the way. A share of healthy runs in which an alarm is raised is its false-alarm rate; the
 share of sick runs in which the right alarm is raised is its detection rate. Both tables go to `output_dir`.
@@ -70,6 +70,18 @@ def learning(rng: Generator) -> Series:
         "advantage/abs_mean": rng.uniform(0.5, 0.8, n),
         "clip_ratio/region_mean": rng.uniform(0, 0.05, n),
         "updates/without_effect": np.zeros(n),
+        **sampled_by_vllm(rng.spawn(1)[0]),
+    }
+
+
+def sampled_by_vllm(rng: Generator) -> Series:
+    """Log-probabilities of an engine in half precision: they differ a little, by more as the policy sharpens."""
+    level = np.exp(rng.normal(np.log(0.01), 0.5))
+    return {
+        "sampling/sampling_logp_difference/mean": level
+        * rise(rng, 1, rng.uniform(0.7, 2))
+        * np.exp(rng.normal(0, rng.uniform(0.05, 0.3), STEPS)),
+        "sampling/importance_sampling_ratio/mean": 1 - rng.uniform(0, 0.2) + rng.normal(0, 0.05, STEPS),
     }
 
 
@@ -164,6 +176,14 @@ def groups_of_one(rng: Generator) -> Series:
     return run
 
 
+def dropout(rng: Generator) -> Series:
+    """An adapter with dropout, which vLLM does not have: they differ from the first update on, and by more until late."""
+    run = learning(rng)
+    grown = rng.uniform(0.005, 0.03) * (1 - np.exp(-np.arange(STEPS) / rng.uniform(5, 60)))
+    run["sampling/sampling_logp_difference/mean"] = 1e-5 + grown * np.exp(rng.normal(0, 0.2, STEPS))
+    return run
+
+
 HEALTHY: dict[str, Callable[[Generator], Series]] = {
     "learning": learning,
     "components that saturate": saturating,
@@ -174,6 +194,7 @@ HEALTHY: dict[str, Callable[[Generator], Series]] = {
     "curriculum": curriculum,
     "small batches": small_batches,
     "groups of one": groups_of_one,
+    "dropout": dropout,
 }
 
 # Sick runs: the metrics from the log on at which the illness begins. `t` counts logs since then.
@@ -213,6 +234,18 @@ def dying(rng: Generator, run: Series, t: Array) -> Series:
     return {"rewards/new/mean": np.full(len(t), 0.0 if kind == 1 else rng.uniform(0.1, 40))}
 
 
+def stale(rng: Generator, run: Series, t: Array) -> Series:
+    """What vLLM samples is the policy's of long ago, from which the policy moves away, fast first."""
+    gap = rng.uniform(0.08, 0.6) * (t + 1) ** rng.uniform(0.5, 1) / STEPS ** rng.uniform(0.5, 0.7)
+    return {"sampling/sampling_logp_difference/mean": gap * np.exp(rng.normal(0, rng.uniform(0.05, 0.2), len(t)))}
+
+
+def cut(rng: Generator, run: Series, t: Array) -> Series:
+    """Ratios that are masked beyond their cap, or stay at it."""
+    ratio = rng.uniform(0, 0.4) if rng.random() < 0.7 else rng.uniform(1.7, 3)
+    return {"sampling/importance_sampling_ratio/mean": np.maximum(0, ratio + rng.normal(0, 0.03, len(t)))}
+
+
 SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "all_correct": lambda rng, run, t: {"rollouts/flat_high": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
     "all_wrong": lambda rng, run, t: {"rollouts/flat_low": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
@@ -228,6 +261,11 @@ SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "dead_reward": dying,
     "advantage_bias": lambda rng, run, t: {"advantage/mean": rng.choice([-1, 1]) * rng.uniform(0.1, 0.4, len(t))},
     "nothing_trained": lambda rng, run, t: {"updates/without_effect": np.arange(1, len(t) + 1) * 1.0},
+    "sampling_mismatch": lambda rng, run, t: {
+        "sampling/sampling_logp_difference/mean": rng.uniform(0.15, 3) * np.exp(rng.normal(0, 0.1, len(t)))
+    },
+    "sampling_ratios": cut,
+    "stale_engine": stale,
 }
 
 

@@ -10,6 +10,7 @@ A negative control asks the same with every row behind another row's prompt: the
 as few, the questions see nothing.
 """
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from kit import config_kwargs, make_tokenizer, text_of
+from gloo_transfer import use_gloo
+from kit import args_of, config_kwargs, make_tokenizer, text_of
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl.chat_template_utils import qwen3_chat_template
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.config import EFFICIENT, EFFICIENT_LONG_PROMPTS
+from trl_grpo_ext.host.engine import engine_for_cpu, one_engine
 from trl_grpo_ext.recipe.tiny import tiny_model
 
 CLOSE = 2e-3  # nats: what float32 in two implementations may differ by
@@ -306,3 +309,32 @@ def check(name: str, asked: list[Asked], is_greedy: bool) -> None:
     else:
         assert max(one.gap for one in asked) < CLOSE
         assert sum(one.control_far for one in asked) > tokens / 3
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def of_server(port: int) -> dict[str, Any]:
+    """The options of a trainer whose vLLM is a server; its weights go through a group of its own."""
+    options = {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
+    return {**options, "vllm_server_timeout": 60.0, "vllm_group_port": free_port()}
+
+
+def train_on_a_process(
+    path: str, out: str, names: list[str], server: int | None = None
+) -> dict[str, list[list[Asked]]]:
+    """Called on each process: a list of what was asked for each feature, of the sampled run and of the greedy one."""
+    if server is not None:
+        use_gloo()
+    found: dict[str, list[list[Asked]]] = {}
+    with engine_for_cpu(args_of(use_vllm=True)), one_engine():
+        for name in names:
+            # A conversation of three turns, four times, lies on one process.
+            options = {"per_device_train_batch_size": 12 if "multi_turn" in name else 8}
+            options |= {} if server is None else of_server(server)
+            found[name] = [train(name, path, f"{out}/{name}", greedy, **options) for greedy in (False, True)]
+    return found

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-import torch
 from datasets import Dataset
 from kit import config_kwargs
-from rollout_helpers import make_trainer, use_vllm, user
+from rollout_helpers import TrueVLLM, make_trainer, use_vllm, user
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.rollouts.limits import length_of_server, longest_conversation
@@ -77,26 +76,6 @@ def test_the_lowest_limit_counts(of_user, of_server, expected, serve, model_path
     client = serve({"data": [{"id": "tiny", "max_model_len": of_server}]})
     use_vllm(trainer, monkeypatch, SimpleNamespace(vllm_client=client))
     assert longest_conversation(trainer, of_user) == expected
-
-
-class TrueVLLM:
-    """Samples tokens at random, and tells the log-probabilities that the model gives them."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.generator = torch.Generator().manual_seed(0)
-
-    def sync_weights(self):
-        pass
-
-    def generate(self, prompts, images, num_generations, profiler):
-        ids = [torch.randint(20, 60, (5,), generator=self.generator).tolist() for _ in prompts]
-        return prompts, ids, [self.logprobs(*pair) for pair in zip(prompts, ids, strict=True)], None
-
-    @torch.no_grad()
-    def logprobs(self, prompt, ids):
-        logits = self.trainer.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).tolist()
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])

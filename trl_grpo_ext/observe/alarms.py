@@ -9,8 +9,10 @@ from .readings import (
     History,
     Logs,
     Measure,
+    away_from,
     collapse,
     constant_rewards,
+    growth,
     level,
     not_finite,
     off_centre,
@@ -171,6 +173,9 @@ RULES: dict[str, tuple[Measure, float, float, int, int, int]] = {
     "dead_reward": (constant_rewards, 0.0, 0.0, 0, 1, 5),
     "advantage_bias": (off_centre("advantage/mean", "advantage/abs_mean"), 0.1, 0.05, 0, 5, 5),
     "nothing_trained": (without_effect("updates/without_effect"), 1.0, 0.0, 0, 1, 1),
+    "sampling_mismatch": (level("sampling/sampling_logp_difference/mean"), 0.1, 0.05, 0, 3, 5),
+    "sampling_ratios": (away_from("sampling/importance_sampling_ratio/mean", 1.0), 0.5, 0.25, 0, 3, 5),
+    "stale_engine": (growth("sampling/sampling_logp_difference/mean", times=3.0), 0.03, 0.0, 20, 3, 5),
 }
 SIMULATED = "chosen on simulated runs"
 # Likely cause, remedy, and where the threshold comes from.
@@ -245,6 +250,25 @@ ADVICE: dict[str, tuple[str, str, str]] = {
         "no weight that can be trained takes part in the loss, or the learning rate is too small for its precision",
         "load the adapter with is_trainable=True, or pass peft_config; check requires_grad and the learning rate",
         "more than one batch with advantages, at a learning rate that is not 0",
+    ),
+    "sampling_mismatch": (
+        "vLLM samples from another distribution than the policy's: another precision or model, or options that only "
+        "one of them knows",
+        "give vLLM the policy's model and precision, start a server with --logprobs-mode processed_logprobs, and leave "
+        "penalties out of generation_kwargs",
+        "own choice: three times what a bfloat16 engine and a float32 policy differ by",
+    ),
+    "sampling_ratios": (
+        "the ratios of policy and vLLM are cut at their cap, so many completions count for little or for nothing",
+        "find out why the log-probabilities differ; for long completions, set "
+        'vllm_importance_sampling_mode="token_truncate"',
+        "own choice: the mean is 1 by construction, unless ratios are cut",
+    ),
+    "stale_engine": (
+        "updates do not reach vLLM, which goes on sampling from earlier weights",
+        "check that one trainer feeds this engine and that versions of TRL, vLLM and peft fit; with an adapter, set "
+        "lora_dropout=0, because dropout looks alike",
+        "three times the start and 0.03 nats, after 21 logs of growth; " + SIMULATED,
     ),
 }
 
