@@ -177,7 +177,7 @@ def groups_of_one(rng: Generator) -> Series:
 
 
 def dropout(rng: Generator) -> Series:
-    """An adapter with dropout, which vLLM does not have: they differ from the first update on, and by more until late."""
+    """An adapter with dropout, which vLLM does not have: they differ from the first update on."""
     run = learning(rng)
     grown = rng.uniform(0.005, 0.03) * (1 - np.exp(-np.arange(STEPS) / rng.uniform(5, 60)))
     run["sampling/sampling_logp_difference/mean"] = 1e-5 + grown * np.exp(rng.normal(0, 0.2, STEPS))

@@ -1,4 +1,4 @@
-"""Alarms of vLLM in real runs: stand-ins that sample with other log-probabilities, at their cap, or from old weights."""
+"""Alarms of vLLM in real runs: stand-ins with other log-probabilities, ratios at their cap, or old weights."""
 
 import pytest
 from rollout_helpers import TrueVLLM, make_trainer, use_vllm
@@ -18,8 +18,8 @@ ALARMS = {*ENGINES} - {"healthy"}
 def test_an_alarm_names_what_ails_the_engine(name, model_path, tmp_path, monkeypatch):
     # Ratios of whole answers go beyond their cap of 3 where each of five tokens is off by 0.4; single ones do not.
     mode = "sequence_mask" if name == "sampling_ratios" else "token_truncate"
-    options = {"monitor": True, "max_steps": 40, "vllm_importance_sampling_mode": mode}
-    options |= {"learning_rate": 3e-4, "lr_scheduler_type": "constant"}
+    options = {"monitor": True, "max_steps": 36, "vllm_importance_sampling_mode": mode}
+    options |= {"learning_rate": 2e-4, "lr_scheduler_type": "constant"}
     trainer = make_trainer(model_path, tmp_path, **options)
     use_vllm(trainer, monkeypatch, ENGINES[name](trainer, model_path))
     trainer.train()
