@@ -9,6 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.host.engine import engine_for_cpu
+from trl_grpo_ext.recipe.check import main
 
 DATA = {"texts": texts, "chats": chats, "conversations": conversations}
 REWARDS = {"vowels": vowels, "sometimes": sometimes}
@@ -82,3 +83,12 @@ def test_a_resumed_run_equals_one_that_went_through(name, engine_model, tmp_path
         assert 0 < gap(whole, resumed) < 1e-5
     else:
         assert gap(whole, resumed) == 0
+
+
+def check_machine(model_path: str, out: str) -> int:
+    """Called in a process of its own."""
+    return main(["--use_vllm", "true", "--use_cpu", "true", "--checks", "stock", "ranks", "resume"])
+
+
+def test_the_check_of_a_machine_passes_with_vllm(engine_model, tmp_path):
+    assert launch(engine_model, tmp_path / "out", check_machine, processes=1) == [0]

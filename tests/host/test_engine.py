@@ -4,6 +4,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from kit import args_of
 from trl.generation import vllm_generation
 
@@ -89,8 +90,13 @@ def test_a_vllm_that_cannot_replace_weights_is_refused(vllm):
 
 
 def test_trainers_share_one_engine(vllm):
+    drawn = []
     with one_engine():
-        assert [engine().number for _ in range(3)] == [1, 1, 1]
+        for seed in range(3):  # that of each trainer, which the start of an engine overwrites
+            torch.manual_seed(seed)
+            assert engine().number == 1
+            drawn.append(torch.rand(()))
+    assert drawn[0] == drawn[1] == drawn[2]
     assert engine().number == 2
 
 

@@ -1,10 +1,13 @@
 """vLLM beside the training on a machine without a GPU, for which neither TRL nor vLLM has the settings."""
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from trl.generation import vllm_generation
 
 ONEDNN = "_supports_onednn"  # vLLM's switch for packed weights of linear layers
@@ -79,17 +82,25 @@ def one_engine() -> Iterator[None]:
     Let all trainers that are built in here share the first one's vLLM.
 
     vLLM ends the group of processes when its engine goes, and a second engine in the process finds none. Each trainer
-    hands its weights over before it samples, so the engine may be another's. All must be of one shape and one size.
+    hands its weights over before it samples, so the engine may be another's. All must be of one shape and one size. An
+    engine sets seeds when it starts, and so does the one that is there already.
     """
     if not hasattr(vllm_generation, "LLM"):
         yield
         return
-    start, engines = vllm_generation.LLM, []
+    start = vllm_generation.LLM
+    made: list[Any] = []
 
     def once(**options: Any) -> Any:
-        if not engines:
-            engines.append(start(**options))
-        return engines[0]
+        if not made:
+            engine = start(**options)
+            states = (random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
+            made.extend([engine, *states])
+        random.setstate(made[1])
+        np.random.set_state(made[2])
+        torch.set_rng_state(made[3])
+        torch.cuda.set_rng_state_all(made[4])
+        return made[0]
 
     try:
         vllm_generation.LLM = once

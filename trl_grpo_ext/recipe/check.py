@@ -136,7 +136,8 @@ class Check:
         if self.is_main and not model_args.model_name_or_path:
             tokenizer = tiny_tokenizer(["<eos>", *map(chr, range(32, 127))])
             tokenizer.save_pretrained(self.source)
-            tiny_model(tokenizer, max_position_embeddings=2048).save_pretrained(self.source)
+            # Heads of 32: vLLM on a CPU has kernels for no smaller ones.
+            tiny_model(tokenizer, hidden_size=128, max_position_embeddings=2048).save_pretrained(self.source)
         PartialState().wait_for_everyone()
         self.init = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
 
