@@ -26,9 +26,7 @@ def server(engine_model, tmp_path_factory):
     settings = {"PYTHONPATH": path, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *COMMAND.format(model=engine_model, port=port).split(), *OPTIONS, '{"backend": "gloo"}']
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(300):
             assert process.poll() is None, (folder / "log").read_text()[-4000:]
