@@ -179,7 +179,7 @@ def groups_of_one(rng: Generator) -> Series:
 def dropout(rng: Generator) -> Series:
     """An adapter with dropout, which vLLM does not have: they differ from the first update on."""
     run = learning(rng)
-    grown = rng.uniform(0.005, 0.03) * (1 - np.exp(-np.arange(STEPS) / rng.uniform(5, 60)))
+    grown = rng.uniform(0.01, 0.06) * (1 - np.exp(-np.arange(STEPS) / rng.uniform(10, 80)))
     run["sampling/sampling_logp_difference/mean"] = 1e-5 + grown * np.exp(rng.normal(0, 0.2, STEPS))
     return run
 
@@ -236,7 +236,7 @@ def dying(rng: Generator, run: Series, t: Array) -> Series:
 
 def stale(rng: Generator, run: Series, t: Array) -> Series:
     """What vLLM samples is the policy's of long ago, from which the policy moves away, fast first."""
-    gap = rng.uniform(0.08, 0.6) * (t + 1) ** rng.uniform(0.5, 1) / STEPS ** rng.uniform(0.5, 0.7)
+    gap = rng.uniform(0.3, 1.5) * (t + 1) ** rng.uniform(0.5, 1) / STEPS ** rng.uniform(0.5, 0.7)
     return {"sampling/sampling_logp_difference/mean": gap * np.exp(rng.normal(0, rng.uniform(0.05, 0.2), len(t)))}
 
 

@@ -110,7 +110,7 @@ ILL = {
     "nothing_trained": lambda i, log: {"updates/without_effect": i + 1.0},
     "sampling_mismatch": lambda i, log: {GAP: 0.4},
     "sampling_ratios": lambda i, log: {"sampling/importance_sampling_ratio/mean": 0.2},
-    "stale_engine": lambda i, log: {GAP: 0.005 + 0.0023 * i},
+    "stale_engine": lambda i, log: {GAP: 0.005 + 0.0024 * i},
 }
 
 
@@ -130,7 +130,7 @@ def test_an_ill_run_raises_its_alarm_and_no_other(name, base):
     assert {event[1] for event in events} == {name}
     (first, *_) = events
     assert first[2] == "raised"
-    delay = {"dead_reward": 2 * REST - 1, "reward_hacking": 30, "nothing_trained": 1, "stale_engine": 30}.get(
+    delay = {"dead_reward": 2 * REST - 1, "reward_hacking": 30, "nothing_trained": 1, "stale_engine": 38}.get(
         name, alarm.patience - 1
     )
     assert ONSET + alarm.patience - 1 <= first[0] <= ONSET + delay

@@ -175,7 +175,7 @@ RULES: dict[str, tuple[Measure, float, float, int, int, int]] = {
     "nothing_trained": (without_effect("updates/without_effect"), 1.0, 0.0, 0, 1, 1),
     "sampling_mismatch": (level("sampling/sampling_logp_difference/mean"), 0.1, 0.05, 0, 3, 5),
     "sampling_ratios": (away_from("sampling/importance_sampling_ratio/mean", 1.0), 0.5, 0.25, 0, 3, 5),
-    "stale_engine": (growth("sampling/sampling_logp_difference/mean", times=3.0), 0.03, 0.0, 20, 3, 5),
+    "stale_engine": (growth("sampling/sampling_logp_difference/mean", times=3.0), 0.08, 0.0, 20, 3, 5),
 }
 SIMULATED = "chosen on simulated runs"
 # Likely cause, remedy, and where the threshold comes from.
@@ -268,7 +268,8 @@ ADVICE: dict[str, tuple[str, str, str]] = {
         "updates do not reach vLLM, which goes on sampling from earlier weights",
         "check that one trainer feeds this engine and that versions of TRL, vLLM and peft fit; with an adapter, set "
         "lora_dropout=0, because dropout looks alike",
-        "three times the start and 0.03 nats, after 21 logs of growth; " + SIMULATED,
+        "above what dropout did in a real run (0.013 nats after 14 steps of SmolLM2); the 21 logs of growth "
+        + SIMULATED,
     ),
 }
 
