@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from engine_cases import CASES, check, free_port, of_server, train, train_on_a_process
+from engine_cases import CASES, check, free_port, of_server, train
 from gloo_transfer import metadata, use_gloo
-from kit import PYTHONPATH, launch
+from kit import PYTHONPATH
 
 COMMAND = "-m vllm.entrypoints.cli.main serve {model} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
 OPTIONS = ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--weight-transfer-config"]
@@ -48,12 +48,3 @@ def test_what_is_sampled_is_what_the_policy_scores(name, is_greedy, server, engi
         pytest.skip("without the correction, TRL keeps no log-probabilities of vLLM")
     use_gloo()
     check(name, train(name, engine_model, tmp_path, is_greedy, **of_server(server)), is_greedy)
-
-
-def test_two_processes_share_a_server(server, engine_model, tmp_path):
-    names = ["nothing", "ragged, replaced", "multi_turn, independent", "hierarchical"]
-    found = launch(engine_model, tmp_path / "out", train_on_a_process, processes=2, names=names, server=server)
-    for process in found:
-        for name in names:
-            for is_greedy in (False, True):
-                check(name, process[name][is_greedy], is_greedy)
