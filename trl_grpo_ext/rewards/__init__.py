@@ -7,7 +7,8 @@ reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
 - `algebra`: [`Reward`], its leaves and composites, [`as_reward`]. `ops`: the operators. `schedules`: changing weights.
 - `trees`: the rows of a composite. `naming`: names and `repr`.
 - `scoring`: one call of a leaf. `guards`, `processes`: leaves that are slow or fail. `errors`: what the messages say.
-- `text`, `turns`, `judge`: ready rewards. `models`: how a classifier is loaded and asked.
+- `text`, `harm`, `turns`, `judge`: ready rewards. `models`: how a classifier is loaded and asked. `embeddings`: the
+  same for sentence embeddings. `data/`: the examples behind [`Harmlessness`], with a page about them.
 
 A reward function needs no class: pass it to [`as_reward`]. To add a ready reward, write a [`~algebra.Leaf`] with a
 `score` method, as in `text.py`. To add an operator, see `ops.py`. Both join the conformance test by one line.
@@ -15,16 +16,19 @@ A reward function needs no class: pass it to [`as_reward`]. To add a ready rewar
 
 from .algebra import Reward, RewardModel, as_reward, maximum, minimum
 from .errors import RewardError
+from .harm import Harmlessness, Profanity
 from .judge import Judge, Rubric
 from .schedules import constant, cosine, linear, piecewise
-from .text import Harmlessness, Length, OverLength, Relevance
+from .text import Finished, Length, OverLength, Relevance
 from .turns import at_end, of_plan
 
 __all__ = [
+    "Finished",
     "Harmlessness",
     "Judge",
     "Length",
     "OverLength",
+    "Profanity",
     "Relevance",
     "Reward",
     "RewardError",
