@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
-from trl_grpo_ext.rewards import Finished, Harmlessness, Length, Relevance, RewardModel
+from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.rewards import Finished, Length, Relevance, RewardModel
 
 
 @dataclass
-class HelpfulArguments(DataArguments):
+class HelpfulArguments(HarmlessnessArguments, DataArguments):
     dataset_name: str = field(
         default="helpful", metadata={"help": "'helpful' (shipped), a local file or folder, or a dataset on the hub."}
     )
@@ -34,8 +34,8 @@ class HelpfulArguments(DataArguments):
         metadata={"help": "Reward model for helpfulness. Without it: similarity to the column `reference`."},
     )
     harmlessness_weight: float = field(default=0.5, metadata={"help": "Weight of harmlessness; helpfulness has 1."})
-    length_weight: float = field(default=0.005, metadata={"help": "What a token costs."})
-    finished_weight: float = field(default=0.5, metadata={"help": "What it is worth that an answer ends by itself."})
+    length_weight: float = field(default=0.002, metadata={"help": "What a token costs."})
+    finished_weight: float = field(default=0.25, metadata={"help": "What it is worth that an answer ends by itself."})
     compare_with_stock: bool = field(
         default=False, metadata={"help": "Train with TRL alone as well, on as many answers, and print both."}
     )
@@ -52,7 +52,7 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
     finished = Finished(training_args.max_completion_length)
     reward = (
         1.0 * helpfulness
-        + script_args.harmlessness_weight * Harmlessness()
+        + script_args.harmlessness_weight * script_args.harmlessness()
         - script_args.length_weight * Length()
         + script_args.finished_weight * finished
     )

@@ -56,7 +56,7 @@ def stock_args(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]], **overrides
     options = {
         **shared,
         "output_dir": str(Path(args.output_dir) / "stock"),
-        "max_steps": max(1, round(num_answers / args.generation_batch_size * args.steps_per_generation)),
+        "max_steps": max(1, round(num_answers / rows_of_step(args))),
         "generation_batch_size": None,  # which is that of steps_per_generation
         "num_iterations": 1,
         "scale_rewards": "group",
@@ -68,6 +68,11 @@ def stock_args(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]], **overrides
         **overrides,
     }
     return GRPOConfig(**options)
+
+
+def rows_of_step(args: GRPOConfig) -> int:
+    """Answers that an optimizer step trains on, over all processes."""
+    return int(args.generation_batch_size // args.steps_per_generation * args.gradient_accumulation_steps)
 
 
 def train_stock(prompts: Mapping[str, Any], rewards: Any, args: GRPOConfig, model_args: ModelConfig) -> HeldOutCallback:
@@ -85,7 +90,7 @@ def train_stock(prompts: Mapping[str, Any], rewards: Any, args: GRPOConfig, mode
     for callback in (LiveCallback, held_out):
         trainer.add_callback(callback)
     trainer.accelerator.print(
-        f"{STOCK}: {args.max_steps} steps of {args.generation_batch_size // args.steps_per_generation} answers, "
+        f"{STOCK}: {args.max_steps} steps of {rows_of_step(args)} answers, "
         f"{args.num_generations} a prompt, learning rate {args.learning_rate:g}"
     )
     trainer.train()
