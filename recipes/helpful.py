@@ -4,7 +4,8 @@ Train a model to answer helpfully, harmlessly and briefly.
     accelerate launch recipes/helpful.py
 
 trains SmolLM2-135M-Instruct with LoRA on 192 questions, with adaptive group size, reward clipping and an easy-to-hard
-curriculum, and compares its answers to 48 held-out questions before and after. Everything is set in
+curriculum, and compares its answers to 48 held-out questions before and after, and to what it is worth to repeat the
+question. `--compare_with_stock` trains with TRL alone as well, on as many answers. Everything is set in
 `recipes/configs/helpful.yaml`. With a hub and a GPU, the same script scales:
 
     accelerate launch recipes/helpful.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \

@@ -65,7 +65,7 @@ def test_stock_trl_samples_as_many_answers(options, answers, steps, tmp_path):
 
 
 def test_the_line_says_what_the_logs_say(tmp_path):
-    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, curriculum="staged", difficulty_column="d"))
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, curriculum="staged", difficulty_column="d", monitor=True))
     logs = [
         {"eval_reward": 0.5},
         {"rollouts/total": 8.0, "group_size/min": 4.0, "group_size/max": 4.0, "curriculum/position": 0.0},
@@ -78,12 +78,13 @@ def test_the_line_says_what_the_logs_say(tmp_path):
             "reuse/skipped": 0.5,
             "baseline/explained_variance": 0.4,
             "rollouts/informative": 0.75,
+            "alarms/truncated": 1.0,
         },
     ]
     assert what_features_did(args, logs) == (
         "Features: 16 answers, groups of 2 to 6, the staged curriculum went from 0% to 100% of the difficulty, 25% of "
         "the rewards clipped, 50% of 1 updates made, the guess foresaw 40% of what prompts earn, 75% of the answers "
-        "taught something"
+        "taught something, alarms open at the end: truncated"
     )
     assert what_features_did(args, logs[:1]) == "Features: no answer was sampled"
 

@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quant
 from ..config import AdaptiveGRPOConfig
 from ..hooks.records import Answer
 from ..host.sources import resolve_model
-from ..observe.live import LiveCallback
+from ..observe.live import LiveCallback, open_alarms
 from ..rewards.text import question_of
 from .evaluation import HeldOut, HeldOutCallback, _scores, as_one_reward
 
@@ -113,7 +113,7 @@ def print_rivals(policies: Mapping[str, HeldOut]) -> None:
 
 def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> str:
     """
-    One line: how many answers were used, of how many prompts, in groups of what size, drawn how.
+    One line: how many answers were used, in groups of what size, of prompts drawn how, and which alarms are open.
 
     Args:
         args ([`AdaptiveGRPOConfig`]):
@@ -154,4 +154,6 @@ def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> s
         told.append(f"the guess foresaw {foreseen[-1]:.0%} of what prompts earn")
     if informative := values("rollouts/informative"):
         told.append(f"{sum(informative) / len(informative):.0%} of the answers taught something")
+    if args.monitor:
+        told.append(f"alarms open at the end: {', '.join(open_alarms(steps[-1])) or 'none'}")
     return "Features: " + ", ".join(told)
