@@ -34,7 +34,7 @@ class HelpfulArguments(HarmlessnessArguments, DataArguments):
         default=None,
         metadata={"help": "Reward model for helpfulness. Without it: similarity to the column `reference`."},
     )
-    harmlessness_weight: float = field(default=1.0, metadata={"help": "Weight of harmlessness; helpfulness has 1."})
+    harmlessness_weight: float = field(default=0.5, metadata={"help": "Weight of harmlessness; helpfulness has 1."})
     length_weight: float = field(default=0.002, metadata={"help": "What a token costs."})
     finished_weight: float = field(default=0.25, metadata={"help": "What it is worth that an answer ends by itself."})
     compare_with_stock: bool = field(
