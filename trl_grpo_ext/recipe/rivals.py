@@ -127,6 +127,8 @@ def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> s
     >>> args = AdaptiveGRPOConfig(group_size="single", num_generations=4, per_device_train_batch_size=8, bf16=False)
     >>> what_features_did(args, [{"rollouts/total": 8.0, "group_size/min": 1.0, "group_size/max": 1.0}])
     'Features: 8 answers, groups of 1'
+    >>> what_features_did(args, [{"rollouts/total": 8.0}])
+    'Features: 8 answers, groups of 4'
 
     ```
     """
@@ -138,7 +140,8 @@ def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> s
     def values(name: str) -> list[float]:
         return [log[name] for log in steps if name in log]
 
-    low, high = min(values("group_size/min"), default=0), max(values("group_size/max"), default=0)
+    fixed = args.num_generations  # whose sizes are not logged
+    low, high = min(values("group_size/min"), default=fixed), max(values("group_size/max"), default=fixed)
     told.append(f"groups of {low:.0f}" if low == high else f"groups of {low:.0f} to {high:.0f}")
     if prompts := values("curriculum/effective_prompts"):
         told.append(f"the {args.curriculum} curriculum spread over {prompts[0]:.0f}, then {prompts[-1]:.0f} prompts")
