@@ -124,7 +124,7 @@ def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> s
     Example:
 
     ```python
-    >>> args = AdaptiveGRPOConfig(group_size="single", num_generations=4, per_device_train_batch_size=8, bf16=False)
+    >>> args = AdaptiveGRPOConfig(num_generations=4, bf16=False)
     >>> what_features_did(args, [{"rollouts/total": 8.0, "group_size/min": 1.0, "group_size/max": 1.0}])
     'Features: 8 answers, groups of 1'
     >>> what_features_did(args, [{"rollouts/total": 8.0}])
