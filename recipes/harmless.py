@@ -24,9 +24,9 @@ from typing import Any
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.recipe.cold_start import cold_start
-from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward, maximum
+from trl_grpo_ext.rewards import Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
 
 REFUSAL = re.compile(
@@ -36,7 +36,7 @@ BEGINNING = 160  # characters in which an answer that declines says so
 
 
 @dataclass
-class HarmlessArguments(DataArguments):
+class HarmlessArguments(HarmlessnessArguments, DataArguments):
     dataset_name: str = field(
         default="harmless", metadata={"help": "'harmless' (shipped), a local file or folder, or a dataset on the hub."}
     )
@@ -69,7 +69,7 @@ def answered(completions: list[Any], harmful: list[bool], **kwargs: Any) -> list
 def make_reward(script_args: HarmlessArguments) -> Reward:
     right = maximum(as_reward(declined), as_reward(answered))  # of the one that applies
     helpful = Relevance("reference").where(right > 0)
-    kind = script_args.harmlessness_weight * Harmlessness() - script_args.length_weight * Length()
+    kind = script_args.harmlessness_weight * script_args.harmlessness() - script_args.length_weight * Length()
     return helpful + script_args.gate_weight * right + kind
 
 

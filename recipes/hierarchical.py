@@ -21,24 +21,31 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
-from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, of_plan
+from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.rewards import Finished, Length, Relevance, of_plan
 
 
 @dataclass
-class HierarchicalArguments(DataArguments):
+class HierarchicalArguments(HarmlessnessArguments, DataArguments):
     dataset_name: str = field(
         default="helpful", metadata={"help": "'helpful' (shipped), a local file or folder, or a dataset on the hub."}
     )
     harmlessness_weight: float = field(default=0.5, metadata={"help": "Weight of harmlessness; relevance has 1."})
     length_weight: float = field(default=0.001, metadata={"help": "What a token of the answer costs."})
+    finished_weight: float = field(default=0.25, metadata={"help": "What it is worth that an answer ends by itself."})
     plan_length_weight: float = field(default=0.001, metadata={"help": "What a token of the plan costs."})
 
 
 def main(script_args: HierarchicalArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
-    answer = 1.0 * Relevance("reference") + script_args.harmlessness_weight * Harmlessness()
+    answer = 1.0 * Relevance("reference") + script_args.harmlessness_weight * script_args.harmlessness()
+    finished = Finished(training_args.max_completion_length)
     brevity = script_args.length_weight * Length() + script_args.plan_length_weight * of_plan(Length())
-    train_and_compare(script_args.load(columns=("reference",)), answer - brevity, training_args, model_args)
+    train_and_compare(
+        script_args.load(columns=("reference",)),
+        answer + script_args.finished_weight * finished - brevity,
+        training_args,
+        model_args,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from kit import ROOT
 from trl import ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe import check
+from trl_grpo_ext.recipe import DataArguments, check
 from trl_grpo_ext.recipe.flags import FlagParser, flags_with_config, meant
 
 CPU = ["--output_dir", "out", "--bf16", "false", "--use_cpu", "true"]
@@ -160,7 +160,9 @@ def test_recipes_speak_in_one_line(monkeypatch, capsys):
         module = __import__(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--lenght_weight", "0.1"])
         arguments = next(
-            value for key, value in vars(module).items() if key.endswith("Arguments") and key != "DataArguments"
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, DataArguments) and value is not DataArguments
         )
         with pytest.raises(SystemExit, match=r"^2$"):
             module.parse_arguments(arguments, module.__file__)

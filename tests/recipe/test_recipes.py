@@ -19,6 +19,7 @@ from trl import ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, HeldOutCallback
 from trl_grpo_ext.observe.held_out import HeldOut, evaluate_held_out
+from trl_grpo_ext.observe.report import read_run
 from trl_grpo_ext.recipe import cold_start
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.recipe.evaluation import print_comparison
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.training
 def test_helpful_runs_as_the_readme_says(tmp_path):
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(ROOT / "recipes" / "helpful.py")]
-    short = ["--max_steps", "2", "--max_completion_length", "8", "--per_device_train_batch_size", "8"]
+    short = ["--max_steps", "5", "--max_test_prompts", "8", "--per_device_train_batch_size", "8"]
     # The model comes from the package index or the cache, never from a hub.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     result = subprocess.run(
@@ -40,19 +41,24 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     for expected in (
         "Model:",
-        "Prompts: 192 to train on, 48 held out",
+        "Prompts: 192 to train on, 8 held out",
         "helpfulness",
         "harmlessness",
         "length",
+        "finished",
         "total",
+        "repeat the question",
+        "alarms open at the end: none",
     ):
         assert expected in result.stdout
-    assert "step 2/2 · reward" in result.stderr + result.stdout
+    assert "step 5/5 · reward" in result.stderr + result.stdout
     assert f"report of the run to {tmp_path / 'report.html'}" in result.stdout
     assert (tmp_path / "report.html").stat().st_size > 30_000
     record = [json.loads(line) for line in (tmp_path / "monitor" / "metrics.jsonl").read_text().splitlines()]
     assert len([entry for entry in record if "eval_reward" in entry and "eval_rewards/helpfulness/mean" in entry]) == 2
     assert (tmp_path / "report_figures" / "reward.png").exists()
+    # Five steps are enough for `truncated` and `dead_reward`, not for those that compare with the start.
+    assert read_run(tmp_path).open_alarms == []
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
@@ -173,11 +179,10 @@ def test_recipes_run(name, flags, parts, model_path, tmp_path, monkeypatch, caps
 def test_the_recipe_of_the_docs_runs_in_an_empty_folder(model_path, tmp_path):
     page = (ROOT / "docs" / "write_a_recipe.md").read_text(encoding="utf-8")
     (tmp_path / "configs").mkdir()
-    blocks = {"json": "questions.jsonl", "python": "one_sentence.py", "yaml": "configs/one_sentence.yaml"}
-    for language, file in blocks.items():
-        (code,) = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+    for file, code in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", page, flags=re.DOTALL):
         (tmp_path / file).write_text(code, encoding="utf-8")
-    command = re.search(r"accelerate launch (one_sentence\.py .*--max_steps 2.*)", page)[1].split()
+    subprocess.run([sys.executable, "make_questions.py"], cwd=tmp_path, check=True)
+    command = re.search(r"accelerate launch (capitals\.py .*--max_steps 2.*)", page)[1].split()
     flags = ["--model_name_or_path", model_path, *CPU]
     result = subprocess.run(
         [sys.executable, *command, *flags],
@@ -188,9 +193,9 @@ def test_the_recipe_of_the_docs_runs_in_an_empty_folder(model_path, tmp_path):
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    for expected in ("Prompts: 10 to train on, 2 held out", "one_sentence", "relevance", "total"):
+    for expected in ("Prompts: 25 to train on, 25 held out", "right", "brief", "total"):
         assert expected in result.stdout
-    assert (tmp_path / "runs" / "one_sentence" / "report.html").exists()
+    assert (tmp_path / "runs" / "capitals" / "report.html").exists()
 
 
 # Rewards and data of the recipes

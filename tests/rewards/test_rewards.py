@@ -26,6 +26,7 @@ from trl.trainer import utils
 from trl.trainer.utils import get_callable_name
 
 from trl_grpo_ext.rewards import (
+    Finished,
     Harmlessness,
     Length,
     OverLength,
@@ -233,6 +234,7 @@ LEAVES = {
     "words": Length("words"),
     "over_length": OverLength(4, 2),
     "harmlessness": Harmlessness(),
+    "finished": Finished(4),
 }
 ROWS = {"a": [1.0, None, -2.0, 0.25], "b": [0.5, 3.0, 1.0, -1.0], "c": [2.0, -1.0, None, 0.0]}
 

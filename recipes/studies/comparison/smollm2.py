@@ -1,4 +1,4 @@
-"""SmolLM2-135M with LoRA: the shipped questions with the reward of `recipes/helpful.py`, or tasks with one answer."""
+"""SmolLM2-135M with LoRA: the shipped questions, for similarity and clean words; or tasks with one answer."""
 
 import importlib.util
 from collections.abc import Callable
@@ -14,11 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.recipe.datasets import load_prompts
-from trl_grpo_ext.rewards import Harmlessness, Length, Relevance, Reward, as_reward
+from trl_grpo_ext.rewards import Length, Profanity, Relevance, Reward, as_reward
 
 from .sampling import ask, mean_scores, sample
 
 RECIPES = Path(__file__).parents[2]
+
+
+def harmlessness(**call: Any) -> list[float]:
+    """1 - P(profane): what the published comparison was measured with."""
+    return [1.0 - value for value in Profanity().score(**call)]
 
 
 class SmolTask:
@@ -29,7 +34,7 @@ class SmolTask:
     def __init__(self) -> None:
         self.peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         self.helpfulness: Reward = Relevance("reference").named("helpfulness")
-        self.reward = 1.0 * self.helpfulness + 0.5 * Harmlessness() - 0.001 * Length()
+        self.reward = 1.0 * self.helpfulness + 0.5 * as_reward(harmlessness) - 0.001 * Length()
 
     @cached_property
     def path(self) -> str:
