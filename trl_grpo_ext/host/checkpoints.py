@@ -23,7 +23,7 @@ PASSING = "checkpoint-is-incomplete.txt"  # transformers puts it there before a 
 OURS = "grpo_*"  # what this package adds to a checkpoint
 TRAINER_STATE = "trainer_state.json"
 # Options are pickled into every checkpoint, so this tells a checkpoint of this package from one of stock TRL.
-OPTIONS, OUR_OPTIONS = "training_args.bin", b"trl_grpo_ext.config\nAdaptiveGRPOConfig\n"
+OPTIONS, OUR_OPTIONS = "training_args.bin", b"trl_grpo_ext.config.options\nAdaptiveGRPOConfig\n"
 # Names under which a model and what belongs to it are saved.
 SAVED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "*.md")
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -18,7 +18,7 @@ from ..config import AdaptiveGRPOConfig
 from ..credit.groups import group_advantages, normalize_then_sum
 from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.checks import check_advantages, check_conflicts, check_finite, check_shape
-from ..hooks.records import Answer, RolloutBatch, RolloutPlan
+from ..hooks.records import RolloutBatch, RolloutPlan
 from ..hooks.segments import total_rewards
 from ..host.calls import own_copy
 from ..host.seams import as_awaited, check_liger, num_generations_set
@@ -26,10 +26,10 @@ from ..plan.planner import Planner, check_plannable, plans
 from ..rollouts.adapter import CallbackRollout, Rollout
 from ..shape.resampling import global_positions, put_logs, rows_to_regenerate, take_logs
 from .features import callbacks_of
+from .ground import GroundGRPOTrainer
 from .logs import StepMarks, added_metrics, metrics_of_merged
 from .reuse import ReuseGuardCallback, squared_log_ratio
 from .sampled import Sampled, same
-from .saving import SavingGRPOTrainer
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class AdaptiveGRPOTrainer(SavingGRPOTrainer):
+class AdaptiveGRPOTrainer(GroundGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with hooks into the life of a generation batch, and the features built on them.
 
@@ -356,56 +356,3 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         for callback in callbacks:
             callback.is_attached = True
             call_hook(callback, "on_setup", self, trainer=self)
-
-    # Public ground of the callbacks: see HookedTrainer
-
-    @property
-    def is_vlm(self) -> bool:
-        """Whether the model reads images."""
-        return bool(self._is_vlm)
-
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the text, that of the processor where there is one."""
-        return self._tokenizer
-
-    def log_metric(self, name: str, value: float) -> None:
-        """
-        Add a value to a metric of training or of evaluation, whichever runs. A log holds the mean since the last one.
-
-        Every process must log the same value: nothing is gathered.
-        """
-        self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def metrics_of_step(self, name: str) -> list[float]:
-        """Values of a training metric that were added since the current optimizer step began, such as `"kl"`."""
-        values: list[float] = self._metrics["train"][name]
-        return values[self._step_marks.get(name, 0) :]
-
-    def tokenize(self, prompts: list[Any]) -> list[list[int]]:
-        """Token ids of prompts, texts or messages, through the chat template of the run."""
-        ids: list[list[int]] = self._tokenize_prompts(prompts)[0]
-        return ids
-
-    def generate(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
-        """
-        One completion for each prompt, by the backend of the run: ids, and log-probabilities where vLLM samples.
-
-        Every process must call this with as many prompts as the others.
-        """
-        return self._generate_single_turn(prompt_ids, None, {}, num_generations=1)
-
-    def score(self, answers: list[tuple[dict[str, Any], Answer]], spare: list[tuple[dict[str, Any], Answer]]) -> Tensor:
-        """
-        Total rewards `(A,)` of answers, each with its dataset row, without a trace in the logs.
-
-        Every process must call this, with any number of answers. `spare` holds one to ask about where this process has
-        none and others have some.
-
-        Raises:
-            `ValueError`: where no callback generates.
-        """
-        if not isinstance(self.rollout, CallbackRollout):
-            raise ValueError("score asks about answers of a callback that generates: add one with on_generate")
-        rewards = self.rollout.score(answers, spare)
-        return total_rewards(rewards, self.reward_weights.to(rewards.device)).cpu()
