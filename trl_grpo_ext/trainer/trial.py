@@ -57,7 +57,8 @@ def untouched(trainer: AdaptiveGRPOTrainer) -> Iterator[None]:
     kept = [(owner, _kept(vars(owner))) for owner in [*owners, *trainer.grpo_callbacks]]
     generators = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    checkpoints = trainer.args.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False)
+    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    checkpoints = trainer.args.gradient_checkpointing and not is_on
     if checkpoints:  # as the trainer does when it begins
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     try:

@@ -26,7 +26,7 @@ from .run import NUM_PROMPTS, check_run
 PROG = "trl-grpo-ext check"
 
 
-class Ready(Exception):
+class Ready(Exception):  # noqa: N818 (not an error)
     """A script has come to its training, with this trainer."""
 
     def __init__(self, trainer: AdaptiveGRPOTrainer):
@@ -82,7 +82,7 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def main(flags: Sequence[str] | None = None) -> int:
-    """Check the run of the flags; by default, those of the command line. 1 where it would not learn, 2 for bad flags."""
+    """Check the run of the flags, by default of the command line; 1 where it would not learn, 2 for bad flags."""
     own, others = own_parser().parse_known_args(None if flags is None else list(flags))
     try:
         trainer = trainer_from(others)

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...trainer.trial import Reach
 from .measured import Measured
-from .probes import KINDS, UNWANTED
+from .probes import KINDS, UNWANTED, Paid, mean_of
 
 # What a run that is stopped would not learn; what is odd; what would help.
 LEVELS = ("stop", "look", "hint")
@@ -105,7 +106,9 @@ def _of_groups(measured: Measured) -> Iterator[Finding]:
         return
     equal = sum(len({answer.text for answer in group}) == 1 for group in groups) / len(groups)
     if equal >= CUT:
-        what = f"all answers of {percent(equal)} of the prompts are the same text (temperature={measured.setting.temperature})"
+        what = (
+            f"all answers of {percent(equal)} of the prompts are one text (temperature={measured.setting.temperature})"
+        )
         yield Finding("stop", "equal_answers", what, "raise temperature, or top_p and top_k")
     totals = [answer.total for group in groups for answer in group]
     present = [total for total in totals if total is not None]
@@ -177,64 +180,58 @@ def _of_components(measured: Measured) -> Iterator[Finding]:
         if reference is not None:
             wanted = reference.mean if part.name == "total" else reference.values.get(part.name, math.nan)
         level = "stop" if len(parts) == 1 else "look"
-        if part.low > 0 and not wanted > part.low:
-            remedy = "it cancels out: drop it, or make it harder to earn"
-            yield Finding(level, "always_earned", what, remedy)
-        elif wanted > part.low:
-            yield Finding(
-                level,
-                "never_earned",
-                f"{what}, and {wanted:g} for the references",
-                "cold start, easier prompts or partial credit",
-            )
-        elif not math.isnan(wanted):
+        name = "always_earned" if part.low > 0 and not wanted > part.low else "never_earned"
+        remedy = "it cancels out: drop it, or make it harder to earn"
+        if wanted > part.low:
+            what += f", and {wanted:g} for the references"
+            remedy = "too hard for the policy: a cold start, easier prompts or partial credit"
+        elif name == "never_earned" and not math.isnan(wanted):
+            columns = ", ".join(measured.setting.columns)
             what += ", and no more for the references"
-            yield Finding(
-                level,
-                "never_earned",
-                what,
-                f"it reads another column than the references' or is broken; columns: {', '.join(measured.setting.columns)}",
-            )
-        else:
-            yield Finding(
-                level, "never_earned", what, "it cancels out: check it on an answer that should earn it, or drop it"
-            )
+            remedy = f"it is broken, or reads another column than theirs; columns: {columns}"
+        elif name == "never_earned":
+            remedy = "it cancels out: check it on an answer that should earn it, or drop it"
+        yield Finding(level, name, what, remedy)
 
 
 def _of_probes(measured: Measured) -> Iterator[Finding]:
-    by_kind = {paid.kind: paid for paid in measured.paid}
+    by_kind = {paid.kind: paid for paid in measured.paid if paid.error is None}
     for paid in measured.paid:
         if paid.error is not None:
             what = f"the reward fails on {KINDS[paid.kind]}: {paid.error}"
             yield Finding("look", "reward_fails", what, "the policy may write this: catch it, or use on_error('skip')")
+    unwanted = [by_kind[kind] for kind in UNWANTED if kind in by_kind and kind != "other_reference"]
     reference = by_kind.get("reference")
-    wanted = reference.totals if reference is not None and reference.error is None else None
-    best = max((total for group in measured.totals for total in group if total is not None), default=math.nan)
-    for kind in UNWANTED:
-        paid = by_kind.get(kind)
-        if paid is None or paid.error is not None or kind == "other_reference":
-            continue
-        if wanted is not None:
-            pairs = [(a, b) for a, b in zip(paid.totals, wanted, strict=True) if a is not None and b is not None]
-            more = sum(one > other + 1e-6 for one, other in pairs)
-            what = (
-                f"{KINDS[kind]} pays {paid.mean:.3g}, more than the reference ({reference.mean:.3g}) for {more} of {len(pairs)} prompts"
-                if reference
-                else ""
-            )
-            if pairs and more > HALF * len(pairs):
-                yield Finding(
-                    "stop", "pays_unwanted", what, "the policy would learn to write that: add a gate or a penalty"
-                )
-        elif paid.mean > best:
-            what = f"{KINDS[kind]} pays {paid.mean:.3g}, more than the best of all sampled answers ({best:.3g})"
+    if reference is not None:
+        better = [(paid, *_compared(paid, reference)) for paid in unwanted]
+        told = [
+            f"{KINDS[paid.kind]} {paid.mean:.3g} (more for {more} of {count} prompts)"
+            for paid, more, count in better
+            if more > HALF * count
+        ]
+        if told:
+            what = f"more than for the reference ({reference.mean:.3g}) is paid for {'; '.join(told)}"
+            remedy = "the policy would learn to write that: add a gate or a penalty, or check the reward"
+            yield Finding("stop", "pays_unwanted", what, remedy)
+    else:
+        best = max((total for group in measured.totals for total in group if total is not None), default=math.inf)
+        told = [f"{KINDS[paid.kind]} {paid.mean:.3g}" for paid in unwanted if paid.mean > best]
+        if told:
+            what = f"more than for the best of all sampled answers ({best:.3g}) is paid for {'; '.join(told)}"
             yield Finding("look", "pays_unwanted", what, "the policy may learn to write that: add a gate or a penalty")
     other = by_kind.get("other_reference")
-    if wanted is not None and other is not None and other.error is None:
-        pairs = [(a, b) for a, b in zip(other.totals, wanted, strict=True) if a is not None and b is not None]
-        if len(pairs) > 1 and all(one >= own - 1e-6 for one, own in pairs):
-            what = "the references of other prompts pay as much as the right ones"
-            yield Finding("look", "blind", what, "fine for a reward of style; else it does not read the references")
+    if reference is not None and other is not None:
+        better, count = _compared(reference, other)
+        written = mean_of([total for group in measured.totals for total in group])
+        if count > 1 and better == 0 and not reference.mean > written:
+            what = "the references pay no more than those of other prompts, and no more than what the policy writes"
+            yield Finding("look", "blind", what, "check the columns that the reward reads")
+
+
+def _compared(one: Paid, other: Paid) -> tuple[int, int]:
+    """For how many prompts the first kind of answer pays more, and how many have both."""
+    pairs = [(a, b) for a, b in zip(one.totals, other.totals, strict=True) if a is not None and b is not None]
+    return sum(a > b + 1e-6 for a, b in pairs), len(pairs)
 
 
 def _of_update(measured: Measured) -> Iterator[Finding]:
@@ -249,11 +246,10 @@ def _of_update(measured: Measured) -> Iterator[Finding]:
         )
     if setting.learning_rate == 0:
         yield Finding("stop", "no_learning_rate", "the learning rate is 0", "set learning_rate")
-    if update is None:
-        return
-    if not update.parameters:
+    if setting.num_trained == 0:
         what = "no parameter has requires_grad=True"
         yield Finding("stop", "nothing_trained", what, "pass peft_config, load with is_trainable=True, or unfreeze")
+    if update is None:
         return
     lost = [reach.name for reach in update.parameters if not math.isfinite(reach.gradient)]
     if lost:
@@ -272,15 +268,15 @@ def _of_update(measured: Measured) -> Iterator[Finding]:
         what = f"all {len(zero)} matrices B of the adapter are zero after an update, so it does nothing"
         yield Finding("stop", "adapter_at_zero", what, "check requires_grad of lora_B, and the learning rate")
     elif (
-        not any(reach.moved for reach in update.parameters)
-        and setting.learning_rate > 0
+        setting.learning_rate > 0
         and len(unreached) < len(update.parameters)
+        and not any(r.moved for r in update.parameters)
     ):
         what = f"an update at learning rate {update.learning_rate:g} changes no weight in its precision"
         yield Finding("stop", "nothing_moves", what, "raise learning_rate, or keep the trained weights in float32")
 
 
-def _named(names: list[str], everything: list) -> str:
+def _named(names: list[str], everything: list[Reach]) -> str:
     shown = ", ".join(names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} of {len(everything)} parameters ({shown}{more})"

@@ -23,10 +23,14 @@ class Setting:
             Columns of the dataset, that with the references, and the share of rows that have one.
         distinct_prompts (`int`), num_rows (`int`):
             Of the dataset; 0 for a stream. At most the first 5000 rows are compared.
+        num_trained (`int`):
+            Parameters with `requires_grad`.
         num_frozen_adapter (`int`), num_adapter (`int`):
             Parameters of adapters, and how many of them are frozen.
         end_of_turn (`str`, *optional*):
             What the template writes after an answer, where no token that ends generation is in it.
+        samples_again (`bool`), has_curriculum (`bool`):
+            Whether `dynamic_sampling_rounds` and `curriculum` are set.
     """
 
     budget: int
@@ -40,10 +44,11 @@ class Setting:
     references: float = 1.0
     distinct_prompts: int = 0
     num_rows: int = 0
+    num_trained: int = 1
     num_frozen_adapter: int = 0
     num_adapter: int = 0
     end_of_turn: str | None = None
-    samples_again: bool = False  # dynamic_sampling_rounds
+    samples_again: bool = False
     has_curriculum: bool = False
 
 

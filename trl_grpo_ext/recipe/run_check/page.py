@@ -98,8 +98,8 @@ def rates_of(measured: Measured) -> tuple[list[int], float, float]:
 
 
 def number(value: float) -> str:
-    """A number for a table; a dash where there is none."""
-    return "–" if math.isnan(value) else f"{value:.3g}"
+    """A number for a table; a hyphen where there is none."""
+    return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def tables_of(measured: Measured) -> list[tuple[str, str, list[str], list[list[str]]]]:
@@ -153,9 +153,7 @@ def print_page(measured: Measured, found: list[Finding], console: Console | None
     console.print(Text(verdict_of(found), style="bold"))
     for finding in found:
         line = Text(f"{WORDS[finding.level]}: {finding.name}", style=STYLES[finding.level])
-        line.append(
-            Text(f" – {one_line(finding.what, 600)}. {one_line(finding.remedy, 400)}", style="not bold default")
-        )
+        line.append(Text(f": {one_line(finding.what, 600)}. {one_line(finding.remedy, 400)}", style="not bold default"))
         console.print(line)
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts_of(measured):

@@ -137,8 +137,7 @@ def _measured(trainer: AdaptiveGRPOTrainer, num_prompts: int, num_answers: int |
         return measured
     measured.answers.extend(answer for one in drawn for answer in one.answers)
     asked = [pair for one in drawn for pair in one.asked]
-    is_trained = any(parameter.requires_grad for parameter in trainer.model.parameters())
-    tried = update(trainer, drawn[-1].sampled) if is_trained else None
+    tried = update(trainer, drawn[-1].sampled) if setting.num_trained else None
     return replace(
         measured,
         shares=informative_shares(
@@ -202,6 +201,7 @@ def _setting(trainer: AdaptiveGRPOTrainer, column: str | None) -> Setting:
         references=sum(text is not None for text in texts) / len(texts),
         distinct_prompts=0 if rows is None else len({repr(prompt) for prompt in rows["prompt"]}),
         num_rows=0 if rows is None else len(rows),
+        num_trained=sum(parameter.requires_grad for parameter in trainer.model.parameters()),
         num_frozen_adapter=adapter.count(False),
         num_adapter=len(adapter),
         end_of_turn=_end_of_turn(trainer, first),
@@ -221,7 +221,7 @@ def _end_of_turn(trainer: AdaptiveGRPOTrainer, row: dict[str, Any]) -> str | Non
         text = trainer.processing_class.apply_chat_template(messages, tokenize=False, **told)
     except Exception:  # of a template that wants more than this, there is nothing to tell
         return None
-    before, found, tail = str(text).rpartition(mark)
+    _, found, tail = str(text).rpartition(mark)
     if not found:
         return None
     ids = trainer.tokenizer(tail, add_special_tokens=False)["input_ids"]
