@@ -47,17 +47,21 @@ def test_the_estimate_is_unbiased_for_zero_one_rewards(rate, size, more):
 @given(rates, st.integers(2, 4), st.integers(1, 3))
 def test_the_bound_for_larger_groups_is_a_bound(rate, count, more):
     size = count + more
+    chances = {0.0: 0.5 * (1 - rate), 1.0: 0.5 * rate, 2.0: 0.3, None: 0.2}
     expected = 0.0
-    for outcome in itertools.product([0.0, 1.0, None], repeat=count):
-        passed, missing = outcome.count(1.0), outcome.count(None)
-        probability = (0.8 * rate) ** passed * (0.8 * (1 - rate)) ** (count - passed - missing) * 0.2**missing
-        share = informative_share([[*outcome], [0.0, 0.5, 1.0, None]], size)
-        assert share[1] == "at least"
-        second = informative_share([[0.0, 0.5, 1.0, None]], size)[0]
-        expected += probability * (2 * share[0] - second)
-    passes, fails = 0.8 * rate, 0.8 * (1 - rate)
-    truth = 1 - (passes + 0.2) ** size - (fails + 0.2) ** size + 0.2**size
-    assert expected <= truth + 1e-9
+    for outcome in itertools.product(chances, repeat=count):
+        graded = informative_share([outcome, [0.0, 1.0, 2.0, None]], size)
+        assert graded == (pytest.approx(informative_share([outcome, [0.0, 1.0, 2.0, None]], count)[0]), "at least")
+        expected += math.prod(chances[value] for value in outcome) * informative_share([outcome], count)[0]
+    present = [chance for value, chance in chances.items() if value is not None]
+    flat = sum((chance + 0.2) ** size for chance in present) - (len(present) - 1) * 0.2**size
+    assert expected <= 1 - flat + 1e-9
+
+
+def test_a_larger_group_is_at_least_as_informative():
+    graded = [[0.0, 0.5, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.5]]
+    assert informative_share(graded, 3) == (pytest.approx(2 / 3), "unbiased")
+    assert informative_share(graded, 8) == (pytest.approx(2 / 3), "at least")
 
 
 @given(st.integers(2, 12), st.integers(1, 11), st.integers(2, 9))

@@ -63,7 +63,7 @@ def test_a_healthy_run_passes_and_the_page_says_what_it_costs(check, tmp_path):
     assert len(measured.groups) >= 12
     assert {paid.kind for paid in measured.paid} >= {"reference", "empty", "question", "one_token", "other_reference"}
     assert [paid.mean for paid in measured.paid if paid.kind == "reference"] == [1.0]
-    assert all(reach.gradient > 0 and reach.moved for reach in measured.update.parameters)
+    assert all(reach.gradient > 0 and reach.num_moved for reach in measured.update.parameters)
     assert measured.plan.rollouts == 8
     assert measured.plan.prompts == 2
     assert measured.plan.steps == 3
@@ -295,7 +295,7 @@ def test_a_group_of_one_is_named():
 
 def test_a_gradient_that_is_not_finite_is_named():
     setting = Setting(budget=4, group_size=2, learning_rate=1e-3)
-    update = Update([Reach("head", NAN, True, False)], 1e-3, False, 0.1)
+    update = Update([Reach("head", NAN, 1, 1, False)], 1e-3, False, 0.1)
     assert [finding.name for finding in findings_of(Measured(setting, update=update))] == ["not_finite"]
 
 
@@ -307,9 +307,6 @@ def test_flat_groups_are_a_reason_for_options(check):
 
 
 def test_a_reward_that_fails_on_an_empty_answer_is_named(check):
-    def last_letter(completions, **kwargs):
-        return [float(completion[0] in "aeiou") if completion is not None else 0.0 for completion in completions]
-
     def guarded(completions, **kwargs):
         if all(text == "" for text in completions):
             raise IndexError("string index out of range")
@@ -326,7 +323,7 @@ def test_a_reward_that_fails_on_an_empty_answer_is_named(check):
 def test_parts_of_a_composite_reward_are_told_apart(check):
     reward = 1.0 * as_reward(likes_vowels) - 0.001 * Length()
     measured = check(reward=reward).measured
-    assert [part.name for part in measured.components] == ["total", "likes_vowels", "length"]
+    assert [part.name for part in measured.components] == ["total", "length", "likes_vowels"]
     (empty,) = [paid for paid in measured.paid if paid.kind == "empty"]
     assert (empty.values["likes_vowels"], empty.values["length"]) == (0.0, 1.0)
     assert empty.mean == pytest.approx(-0.001)

@@ -325,15 +325,16 @@ class Reach:
             Name of the parameter.
         gradient (`float`):
             Largest norm of its gradient, in the first update and in the second.
-        moved (`bool`):
-            Whether the first update changed it.
+        num_pulled (`int`), num_moved (`int`):
+            Weights with a gradient in the first update, and how many of them it changed.
         is_zero (`bool`):
             Whether all of it is zero after that update.
     """
 
     name: str
     gradient: float
-    moved: bool
+    num_pulled: int
+    num_moved: int
     is_zero: bool
 
 
@@ -366,10 +367,15 @@ def update(trainer: AdaptiveGRPOTrainer, sampled: Sampled) -> Update:
         nn.utils.clip_grad_norm_([parameter for _, parameter in named], trainer.args.max_grad_norm)
     optimizer.step()
     seconds = time.perf_counter() - start
+    pulled = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+    counts = [
+        (int(is_pulled.sum()), int(((parameter != old) & is_pulled).sum()))
+        for (_, parameter), old, is_pulled in zip(named, before, (gradient != 0 for gradient in pulled), strict=True)
+    ]
     second = _gradients(trainer, model, named, inputs)
     own = [
-        Reach(name, max(one, other), not torch.equal(parameter, old), not bool(parameter.any()))
-        for (name, parameter), old, one, other in zip(named, before, first, second, strict=True)
+        Reach(name, max(one, other), *count, is_zero=not bool(parameter.any()))
+        for (name, parameter), count, one, other in zip(named, counts, first, second, strict=True)
     ]
     return Update(_joined(gather_values(own)), max(rates), is_stand_in, seconds)
 
@@ -380,7 +386,8 @@ def _joined(per_process: list[list[Reach]]) -> list[Reach]:
             same[0].name,
             # NaN stays NaN
             next((one.gradient for one in same if one.gradient != one.gradient), max(one.gradient for one in same)),
-            any(one.moved for one in same),
+            max(one.num_pulled for one in same),
+            max(one.num_moved for one in same),
             all(one.is_zero for one in same),
         )
         for same in zip(*per_process, strict=True)

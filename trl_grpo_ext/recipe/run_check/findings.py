@@ -267,13 +267,14 @@ def _of_update(measured: Measured) -> Iterator[Finding]:
     if zero and all(reach.is_zero for reach in zero) and setting.learning_rate > 0:
         what = f"all {len(zero)} matrices B of the adapter are zero after an update, so it does nothing"
         yield Finding("stop", "adapter_at_zero", what, "check requires_grad of lora_B, and the learning rate")
-    elif (
-        setting.learning_rate > 0
-        and len(unreached) < len(update.parameters)
-        and not any(r.moved for r in update.parameters)
-    ):
-        what = f"an update at learning rate {update.learning_rate:g} changes no weight in its precision"
-        yield Finding("stop", "nothing_moves", what, "raise learning_rate, or keep the trained weights in float32")
+    pulled = sum(reach.num_pulled for reach in update.parameters)
+    lost_share = 1 - sum(reach.num_moved for reach in update.parameters) / max(1, pulled)
+    if setting.learning_rate > 0 and pulled and lost_share > HALF:
+        what = (
+            f"rounding loses an update at learning rate {update.learning_rate:g} for {percent(lost_share)} of weights"
+        )
+        remedy = "keep the trained weights in float32 (dtype: float32), or raise learning_rate"
+        yield Finding("stop" if lost_share > 1 - FLAT else "look", "nothing_moves", what, remedy)
 
 
 def _named(names: list[str], everything: list[Reach]) -> str:

@@ -21,7 +21,8 @@ class Share:
         share (`float`), low (`float`), high (`float`):
             Estimate, and a 95 % interval over the prompts.
         how (`str`):
-            `"unbiased"`; `"fitted"`, by a beta distribution of the pass rates; or `"at least"`, a lower bound.
+            `"unbiased"`; `"fitted"`, by a beta distribution of the pass rates; or `"at least"`, the share of the
+            largest groups that were sampled, which larger ones exceed.
     """
 
     size: int
@@ -85,25 +86,16 @@ def informative_share(groups: Sequence[Sequence[Value]], size: int) -> tuple[flo
 
     ```
     """
-    if size <= min(map(len, groups)):
+    sampled = min(map(len, groups))
+    if size <= sampled:
         return 1 - sum(flat_probability(values, size) for values in groups) / len(groups), "unbiased"
     kinds = {value for values in groups for value in values}
-    if len(kinds) <= 2 and None not in kinds and min(map(len, groups)) >= 2:
+    if len(kinds) <= 2 and None not in kinds and sampled >= 2:
         high = max(kinds, key=lambda value: value or 0.0)
         passed = [(sum(value == high for value in values), len(values)) for values in groups]
         return informative_share_of_beta(passed, size), "fitted"
-    # Drawn again with replacement, a group is flat at least as often as a fresh one.
-    flat = sum(_flat_with_replacement(values, size) for values in groups) / len(groups)
-    return 1 - flat, "at least"
-
-
-def _flat_with_replacement(values: Sequence[Value], size: int) -> float:
-    counts = Counter(value for value in values if value is not None)
-    missing = (len(values) - counts.total()) / len(values)
-    if not counts:
-        return 1.0
-    flat = sum((count / len(values) + missing) ** size for count in counts.values())
-    return flat - (len(counts) - 1) * missing**size
+    # A group that differs still does when answers are added to it.
+    return informative_share(groups, sampled)[0], "at least"
 
 
 def informative_share_of_beta(passed: Sequence[tuple[int, int]], size: int) -> float:

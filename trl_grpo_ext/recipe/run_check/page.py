@@ -50,11 +50,15 @@ def facts_of(measured: Measured) -> list[tuple[str, str]]:
         facts.append(("Tokens that are enough", ", ".join(told) or "not known: no answer ended"))
     if measured.update is not None:
         reached = sum(reach.gradient > 0 for reach in measured.update.parameters)
-        moved = sum(reach.moved for reach in measured.update.parameters)
+        pulled = sum(reach.num_pulled for reach in measured.update.parameters)
+        moved = sum(reach.num_moved for reach in measured.update.parameters) / max(1, pulled)
         made_up = ", with made-up advantages" if measured.update.is_stand_in else ""
         total = len(measured.update.parameters)
         facts.append(
-            ("Gradient reaches", f"{reached} of {total} trained parameters; one update moves {moved}{made_up}")
+            (
+                "Gradient reaches",
+                f"{reached} of {total} trained parameters; an update moves {percent(moved)} of their weights{made_up}",
+            )
         )
     if plan is not None:
         facts.append(("A step", f"{plan.prompts:g} prompts, {plan.rollouts} rollouts"))
