@@ -29,6 +29,7 @@ SECTIONS = {
     "dynamic_sampling_rounds": "[Dynamic sampling](dynamic_sampling.md)",
     "reward_clip_range": "[Reward clipping](reward_clipping.md)",
     "curriculum": "[Curricula](curriculum.md)",
+    "task_column": "[Several tasks](tasks.md)",
     "share_prompts": "[Less compute](compute.md)",
     "rollout": "[Conversations](multi_turn.md), [plans](hierarchical.md)",
     "kl_target": "[Adaptive KL](adaptive_kl.md)",
@@ -43,6 +44,9 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "RewardClipCallback": [{"clip_range": [-1.0, 1.0], "on": "total"}],
     "StagedCurriculumCallback": [{"column": "difficulty"}],
     "TargetCurriculumCallback": [{"column": "difficulty"}],
+    "TaskAdvantagesCallback": [{"column": "task"}],
+    "TaskCallback": [{"column": "task"}],
+    "TaskMixingCallback": [{"column": "task"}],
 }
 
 

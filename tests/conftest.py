@@ -11,6 +11,8 @@ from datasets import Dataset
 from hypothesis import HealthCheck, settings
 from kit import args_of, make_letters, make_model, make_tokenizer, trainer_of
 
+# Rooms have a conftest of their own, and as modules with doctests these would be several of one name.
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 # How fast an example runs says something about the machine only.
 settings.register_profile("any_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_machine")
@@ -61,8 +63,8 @@ def make_trainer(model_path, dataset, tmp_path):
 def trained(make_trainer):
     """The same, trained."""
 
-    def train(out="run", **given):
-        trainer = make_trainer(out, **given)
+    def train(*out, **given):
+        trainer = make_trainer(*out, **given)
         trainer.train()
         return trainer
 

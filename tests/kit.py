@@ -5,15 +5,19 @@ Two-process tests name a function: `launch(model_path, out, function, **options)
 what each returned. `python kit.py` is the other end of that.
 """
 
+import contextlib
+import http.server
 import importlib
 import inspect
 import io
 import json
 import os
+import socket
 import string
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,10 +124,12 @@ def trainer_of(
     A tiny trainer, not yet trained.
 
     What is an option of the configuration goes there; everything else that is `given` goes to the trainer. With a `cls`
-    of TRL's, the configuration is TRL's.
+    of TRL's, the configuration is TRL's. Evaluation, where it is on, reads the first four rows.
     """
     config = AdaptiveGRPOConfig if issubclass(cls, AdaptiveGRPOTrainer) else GRPOConfig
     options = {name: given.pop(name) for name in [*given] if name in config.__dataclass_fields__}
+    if options.get("eval_strategy", "no") != "no" and "eval_dataset" not in given:
+        given["eval_dataset"] = dataset.select(range(4))
     args = config(**config_kwargs(out, **options))
     return cls(
         model=model, reward_funcs=reward_funcs, args=args, train_dataset=dataset, callbacks=list(callbacks), **given
@@ -270,7 +276,19 @@ def through_a_file(state: dict[str, Any]) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
-# Processes of their own
+# Servers and processes of their own
+
+
+@contextlib.contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[Any]:
+    """A server on this machine, at its `url`, whose requests a class answers."""
+    handler.log_message = lambda self, *args: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def launch(
@@ -278,6 +296,7 @@ def launch(
     out: Path,
     script: Any,
     processes: int = 2,
+    nodes: int = 1,
     environment: dict[str, str] | None = None,
     **options: Any,
 ) -> list[Any]:
@@ -292,6 +311,10 @@ def launch(
         script (`Callable` or `str`):
             Called as `function(model_path, out, **options)`; or a path, started with `model_path`, `out` and the
             options as JSON, which writes `rank<n>.pt` into `out`.
+        processes (`int`, *optional*, defaults to `2`):
+            Of each node.
+        nodes (`int`, *optional*, defaults to `1`):
+            How many launchers share the run, all on this machine.
         options:
             Plain data.
 
@@ -299,26 +322,38 @@ def launch(
         `list`: what the function returned on each process.
     """
     out.mkdir(exist_ok=True)
-    command, path = [sys.executable], PYTHONPATH
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command, path = [str(script)], PYTHONPATH
     if callable(script):
         file = Path(inspect.getfile(script))
-        command += [__file__, f"{file.stem}:{script.__name__}"]
+        command = [__file__, f"{file.stem}:{script.__name__}"]
         path = os.pathsep.join([path, str(file.parent)])
-    else:
-        command.append(str(script))
-    result = subprocess.run(
-        [*command, model_path, str(out), json.dumps(options)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+    command += [model_path, str(out), json.dumps(options)]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (environment or {})
+    with contextlib.ExitStack() as stack:
+        running = []
+        for node, flags in enumerate(_torchrun(processes, nodes)):
+            log = stack.enter_context(open(out / f"node{node}.txt", "w"))
+            starts = [sys.executable, *flags, *command]
+            running.append(
+                subprocess.Popen(starts, env={**os.environ, **settings}, stdout=subprocess.DEVNULL, stderr=log)
+            )
+            stack.callback(running[-1].kill)
+        for node, process in enumerate(running):
+            assert process.wait(timeout=900) == 0, (out / f"node{node}.txt").read_text()[-4000:]
+    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(processes * nodes)]
+
+
+def _torchrun(processes: int, nodes: int) -> list[list[str]]:
+    """The flags of each node's launcher; none for a single process."""
+    if processes * nodes == 1:
+        return [[]]
+    flags = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    if nodes == 1:
+        return [[*flags, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        flags += ["--nnodes", str(nodes), "--master-addr", "localhost", "--master-port", str(probe.getsockname()[1])]
+    return [[*flags, "--node-rank", str(node)] for node in range(nodes)]
 
 
 def _run_one_process(function: str, model_path: str, out: str, options: str) -> None:

@@ -20,12 +20,13 @@ import yaml
 from chromium import BROWSER, Page
 from kit import config_kwargs, count_vowels, text_of
 from transformers import TrainerCallback
-from trl import GRPOConfig, ModelConfig, TrlParser
+from trl import GRPOConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext.hooks import HookedTrainer
 from trl_grpo_ext.hooks.conflicts import FACTS
 from trl_grpo_ext.host.seams import OPEN_SEAMS, SEAMS, check_seams
+from trl_grpo_ext.recipe import grpo
 from trl_grpo_ext.recipe.script import DataArguments
 
 ROOT = Path(__file__).parent.parent
@@ -100,12 +101,11 @@ def test_options_in_python_exist(code):
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_reaches_the_configuration(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
-    parser = TrlParser((AdaptiveGRPOConfig, ModelConfig))
     flags = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
-    args, model_args = parser.parse_args_and_config(flags)
+    parsed = grpo.make_parser().parse(flags)
     for key, value in yaml.safe_load(text).items():
         if key != "output_dir":
-            assert getattr(args if hasattr(args, key) else model_args, key) == value
+            assert [getattr(part, key) for part in parsed if hasattr(part, key)] == [value]
 
 
 @pytest.mark.parametrize("page", tables.TABLES)
@@ -329,7 +329,7 @@ def test_the_readme_has_claim_and_commands_on_its_first_screen():
 
 def test_every_option_of_the_recipes_is_documented():
     names = {field.name for field in dataclasses.fields(DataArguments)}
-    for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical"):
+    for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical", "two_tasks"):
         source = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text(encoding="utf-8"))
         (arguments,) = [node for node in source.body if isinstance(node, ast.ClassDef)]
         names |= {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}

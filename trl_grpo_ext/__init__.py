@@ -7,12 +7,15 @@ if TYPE_CHECKING:
     from .config import AdaptiveGRPOConfig
     from .credit.baselines import BaselineCallback
     from .credit.critic import CriticBaseline
+    from .credit.tasks import TaskAdvantagesCallback
     from .hooks import GRPOCallback, RolloutBatch
     from .observe.kl import AdaptiveKLCallback
     from .observe.monitor import MonitorCallback
+    from .observe.tasks import TaskCallback
     from .plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
     from .plan.group_size import SingleGroupSizeCallback, ThresholdGroupSizeCallback, VarianceGroupSizeCallback
     from .plan.predicted import PredictedCurriculumCallback
+    from .plan.tasks import TaskMixingCallback
     from .rollouts import HierarchicalCallback, MultiTurnCallback
     from .shape.clipping import RewardClipCallback
     from .shape.resampling import DynamicSamplingCallback
@@ -38,6 +41,9 @@ __all__ = [
     "SingleGroupSizeCallback",
     "StagedCurriculumCallback",
     "TargetCurriculumCallback",
+    "TaskAdvantagesCallback",
+    "TaskCallback",
+    "TaskMixingCallback",
     "ThresholdGroupSizeCallback",
     "VarianceGroupSizeCallback",
 ]
@@ -49,13 +55,16 @@ _MODULES = {
     "plan.curriculum": ["OnlineCurriculumCallback", "StagedCurriculumCallback", "TargetCurriculumCallback"],
     "plan.group_size": ["SingleGroupSizeCallback", "ThresholdGroupSizeCallback", "VarianceGroupSizeCallback"],
     "plan.predicted": ["PredictedCurriculumCallback"],
+    "plan.tasks": ["TaskMixingCallback"],
     "rollouts": ["HierarchicalCallback", "MultiTurnCallback"],
     "shape.clipping": ["RewardClipCallback"],
     "shape.resampling": ["DynamicSamplingCallback"],
     "credit.baselines": ["BaselineCallback"],
     "credit.critic": ["CriticBaseline"],
+    "credit.tasks": ["TaskAdvantagesCallback"],
     "observe.kl": ["AdaptiveKLCallback"],
     "observe.monitor": ["MonitorCallback"],
+    "observe.tasks": ["TaskCallback"],
     "trainer.adaptive": ["AdaptiveGRPOTrainer"],
 }
 

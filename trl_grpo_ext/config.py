@@ -13,6 +13,7 @@ from trl import GRPOConfig
 GROUP_SIZES = ("fixed", "single", "threshold", "variance")
 BASELINES = ("group", "leave_one_out", "batch", "predicted", "shrunk")
 CURRICULA = ("none", "staged", "online", "predicted", "target")
+TASK_MIXINGS = ("none", "weights", "size", "adaptive")
 ROLLOUTS = ("single", "multi_turn", "hierarchical")
 ALARMS = (
     "all_correct",
@@ -29,6 +30,9 @@ ALARMS = (
     "dead_reward",
     "advantage_bias",
     "nothing_trained",
+    "flat_task",
+    "falling_task",
+    "truncated_task",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 
@@ -55,7 +59,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
     Finer settings are arguments of the callbacks, which can be passed to the trainer instead.
     """
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "on_alarm"]  # noqa: RUF012 (transformers' idiom)
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "on_alarm", "task_weights"]  # noqa: RUF012 (transformers' idiom)
 
     group_size: str = field(
         default="fixed",
@@ -182,6 +186,53 @@ class AdaptiveGRPOConfig(GRPOConfig):
         default=0.1,
         metadata={
             "help": ("Share of the prompts that any curriculum draws from the whole dataset."),
+        },
+    )
+    task_column: str | None = field(
+        default=None,
+        metadata={
+            "help": ("Dataset column with the name of each prompt's task, for metrics and alarms of each task."),
+        },
+    )
+    task_mixing: str = field(
+        default="none",
+        metadata={
+            "help": (
+                "Which share of the prompts each task gets, with task_column. 'none': what the dataset or the "
+                "curriculum gives it. 'weights': task_weights. 'size': its number of prompts to the power task_power. "
+                "'adaptive': more where more can be learnt now, with a floor."
+            ),
+            "choices": list(TASK_MIXINGS),
+        },
+    )
+    task_weights: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "For task_mixing='weights': weight of each task, such as {'math': 2, 'chat': 1}; a JSON string on the "
+                "command line."
+            ),
+        },
+    )
+    task_power: float = field(
+        default=0.5,
+        metadata={
+            "help": ("For task_mixing='size': 1 is the share in the dataset, 0 gives all tasks the same."),
+        },
+    )
+    task_floor: float = field(
+        default=0.2,
+        metadata={
+            "help": ("For task_mixing='adaptive': share of the prompts that all tasks share equally."),
+        },
+    )
+    task_advantages: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether a completion is compared with its own task, with task_column: the mean of the batch, the "
+                "guess, and the standard deviation of scale_rewards='batch' are then those of its task."
+            ),
         },
     )
     share_prompts: bool = field(
@@ -350,6 +401,7 @@ class AdaptiveGRPOConfig(GRPOConfig):
             raise ValueError(f"curriculum_goal={self.curriculum_goal} must be finite: try 0.5")
         if not 0 <= self.curriculum_exploration <= 1:
             raise ValueError(f"curriculum_exploration={self.curriculum_exploration} must be between 0 and 1: try 0.1")
+        self._check_tasks()
         if self.skip_zero_advantage:
             self._check_skipping()
         if self.kl_target is not None:
@@ -377,6 +429,32 @@ class AdaptiveGRPOConfig(GRPOConfig):
                     f"skip_zero_advantage=True would change the gradient, since with {name}={getattr(self, name)} "
                     f"{effect}: set skip_zero_advantage=False or {name}={neutral}"
                 )
+
+    def _check_tasks(self) -> None:
+        """Raise `ValueError` for options of tasks that have no effect, or cannot work."""
+        _check_choice("task_mixing", self.task_mixing, TASK_MIXINGS)
+        for name, unset in (("task_mixing", "none"), ("task_weights", None), ("task_advantages", False)):
+            if self.task_column is None and getattr(self, name) != unset:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs task_column, the dataset column that names the task of a "
+                    "prompt: set it"
+                )
+        if (self.task_weights is None) == (self.task_mixing == "weights"):
+            raise ValueError(
+                f"task_weights={self.task_weights} and task_mixing={self.task_mixing!r} do not fit: task_mixing="
+                "'weights' takes task_weights, such as {'math': 2, 'chat': 1}, and nothing else does"
+            )
+        check_task_mixing(self.task_weights, self.task_power, self.task_floor)
+        if self.task_advantages and self.scale_rewards == "group":
+            raise ValueError(
+                "task_advantages=True has no effect on scale_rewards='group', which compares the completions of one "
+                "prompt with each other: set scale_rewards='batch', or leave task_advantages out"
+            )
+        if self.task_advantages and self.scale_rewards == "none" and self.baseline == "group":
+            raise ValueError(
+                "task_advantages=True has no effect on baseline='group' with scale_rewards='none': set "
+                "scale_rewards='batch' or another baseline, or leave task_advantages out"
+            )
 
     @property
     def needs_siblings(self) -> bool:
@@ -488,6 +566,22 @@ def check_kl(kl_target: float, kl_horizon: float, beta: float | None = None) -> 
             f"kl_target={kl_target} needs beta above 0, and beta={beta}: the rule multiplies β, so it can never leave "
             "0, and TRL loads no reference model for it. Set beta, for example to 0.04, or leave kl_target unset"
         )
+
+
+def check_task_mixing(weights: Any, power: float, floor: float) -> None:
+    """Raise `ValueError` with value, rule and remedy for shares of tasks that make no sense."""
+    if weights is not None:
+        values = weights.values() if isinstance(weights, Mapping) else ()
+        are_numbers = all(isinstance(value, int | float) and 0 <= value < math.inf for value in values)
+        if not (values and are_numbers and any(value > 0 for value in values)):
+            raise ValueError(
+                f'task_weights={weights!r} must map tasks to weights, such as {{"math": 2, "chat": 1}} (JSON on the '
+                "command line): finite numbers, none below 0, and one above"
+            )
+    if not 0 <= power < math.inf:
+        raise ValueError(f"task_power={power} must be finite and not negative: try 0.5")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"task_floor={floor} must be between 0 (no floor) and 1 (all tasks alike): try 0.2")
 
 
 def check_on_alarm(on_alarm: Any, alarm_names: Sequence[str] = ALARMS) -> None:

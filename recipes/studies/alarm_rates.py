@@ -1,10 +1,10 @@
 """
 How often is an alarm wrong, and how often is an illness missed? Counted on hundreds of simulated runs.
 
-    python recipes/studies/alarm_rates.py            # 900 runs of 120 logs, half a minute
+    python recipes/studies/alarm_rates.py            # 1100 runs of 120 logs, a minute
     python recipes/studies/alarm_rates.py --runs 5   # only to see that it runs
 
-Healthy runs come in nine shapes, each of which has something that looks like an illness: a component that is met ever
+Healthy runs come in eleven shapes, each of which has something that looks like an illness: a component that is met ever
 more often until it is always met, gradient norms with heavy tails, answers that get shorter or longer. A sick run is a
 healthy one that falls ill on the way. A share of healthy runs in which an alarm is raised is its false-alarm rate; the
 share of sick runs in which the right alarm is raised is its detection rate. Both tables go to `output_dir`.
@@ -164,6 +164,32 @@ def groups_of_one(rng: Generator) -> Series:
     return run
 
 
+def several_tasks(rng: Generator, rows: int = ROWS) -> Series:
+    """Two to four tasks that differ in level, scale, difficulty and length; each learns or stays where it is."""
+    run, n = learning(rng), STEPS
+    shares = rng.dirichlet(np.full(int(rng.integers(2, 5)), 3.0))
+    for number, share in enumerate(shares):
+        own, scale, level = max(2, round(share * rows)), 10 ** rng.uniform(-1, 1), rng.uniform(-2, 2)
+        groups = max(1, own // 8)
+        path = rise(rng, 0.0, rng.choice([0.0, rng.uniform(0.3, 1.5)]))  # in standard deviations of the task
+        run[f"tasks/{number}/reward"] = scale * (level + path + rng.standard_normal(n) / np.sqrt(own))
+        run[f"tasks/{number}/reward_std"] = scale * np.exp(rng.normal(0, 0.15, n))
+        run[f"tasks/{number}/informative"] = share_of(
+            rng, rise(rng, rng.uniform(0.4, 1), rng.uniform(0.25, 0.9)), groups
+        )
+        run[f"tasks/{number}/truncated"] = share_of(rng, np.full(n, rng.uniform(0, 0.3)), own)
+    run["reward"] = sum(s * run[f"tasks/{number}/reward"] for number, s in enumerate(shares))
+    parts = {"rollouts/informative": "informative", "completions/clipped_ratio": "truncated"}
+    for whole, metric in parts.items():
+        run[whole] = sum(s * run[f"tasks/{number}/{metric}"] for number, s in enumerate(shares))
+    return run
+
+
+def small_tasks(rng: Generator) -> Series:
+    """The same with sixteen completions a batch, so that a task has one group or two in it."""
+    return several_tasks(rng, rows=16)
+
+
 HEALTHY: dict[str, Callable[[Generator], Series]] = {
     "learning": learning,
     "components that saturate": saturating,
@@ -174,6 +200,8 @@ HEALTHY: dict[str, Callable[[Generator], Series]] = {
     "curriculum": curriculum,
     "small batches": small_batches,
     "groups of one": groups_of_one,
+    "several tasks": several_tasks,
+    "several small tasks": small_tasks,
 }
 
 # Sick runs: the metrics from the log on at which the illness begins. `t` counts logs since then.
@@ -213,6 +241,19 @@ def dying(rng: Generator, run: Series, t: Array) -> Series:
     return {"rewards/new/mean": np.full(len(t), 0.0 if kind == 1 else rng.uniform(0.1, 40))}
 
 
+def flat_task(rng: Generator, run: Series, t: Array) -> Series:
+    """A task of which nearly nothing teaches any more, while the others go on."""
+    return {"tasks/0/informative": share_of(rng, np.full(len(t), rng.uniform(0, 0.05)), 8)}
+
+
+def falling_task(rng: Generator, run: Series, t: Array) -> Series:
+    """A task that is forgotten, by one to two of its standard deviations, while the reward of the run rises."""
+    scale = run["tasks/0/reward_std"].mean()
+    fall = rng.uniform(1, 2) * ramp(t, rng.uniform(5, 30))
+    reward = run["reward"][: len(t)].mean() + np.abs(run["reward"]).mean() * (1 + ramp(t, 30))
+    return {"tasks/0/reward": run["tasks/0/reward"][-len(t) :] - scale * fall, "reward": reward}
+
+
 SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "all_correct": lambda rng, run, t: {"rollouts/flat_high": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
     "all_wrong": lambda rng, run, t: {"rollouts/flat_low": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
@@ -228,12 +269,18 @@ SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "dead_reward": dying,
     "advantage_bias": lambda rng, run, t: {"advantage/mean": rng.choice([-1, 1]) * rng.uniform(0.1, 0.4, len(t))},
     "nothing_trained": lambda rng, run, t: {"updates/without_effect": np.arange(1, len(t) + 1) * 1.0},
+    "flat_task": flat_task,
+    "falling_task": falling_task,
+    "truncated_task": lambda rng, run, t: {
+        "tasks/0/truncated": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 16)
+    },
 }
 
 
 def sick(name: str, rng: Generator) -> tuple[Series, int]:
     """A run that falls ill between its 30th and its 70th log, and that log."""
-    run, onset = learning(rng), int(rng.integers(30, 70))
+    make = several_tasks if name.endswith("_task") else learning
+    run, onset = make(rng), int(rng.integers(30, 70))
     for metric, values in SICK[name](rng, run, np.arange(STEPS - onset)).items():
         before = run.get(metric, np.empty(0))[:onset]
         run[metric] = np.concatenate([before if before.size else np.full(onset, np.nan), values])

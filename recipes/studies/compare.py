@@ -32,9 +32,8 @@ from comparison.cells import Cells
 from comparison.methods import METHODS, STOCK, train
 from comparison.smollm2 import AnswerTask, SmolTask
 from comparison.tiny import POOLS, TinyTask
-from trl import TrlParser
 
-from trl_grpo_ext.recipe.script import flags_with_config
+from trl_grpo_ext.recipe.flags import FlagParser, config_of
 
 TASKS = ("tiny", "smollm2", "arithmetic", "reasoning")
 
@@ -135,4 +134,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Options,)).parse_args_and_config(flags_with_config(__file__)))
+    main(*FlagParser((Options,), config_of(__file__)).parse())

@@ -39,7 +39,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import TrlParser
 
 from trl_grpo_ext import (
     AdaptiveGRPOConfig,
@@ -49,7 +48,7 @@ from trl_grpo_ext import (
     MultiTurnCallback,
     RolloutBatch,
 )
-from trl_grpo_ext.recipe.script import flags_with_config
+from trl_grpo_ext.recipe.flags import FlagParser, config_of
 from trl_grpo_ext.recipe.tiny import tiny_model
 
 METHODS = {"tree of 4 x 4": None, "flat, 16 rollouts": 16, "flat, 10 rollouts": 10}
@@ -176,4 +175,4 @@ def main(options: Options, args: AdaptiveGRPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((Options, AdaptiveGRPOConfig)).parse_args_and_config(flags_with_config(__file__)))
+    main(*FlagParser((Options, AdaptiveGRPOConfig), config_of(__file__)).parse())

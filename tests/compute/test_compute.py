@@ -1,14 +1,16 @@
 """The savings change no gradient: every loss type, peft, beta; random groups and lengths; two processes; generation."""
 
 import copy
-import logging
+from functools import partial
 
 import pytest
 import torch
+from gradients import both_of, distance, gradient, relative, rollouts, sizes_of_calls, whole_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels, has_answer
+from kit import Watched, make_letters
 from peft import LoraConfig
+from rollout_helpers import first_turns, length_of_text, make_conversations
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -16,9 +18,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
-from trl import GRPOConfig, GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext import AdaptiveGRPOTrainer
 from trl_grpo_ext.compute import forward
 from trl_grpo_ext.compute.forward import logps_and_entropies, why_not_shared
 from trl_grpo_ext.host.seams import HAS_FUSED_HEAD
@@ -27,87 +28,22 @@ LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 BOTH = {"share_prompts": True, "skip_zero_advantage": True}
 
 
-def make(trainer_class, config_class, model, dataset, out, lora=False, **options):
-    torch.manual_seed(3)
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=[count_vowels, has_answer],
-        args=config_class(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None,
-    )
-    trainer.current_gradient_accumulation_steps = options.get("gradient_accumulation_steps", 1)
-    return trainer
-
-
-def rollouts(seed, sizes, longest_prompt=9, longest_completion=7, dead=0.5, old=False, ref=False):
-    """Padded rows in random order, groups of `sizes`, of which a share `dead` has no advantage."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def integers(low, high, shape):
-        return torch.randint(low, high + 1, shape, generator=generator)
-
-    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    rows = len(group)
-    prompts = integers(8, 100, (len(sizes), longest_prompt))
-    prompt_mask = (torch.arange(longest_prompt) >= longest_prompt - integers(1, longest_prompt, (len(sizes), 1))).long()
-    lengths = integers(0, longest_completion, (rows, 1))
-    lengths[0] = longest_completion
-    mask = (torch.arange(longest_completion) < lengths).long()
-    alive = torch.rand(len(sizes), generator=generator) >= dead
-    advantages = torch.randn(rows, generator=generator) * alive[group]
-    shuffle = torch.randperm(rows, generator=generator)
-    inputs = {
-        "prompt_ids": prompts[group] * prompt_mask[group],
-        "prompt_mask": prompt_mask[group],
-        "completion_ids": integers(8, 100, (rows, longest_completion)) * mask,
-        "completion_mask": mask,
-        "advantages": advantages,
-    }
-    for name, wanted in {"old_per_token_logps": old, "ref_per_token_logps": ref}.items():
-        if wanted:
-            inputs[name] = (-4.6 + 0.2 * torch.randn(rows, longest_completion, generator=generator)) * mask
-    inputs = {key: value[shuffle] for key, value in inputs.items()}
-    return inputs | {"num_items_in_batch": mask.sum().float()}
-
-
-def gradient(trainer, inputs):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-
-
-def relative(ours, stock):
-    return ((ours - stock).norm() / stock.norm().clamp(min=1e-12)).item()
-
-
 @pytest.fixture(scope="module")
 def pair(model_path, tmp_path_factory):
     """A stock trainer and ours with the same weights; tests set loss type and options on both."""
-    from datasets import Dataset
-
-    data = Dataset.from_dict({"prompt": ["say a"] * 8, "answer": ["a"] * 8})
-    out = tmp_path_factory.mktemp("pair")
-    stock = make(GRPOTrainer, GRPOConfig, model_path, data, out)
-    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, data, out, **BOTH)
-    return stock, ours
+    return list(both_of(model_path, make_letters(), tmp_path_factory.mktemp("pair"), **BOTH))
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "peft"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_same_gradient_for_every_loss(loss_type, beta, lora, model_path, dataset, tmp_path):
-    options = {"loss_type": loss_type, "beta": beta}
+def test_same_gradient_for_every_loss(loss_type, beta, lora, both):
+    options = {"loss_type": loss_type, "beta": beta, "share_prompts": True, "skip_zero_advantage": beta == 0.0}
     if loss_type == "luspo":
         options["importance_sampling_level"] = "sequence"
-    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, lora, **options)
-    ours = make(
-        AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, lora, share_prompts=True,
-        skip_zero_advantage=beta == 0.0, **options,
-    )  # fmt: skip
+    if lora:
+        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    stock, ours = both(**options)
     for seed in range(3):
         inputs = rollouts(seed, [3, 4, 2, 3], old=seed > 0, ref=beta > 0)
         stock_loss, expected = gradient(stock, inputs)
@@ -133,30 +69,24 @@ def test_log_probabilities_and_entropies_are_those_of_the_softmax(requires_grad)
 
 
 @pytest.mark.parametrize("kept", [0, 2**28], ids=["fused head", "own head"])
-def test_same_gradient_and_entropy_with_either_head(kept, model_path, dataset, tmp_path, monkeypatch):
+def test_same_gradient_and_entropy_with_either_head(kept, both, monkeypatch):
     monkeypatch.setattr(forward, "KEPT_LOGITS", kept)
-    options = {"temperature": 0.7}
-    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, **options)
-    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options)
+    stock, ours = both(share_prompts=True, temperature=0.7)
     inputs = rollouts(5, [4, 4, 4], old=True)
     calls = []
     monkeypatch.setattr(forward, "logps_and_entropies", lambda *a, **k: calls.append(1) or logps_and_entropies(*a, **k))
-    _, expected = gradient(stock, inputs)
-    _, found = gradient(ours, inputs)
+    assert distance(ours, stock, inputs) < 1e-5
     assert bool(calls) == bool(kept) or not HAS_FUSED_HEAD
-    assert relative(found, expected) < 1e-5
     assert ours._metrics["train"]["entropy"] == pytest.approx(stock._metrics["train"]["entropy"], abs=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"entropy_coef": 0.01}, {"use_adaptive_entropy": True}], ids=str)
-def test_an_entropy_bonus_has_its_gradient(options, model_path, dataset, tmp_path):
-    stock = make(GRPOTrainer, GRPOConfig, model_path, dataset, tmp_path, **options)
-    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options)
-    inputs = rollouts(6, [4, 4, 4])
-    assert relative(gradient(ours, inputs)[1], gradient(stock, inputs)[1]) < 1e-5
+def test_an_entropy_bonus_has_its_gradient(options, both):
+    stock, ours = both(share_prompts=True, **options)
+    assert distance(ours, stock, rollouts(6, [4, 4, 4])) < 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
@@ -197,26 +127,20 @@ def test_a_skipped_row_whose_ratio_would_explode(pair):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", ["plain", "checkpointing", "autocast", "old_and_reference"])
-def test_shared_log_probabilities(attention, variant, model_path, dataset, tmp_path):
+def test_shared_log_probabilities(attention, variant, model_path, both):
     options = {"gradient_checkpointing": True} if variant == "checkpointing" else {}
     options |= {"bf16": True} if variant == "autocast" else {}
-    model = LlamaForCausalLM.from_pretrained(model_path, attn_implementation=attention)
-    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model, dataset, tmp_path, share_prompts=True, **options)
-    stock = make(GRPOTrainer, GRPOConfig, copy.deepcopy(model), dataset, tmp_path, **options)
+    load = partial(LlamaForCausalLM.from_pretrained, model_path, attn_implementation=attention)
+    stock, ours = both(load, share_prompts=True, **options)
     inputs = rollouts(0, [5, 1, 6], dead=0.0)
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    ids, mask = whole_rows(inputs)
     ours._get_per_token_logps_and_entropies(ours.model, ids, mask, 7)  # with the trials
-    sizes = []
-    base = ours.model.get_base_model() if hasattr(ours.model, "get_base_model") else ours.model
-    base.model.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True)
+    sizes = sizes_of_calls(ours.model.model)
     chunk = 5 if variant == "old_and_reference" else None
-    stock.model.train()
-    ours.model.train()
-    expected = stock._get_per_token_logps_and_entropies(
-        stock.model, ids, mask, 7, batch_size=chunk, compute_entropy=True
+    expected, found = (
+        one._get_per_token_logps_and_entropies(one.model.train(), ids, mask, 7, batch_size=chunk, compute_entropy=True)
+        for one in (stock, ours)
     )
-    found = ours._get_per_token_logps_and_entropies(ours.model, ids, mask, 7, batch_size=chunk, compute_entropy=True)
     tolerance = 0.1 if variant == "autocast" else 1e-5
     for one, other in zip(found[:2], expected[:2], strict=True):
         assert one.shape == other.shape
@@ -242,9 +166,7 @@ def test_flex_attention_masks_agree(model_path):
     plain = LlamaForCausalLM.from_pretrained(model_path)
     if HAS_FUSED_HEAD:
         utils.add_fused_lm_head(model)
-    inputs = rollouts(0, [5, 1, 6])
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    ids, mask = whole_rows(rollouts(0, [5, 1, 6]))
     logits = plain(input_ids=ids, attention_mask=mask).logits[:, 8:-1]
     expected = logits.log_softmax(-1).gather(2, ids[:, 9:, None])[..., 0] * mask[:, 9:]
     with torch.no_grad():
@@ -253,7 +175,6 @@ def test_flex_attention_masks_agree(model_path):
     assert (found[0] - expected).abs().max() < 1e-4
 
 
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 120}
 
 
@@ -265,28 +186,17 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
     ],
     ids=["no positions", "sliding window"],
 )
-def test_falls_back_with_the_reason(model, reason, model_path, dataset, tmp_path, caplog):
-    from transformers import AutoTokenizer
-
+def test_falls_back_with_the_reason(model, reason, both, caplog):
     model.config.eos_token_id, model.config.pad_token_id = 3, 0
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    stock_model = copy.deepcopy(model)
-    kwargs = {"reward_funcs": count_vowels, "train_dataset": dataset, "processing_class": tokenizer}
-    stock = GRPOTrainer(stock_model, args=GRPOConfig(**config_kwargs(tmp_path)), **kwargs)
-    ours = AdaptiveGRPOTrainer(model, args=AdaptiveGRPOConfig(**config_kwargs(tmp_path), **BOTH), **kwargs)
-    stock.current_gradient_accumulation_steps = ours.current_gradient_accumulation_steps = 1
-    inputs = rollouts(1, [4, 4, 2])
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        _, expected = gradient(stock, inputs)
-        _, found = gradient(ours, inputs)
-        gradient(ours, inputs)
-    assert relative(found, expected) < 1e-5
+    stock, ours = both(lambda: copy.deepcopy(model), **BOTH)
+    for _ in range(2):
+        assert distance(ours, stock, rollouts(1, [4, 4, 2])) < 1e-5
     said = [record.message for record in caplog.records if "share_prompts" in record.message]
     assert len(said) == 1
     assert reason in said[0]
 
 
-def test_a_model_that_ignores_the_mask_is_found_out(model_path, dataset, tmp_path, caplog):
+def test_a_model_that_ignores_the_mask_is_found_out(model_path, make_trainer, caplog):
     """Its configuration promises what its attention does not keep."""
     model = LlamaForCausalLM.from_pretrained(model_path)
     forward = model.model.forward
@@ -298,9 +208,9 @@ def test_a_model_that_ignores_the_mask_is_found_out(model_path, dataset, tmp_pat
 
     model.model.forward = without_mask
     assert why_not_shared(model) is None
-    ours = make(AdaptiveGRPOTrainer, AdaptiveGRPOConfig, model, dataset, tmp_path, share_prompts=True)
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        gradient(ours, rollouts(1, [4, 4, 2]))
+    ours = make_trainer(model=model, share_prompts=True)
+    ours.current_gradient_accumulation_steps = 1
+    gradient(ours, rollouts(1, [4, 4, 2]))
     assert "in a trial, log-probabilities were off by" in caplog.text
 
 
@@ -319,24 +229,15 @@ def test_what_would_change_the_gradient_is_refused(options, message, config):
     config(share_prompts=True, **options)
 
 
-def test_experts_with_a_load_balancing_loss_are_refused(model_path, dataset, tmp_path):
-    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+def test_experts_with_a_load_balancing_loss_are_refused(both):
+    from transformers import MixtralConfig, MixtralForCausalLM
 
-    model = MixtralForCausalLM(
-        MixtralConfig(num_key_value_heads=2, num_local_experts=2, router_aux_loss_coef=0.01, pad_token_id=0, **TINY)
-    )
-    kwargs = {"reward_funcs": count_vowels, "train_dataset": dataset}
-    kwargs["processing_class"] = AutoTokenizer.from_pretrained(model_path)
+    experts = {"num_local_experts": 2, "router_aux_loss_coef": 0.01}
+    config = MixtralConfig(num_key_value_heads=2, pad_token_id=0, **experts, **TINY)
     with pytest.raises(ValueError, match="load-balancing loss"):
-        AdaptiveGRPOTrainer(
-            model, args=AdaptiveGRPOConfig(**config_kwargs(tmp_path), skip_zero_advantage=True), **kwargs
-        )
-    ours = AdaptiveGRPOTrainer(model, args=AdaptiveGRPOConfig(**config_kwargs(tmp_path), share_prompts=True), **kwargs)
-    ours.current_gradient_accumulation_steps = 1
-    inputs = rollouts(1, [4, 4])
-    _, found = gradient(ours, inputs)
-    ours.args.share_prompts = False
-    assert relative(found, gradient(ours, inputs)[1]) < 1e-6
+        list(both(lambda: MixtralForCausalLM(config), skip_zero_advantage=True))
+    stock, ours = both(lambda: MixtralForCausalLM(config), share_prompts=True)
+    assert distance(ours, stock, rollouts(1, [4, 4])) < 1e-6
 
 
 # A whole run
@@ -352,15 +253,10 @@ def test_experts_with_a_load_balancing_loss_are_refused(model_path, dataset, tmp
     ],
     ids=["plain", "accumulation", "old_log_probabilities", "truncated"],
 )
-def test_a_run_ends_where_stock_ends(options, model_path, dataset, tmp_path):
+def test_a_run_ends_where_stock_ends(options, both):
     """The same rollouts (greedy prefill differs by rounding only) and gradients give the same weights."""
-    options = {"learning_rate": 1e-3, "scale_rewards": "none", **options}
     runs = []
-    for trainer_class, config_class, extra in (
-        (GRPOTrainer, GRPOConfig, {}),
-        (AdaptiveGRPOTrainer, AdaptiveGRPOConfig, BOTH),
-    ):
-        trainer = make(trainer_class, config_class, model_path, dataset, tmp_path, **options, **extra)
+    for trainer in both(learning_rate=1e-3, scale_rewards="none", **BOTH, **options):
         start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         trainer.train()
         end = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -370,7 +266,7 @@ def test_a_run_ends_where_stock_ends(options, model_path, dataset, tmp_path):
     assert relative(ours, stock) < 1e-2  # Adam divides by the size of gradients, which enlarges rounding
 
 
-def test_whole_groups_stay_together(model_path, dataset, tmp_path):
+def test_whole_groups_stay_together(trained):
     """TRL shuffles rows; here groups are shuffled, and equal prompts meet in a micro-batch."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1}
     seen = []
@@ -380,10 +276,10 @@ def test_whole_groups_stay_together(model_path, dataset, tmp_path):
             seen.append(len(torch.unique(inputs["prompt_ids"], dim=0)))
             return super()._compute_loss(model, inputs)
 
-    make(Spy, AdaptiveGRPOConfig, model_path, dataset, tmp_path, share_prompts=True, **options).train()
+    trained(cls=Spy, share_prompts=True, **options)
     assert seen == [1, 1, 1, 1]
     seen.clear()
-    make(Spy, AdaptiveGRPOConfig, model_path, dataset, tmp_path, **options).train()
+    trained(cls=Spy, **options)
     assert sum(seen) > 4
 
 
@@ -395,18 +291,13 @@ ROLLOUTS = {
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_rollouts_of_several_turns(name, model_path, dataset, tmp_path):
+def test_rollouts_of_several_turns(name, trained):
     """Advantages and masks per token; a history or a plan is computed once for the answers to it."""
-    from rollout_helpers import make_trainer, user
-
-    options = {"max_steps": 1, "mask_truncated_completions": False, **ROLLOUTS[name]}
-    data = None
-    if name == "hierarchical":
-        data = dataset.map(lambda row: {"prompt": [user(row["prompt"])]})
-        options["per_device_train_batch_size"] = 24
-    trainer = make_trainer(model_path, tmp_path, dataset=data, **options)
-    trainer.train()
-    _, inputs = trainer.seen[0]
+    is_tree = name == "hierarchical"
+    data = {"dataset": first_turns() if is_tree else make_conversations(), "reward_funcs": length_of_text}
+    batch = {"per_device_train_batch_size": 24 if is_tree else 16, "max_steps": 1, "mask_truncated_completions": False}
+    trainer = trained(cls=Watched, **data, **batch, **ROLLOUTS[name])
+    (inputs,) = trainer.outputs
     inputs = {key: value for key, value in inputs.items() if value is not None}
     trainer.current_gradient_accumulation_steps = 1
     inputs["advantages"] = inputs["advantages"].clone()
@@ -414,10 +305,7 @@ def test_rollouts_of_several_turns(name, model_path, dataset, tmp_path):
     _, expected = gradient(trainer, inputs)
     trainer.args.share_prompts = trainer.args.skip_zero_advantage = True
     gradient(trainer, inputs)  # with the trial
-    sizes = []
-    trainer.model.model.register_forward_pre_hook(
-        lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True
-    )
+    sizes = sizes_of_calls(trainer.model.model)
     _, found = gradient(trainer, inputs)
     assert relative(found, expected) < 1e-4
     tokens = int(inputs["prompt_mask"][3:].sum() + inputs["completion_mask"][3:].sum())

@@ -1,13 +1,11 @@
 """Generation from a shared prefill: the tokens of `generate` on repeated prompts, and finished rows that leave."""
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels
-from peft import PromptTuningConfig
+from kit import count_vowels
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoTokenizer,
     DynamicCache,
@@ -19,7 +17,7 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext.compute import generation
 from trl_grpo_ext.compute.generation import (
     adapter_merged,
     prefilled_generate,
@@ -27,6 +25,7 @@ from trl_grpo_ext.compute.generation import (
     why_not_merged,
     why_not_prefilled,
 )
+from trl_grpo_ext.trainer import lean
 
 WIDTH = 8
 
@@ -59,7 +58,7 @@ def ours(model, ids, mask, config):
     return prefilled_generate(model, model.generate, ids, mask, config)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), ends=st.integers(0, 40))
 def test_greedy_output_is_identical(model, seed, sizes, ends):
     """With `ends` of 112 tokens ending a completion, rows finish at different times, or never."""
@@ -79,32 +78,14 @@ def test_a_cache_that_is_switched_off_is_used_all_the_same(in_model, model, mode
 
 
 def test_models_without_keys_and_values_of_each_token():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 120}
-    recurrent = [MambaForCausalLM(MambaConfig(state_size=4, **sizes))]
-    hybrid = {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2}
-    recurrent.append(Lfm2ForCausalLM(Lfm2Config(intermediate_size=64, **hybrid, **sizes)))
-    for model in recurrent:
+    recurrent = MambaForCausalLM(MambaConfig(state_size=4, hidden_size=32, num_hidden_layers=2, vocab_size=120))
+    for model in (recurrent, hybrid()):
         assert "linear attention or recurrence" in why_not_prefilled(model, settings_for())
 
 
 def test_tokens_of_peft_before_the_prompt(model):
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     assert "tokens that peft puts" in why_not_prefilled(model, settings_for(), peft_config)
-
-
-def test_the_trainer_falls_back_with_the_reason(model_path, dataset, tmp_path, caplog):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 120, "bos_token_id": 1, "eos_token_id": 2}
-    hybrid = {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2}
-    trainer = AdaptiveGRPOTrainer(
-        model=Lfm2ForCausalLM(Lfm2Config(intermediate_size=64, **hybrid, **sizes)),
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, share_prompts=True, max_steps=1)),
-        train_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(model_path),
-    )
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        trainer.train()
-    assert "generation reads every copy of a prompt, because of linear attention or recurrence" in caplog.text
 
 
 def test_a_prompt_of_one_token(model):
@@ -179,11 +160,7 @@ def test_settings_that_need_the_whole_run(model):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_trainer_uses_it(lora, model_path, dataset, tmp_path, monkeypatch):
-    from peft import LoraConfig
-
-    from trl_grpo_ext.compute import generation
-
+def test_the_trainer_uses_it(lora, trained, monkeypatch):
     calls = []
     original = generation.prefilled_generate
 
@@ -192,35 +169,33 @@ def test_the_trainer_uses_it(lora, model_path, dataset, tmp_path, monkeypatch):
         return original(model, generate, input_ids, **arguments)
 
     monkeypatch.setattr(generation, "prefilled_generate", spy)
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, share_prompts=True)),
-        train_dataset=dataset,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj"]) if lora else None,
-    )
-    trainer.train()
+    trainer = trained(share_prompts=True, peft_config=LoraConfig(r=4, target_modules=["q_proj"]) if lora else None)
     assert calls == [8, 8, 8]
     assert trainer._shared_prefill.reason is None
     assert "generate" not in vars(trainer.model)
 
 
-def test_the_trainer_says_why_not(model_path, dataset, tmp_path, caplog):
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(
-            **config_kwargs(tmp_path, share_prompts=True, generation_kwargs={"no_repeat_ngram_size": 3})
-        ),
-        train_dataset=dataset,
-    )
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        trainer.train()
-    said = [record.message for record in caplog.records if "no_repeat_ngram_size" in record.message]
+def hybrid():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 120, "bos_token_id": 1, "eos_token_id": 2}
+    layers = {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Lfm2ForCausalLM(Lfm2Config(intermediate_size=64, **layers, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model": hybrid()}, "linear attention or recurrence"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "the generation settings no_repeat_ngram_size"),
+    ],
+    ids=["model", "settings"],
+)
+def test_the_trainer_says_once_why_not(options, reason, model_path, trained, caplog):
+    trained(processing_class=AutoTokenizer.from_pretrained(model_path), share_prompts=True, **options)
+    said = [record.message for record in caplog.records if "generation reads" in record.message]
     assert len(said) == 1
+    assert f"generation reads every copy of a prompt, because of {reason}" in said[0]
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),
     steps=st.lists(st.integers(1, 3), max_size=4),
@@ -259,12 +234,9 @@ def test_tokens_are_written_into_the_room_without_a_copy():
 
 
 def adapted(model_path, **options):
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
-    model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(model_path), LoraConfig(r=4, target_modules="all-linear", **options)
-    )
+    lora = LoraConfig(r=4, target_modules="all-linear", **options)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(model_path), lora)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
@@ -312,28 +284,15 @@ def test_what_cannot_be_merged_is_refused(model_path):
     assert "no LoRA on weights in floating point" in why_not_merged(tied)
 
 
-def test_training_with_a_merged_adapter(model_path, dataset, tmp_path, monkeypatch):
-    from peft import LoraConfig
-
-    from trl_grpo_ext.trainer import lean as module
-
-    opened, original = [], module.adapter_merged
-
-    def spy(model):
-        opened.append(model)
-        return original(model)
-
-    monkeypatch.setattr(module, "adapter_merged", spy)
+def test_training_with_a_merged_adapter(make_trainer, monkeypatch):
+    opened = []
+    monkeypatch.setattr(lean, "adapter_merged", lambda model: opened.append(model) or adapter_merged(model))
     weights = []
     for merge in (False, True):
         torch.manual_seed(0)  # of the adapter
-        trainer = AdaptiveGRPOTrainer(
-            model=model_path,
-            reward_funcs=count_vowels,
-            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, share_prompts=True, merge_adapter=merge)),
-            train_dataset=dataset,
-            peft_config=LoraConfig(r=4, target_modules="all-linear"),
-        )
+        lora = LoraConfig(r=4, target_modules="all-linear")
+        options = {"reward_funcs": count_vowels, "share_prompts": True, "merge_adapter": merge}
+        trainer = make_trainer(peft_config=lora, **options)
         frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
         trainer.train()
         assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
@@ -344,14 +303,7 @@ def test_training_with_a_merged_adapter(model_path, dataset, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("options", "peft", "message"), [({}, False, "no adapter"), ({"r": 4}, True, "lora_dropout")])
-def test_merging_is_refused_at_construction(options, peft, message, model_path, dataset, tmp_path):
-    from peft import LoraConfig
-
+def test_merging_is_refused_at_construction(options, peft, message, make_trainer):
+    lora = LoraConfig(lora_dropout=0.1, target_modules="all-linear", **options) if peft else None
     with pytest.raises(ValueError, match=f"merge_adapter=True cannot be used here, because .*{message}"):
-        AdaptiveGRPOTrainer(
-            model=model_path,
-            reward_funcs=count_vowels,
-            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, merge_adapter=True)),
-            train_dataset=dataset,
-            peft_config=LoraConfig(lora_dropout=0.1, target_modules="all-linear", **options) if peft else None,
-        )
+        make_trainer(merge_adapter=True, peft_config=lora)

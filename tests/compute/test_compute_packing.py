@@ -34,7 +34,7 @@ def padded(groups):
     return *(torch.tensor(x) for x in (prompts, prompt_lengths, lengths, ids, mask)), depth
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(groups=batches, costs=costs)
 def test_every_token_sees_what_it_would_see_in_its_own_row(groups, costs):
     prompts, prompt_lengths, lengths, ids, mask, depth = padded(groups)
@@ -65,7 +65,7 @@ def test_every_token_sees_what_it_would_see_in_its_own_row(groups, costs):
     assert (batch.labels[(batch.rows == PROMPT) | (batch.rows == PADDING)] == -100).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(groups=batches, costs=costs)
 def test_a_layout_costs_less_and_keeps_to_the_cap(groups, costs):
     prompts, prompt_lengths, lengths, _, _, _ = padded(groups)
@@ -169,7 +169,6 @@ def test_length_does_not_order_where_a_step_goes_on_in_the_next_batch(num_accumu
     assert (found != rows_of(parts)) == ordered
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans(), st.data())
 def test_no_row_is_lost(size, num_accumulated, by_group, by_length, data):
     rows = size * 4
@@ -186,7 +185,7 @@ def test_no_row_is_lost(size, num_accumulated, by_group, by_length, data):
             assert sorted(order[i : i + window]) == list(range(rows))[i : i + window]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(1, 2), max_size=5)), min_size=1, max_size=8))
 def test_rows_that_begin_alike(rows):
     """Against a loop over prefixes; rows of a prompt that have ended are no model for those that go on."""
@@ -200,7 +199,7 @@ def test_rows_that_begin_alike(rows):
             assert found[i, t] == alike[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batches, st.booleans(), st.data())
 def test_what_is_cut_comes_back_to_its_place(groups, trim_left, data):
     _, _, _, ids, mask, depth = padded(groups)

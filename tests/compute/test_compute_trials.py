@@ -1,23 +1,17 @@
 """Savings are tried on the model at hand, in its precision and with its positions, and left where numbers differ."""
 
-import logging
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from families import make_family
+from gradients import distance, rollouts, whole_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import PYTHONPATH, config_kwargs, count_vowels, has_answer
+from kit import count_vowels, have_same_weights, launch, make_letters, trainer_of
 from peft import IA3Config, LoraConfig
-from test_compute import gradient, relative, rollouts
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -28,16 +22,17 @@ from transformers import (
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
 )
-from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from trl_grpo_ext.compute import forward, trials
+from trl_grpo_ext import AdaptiveGRPOTrainer
+from trl_grpo_ext.compute import forward, generation, trials
 from trl_grpo_ext.compute.generation import two_prompts, why_not_as_plain
 from trl_grpo_ext.compute.trials import in_evaluation, relative_error, why_not
 from trl_grpo_ext.host.seams import CACHE, HAS_FUSED_HEAD
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 120}
+TINY_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 120}
+TINY_GPT |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 # The measure
@@ -106,19 +101,17 @@ def scaled_by_position():
     rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 3.0}
     rope |= {"original_max_position_embeddings": 4}
     config = Ministral3Config(head_dim=8, num_key_value_heads=2, rope_parameters=rope, sliding_window=None, **TINY)
-    return Ministral3ForCausalLM(config)
+    return large(Ministral3ForCausalLM(config))
 
 
 def with_learned_positions():
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=120, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    )
+    return large(GPT2LMHeadModel(GPT2Config(**TINY_GPT)))
 
 
 def with_dynamic_rope():
     """Its frequencies depend on the longest position of a batch."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    return LlamaForCausalLM(LlamaConfig(max_position_embeddings=8, rope_parameters=rope, **TINY))
+    return large(LlamaForCausalLM(LlamaConfig(max_position_embeddings=8, rope_parameters=rope, **TINY)))
 
 
 POSITIONS = [scaled_by_position, with_learned_positions]
@@ -134,66 +127,43 @@ def large(model):
     return model
 
 
-def both(build, model_path, dataset, out, **options):
-    trainers = []
-    for trainer_class, config_class, more in (
-        (GRPOTrainer, GRPOConfig, {}),
-        (AdaptiveGRPOTrainer, AdaptiveGRPOConfig, options),
-    ):
-        torch.manual_seed(0)
-        trainer = trainer_class(
-            large(build()),
-            reward_funcs=[count_vowels, has_answer],
-            args=config_class(**config_kwargs(out, **more)),
-            train_dataset=dataset,
-            processing_class=AutoTokenizer.from_pretrained(model_path),
-        )
-        trainer.current_gradient_accumulation_steps = 1
-        trainers.append(trainer)
-    return trainers
+def with_longer_prompts(inputs):
+    """As where a longer prompt is in another micro-batch."""
+    return inputs | {key: torch.nn.functional.pad(inputs[key], (5, 0)) for key in ("prompt_ids", "prompt_mask")}
 
 
 @pytest.mark.parametrize("build", POSITIONS)
 @pytest.mark.parametrize("share", [False, True])
-def test_absolute_positions_stay(build, share, model_path, dataset, tmp_path, caplog):
-    stock, ours = both(build, model_path, dataset, tmp_path, skip_zero_advantage=True, share_prompts=share)
-    inputs = rollouts(1, [4, 4, 2])
-    for key in ("prompt_ids", "prompt_mask"):  # a longer prompt is in another micro-batch
-        inputs[key] = torch.nn.functional.pad(inputs[key], (5, 0))
+def test_absolute_positions_stay(build, share, both, caplog):
+    stock, ours = both(build, skip_zero_advantage=True, share_prompts=share)
+    inputs = with_longer_prompts(rollouts(1, [4, 4, 2]))
     widths = []
     ours.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["attention_mask"].size(1)), with_kwargs=True
     )
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        (_, expected), (_, found) = gradient(stock, inputs), gradient(ours, inputs)
-    assert relative(found, expected) < 1e-4
+    assert distance(ours, stock, inputs) < 1e-4
     assert "share_prompts" not in caplog.text
     if not share:
         assert widths[-1] < inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1) - 4
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_frequencies_that_depend_on_the_length(share, model_path, dataset, tmp_path, caplog):
+def test_frequencies_that_depend_on_the_length(share, both, caplog):
     """Every column counts, also those of rows that are left out, and the last token of the longest row."""
-    stock, ours = both(with_dynamic_rope, model_path, dataset, tmp_path, skip_zero_advantage=True, share_prompts=share)
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        for seed in range(3):
-            inputs = rollouts(seed, [4, 4, 2], longest_completion=12)
-            inputs["advantages"][inputs["completion_mask"].sum(1) > 8] = 0.0
-            (_, expected), (_, found) = gradient(stock, inputs), gradient(ours, inputs)
-            assert relative(found, expected) < 1e-5
+    stock, ours = both(with_dynamic_rope, skip_zero_advantage=True, share_prompts=share)
+    for seed in range(3):
+        inputs = rollouts(seed, [4, 4, 2], longest_completion=12)
+        inputs["advantages"][inputs["completion_mask"].sum(1) > 8] = 0.0
+        assert distance(ours, stock, inputs) < 1e-5
     assert ("depend on the length of the sequence" in caplog.text) == share
 
 
 @pytest.mark.parametrize("build", POSITIONS)
-def test_other_positions_would_be_found_out(build, model_path, dataset, tmp_path, monkeypatch):
+def test_other_positions_would_be_found_out(build, both, monkeypatch):
     """Without the positions of the padded batch, the trial says so and padding stays."""
     monkeypatch.setattr(forward, "takes_positions", lambda module: False)
-    stock, ours = both(build, model_path, dataset, tmp_path, skip_zero_advantage=True)
-    inputs = rollouts(1, [4, 4, 2])
-    inputs |= {key: torch.nn.functional.pad(inputs[key], (5, 0)) for key in ("prompt_ids", "prompt_mask")}
-    (_, expected), (_, found) = gradient(stock, inputs), gradient(ours, inputs)
-    assert relative(found, expected) < 1e-5
+    stock, ours = both(build, skip_zero_advantage=True)
+    assert distance(ours, stock, with_longer_prompts(rollouts(1, [4, 4, 2]))) < 1e-5
     assert not next(iter(ours._savings.values())).trims_left
 
 
@@ -201,20 +171,15 @@ def test_other_positions_would_be_found_out(build, model_path, dataset, tmp_path
 
 
 @pytest.mark.parametrize("quantile", [0.3, 0.8])
-def test_the_tokens_of_most_entropy_are_those_of_stock(quantile, model_path, dataset, tmp_path):
+def test_the_tokens_of_most_entropy_are_those_of_stock(quantile, model_path, make_trainer):
     """The first tokens of a group have one entropy: where the quantile falls on it, all are in or all are out."""
-
-    def build():
-        return LlamaForCausalLM.from_pretrained(model_path)
-
-    options = {"top_entropy_quantile": quantile}
-    _, ours = both(build, model_path, dataset, tmp_path, share_prompts=True, **options)
+    model = large(LlamaForCausalLM.from_pretrained(model_path))
+    ours = make_trainer(model=model, share_prompts=True, top_entropy_quantile=quantile)
     on_a_tie = 0
     for seed in range(12):
         inputs = rollouts(seed, [4, 4], longest_prompt=7, longest_completion=5)
         inputs["completion_ids"] = inputs["completion_ids"] % 3 + 8 * (inputs["completion_mask"] > 0)  # more ties
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        ids, mask = whole_rows(inputs)
         masks = []
         for share in (False, True):
             ours.args.share_prompts = share
@@ -241,20 +206,12 @@ class WithAnotherEntry(AdaptiveGRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def test_entries_of_a_subclass_cost_no_saving(model_path, dataset, tmp_path, caplog):
-    weights = []
-    for trainer_class in (AdaptiveGRPOTrainer, WithAnotherEntry):
-        options = {"share_prompts": True, "skip_zero_advantage": True, "gradient_accumulation_steps": 2}
-        trainer = trainer_class(
-            model=model_path,
-            reward_funcs=count_vowels,
-            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, **options)),
-            train_dataset=dataset,
-        )
-        with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-            trainer.train()
-        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
-    assert torch.equal(*weights)
+def test_entries_of_a_subclass_cost_no_saving(trained, caplog):
+    options = {"share_prompts": True, "skip_zero_advantage": True, "gradient_accumulation_steps": 2}
+    one, other = (
+        trained(reward_funcs=count_vowels, cls=cls, **options) for cls in (AdaptiveGRPOTrainer, WithAnotherEntry)
+    )
+    assert have_same_weights(one, other)
     assert "TRL's own forward pass" not in caplog.text
 
 
@@ -273,21 +230,14 @@ def test_entries_of_a_subclass_cost_no_saving(model_path, dataset, tmp_path, cap
     ],
     ids=["full", "lora", "dora", "ia3"],
 )
-def test_adapters_and_precisions(peft_config, dtype, bf16, model_path, dataset, tmp_path, caplog):
+def test_adapters_and_precisions(peft_config, dtype, bf16, model_path, trained, caplog):
     """The shared prefill is used, and draws the tokens of plain generation where it rounds alike."""
     rewards = []
     for share in (False, True):
         torch.manual_seed(0)
-        trainer = AdaptiveGRPOTrainer(
-            model=LlamaForCausalLM.from_pretrained(model_path, dtype=dtype),
-            reward_funcs=count_vowels,
-            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, bf16=bf16, share_prompts=share, max_steps=1)),
-            train_dataset=dataset,
-            processing_class=AutoTokenizer.from_pretrained(model_path),
-            peft_config=peft_config,
-        )
-        with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-            trainer.train()
+        model = LlamaForCausalLM.from_pretrained(model_path, dtype=dtype)
+        options = {"peft_config": peft_config, "bf16": bf16, "share_prompts": share, "max_steps": 1}
+        trainer = trained(model=model, reward_funcs=count_vowels, **options)
         rewards.append(trainer.state.log_history[0]["reward"])
     assert trainer._shared_prefill.is_tried
     assert "share_prompts" not in caplog.text
@@ -296,12 +246,12 @@ def test_adapters_and_precisions(peft_config, dtype, bf16, model_path, dataset, 
 
 
 @pytest.mark.parametrize("fault", ["no cache that is known", "positions of the cache are forgotten"])
-def test_a_model_that_cannot_be_prefilled(fault, model_path, dataset, tmp_path, caplog):
+def test_a_model_that_cannot_be_prefilled(fault, model_path, both, caplog):
     """It trains all the same, from the samples that it would have drawn, and says once why it is not faster."""
 
     def build():
         if fault == "no cache that is known":
-            return OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=120))
+            return large(OpenAIGPTLMHeadModel(OpenAIGPTConfig(**TINY_GPT)))
         model = LlamaForCausalLM.from_pretrained(model_path)
         plain = model.model.forward
 
@@ -314,13 +264,12 @@ def test_a_model_that_cannot_be_prefilled(fault, model_path, dataset, tmp_path, 
             return plain(*args, position_ids=position_ids + shift if position_ids is not None else None, **kwargs)
 
         model.model.forward = forgetful
-        return model
+        return large(model)
 
     rewards = []
-    for trainer in both(build, model_path, dataset, tmp_path, share_prompts=True):
+    for trainer in both(build, share_prompts=True):
         torch.manual_seed(0)
-        with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-            trainer.train()
+        trainer.train()
         rewards.append([row["reward"] for row in trainer.state.log_history if "reward" in row])
     assert rewards[0] == pytest.approx(rewards[1])
     said = [record.message for record in caplog.records if "generation reads every copy" in record.message]
@@ -328,22 +277,19 @@ def test_a_model_that_cannot_be_prefilled(fault, model_path, dataset, tmp_path, 
     assert "in a trial" in said[0]
 
 
+def reason_of_each_process(model_path, out):
+    """On one process, the trial of the shared prefill goes wrong."""
+    if PartialState(cpu=True).process_index == 1:
+        generation.dtype_of = None  # what is called in the trial alone
+    trainer = trainer_of(model_path, make_letters(), out, share_prompts=True, max_steps=1)
+    trainer.train()
+    return trainer._shared_prefill.reason
+
+
 def test_processes_fall_back_together(model_path, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    here = Path(__file__).parent
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    result = subprocess.run(
-        [*command, str(here / "prefill_run.py"), model_path, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    reasons = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert reasons[0] == reasons[1]
-    assert "failed with TypeError" in reasons[0]
+    one, other = launch(model_path, tmp_path / "out", reason_of_each_process)
+    assert one == other
+    assert "failed with TypeError" in one
 
 
 def test_rounding_of_a_deep_model_is_no_reason():

@@ -1,14 +1,12 @@
 """Tiny vision-language models: what touches no image works, rows are replaced with theirs, the rest says why not."""
 
-import logging
-
 import pytest
 import torch
-from kit import config_kwargs, has_answer
+from kit import has_answer, have_same_weights, trainer_of, weights_of
 from tiny_vlm import llava, picture, questions, qwen2_vl
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
+from trl_grpo_ext import CriticBaseline
 
 MODELS = pytest.mark.parametrize("make", [llava, qwen2_vl], ids=lambda make: make.__name__)
 
@@ -19,24 +17,22 @@ def letters(completions, answer, **kwargs):
     return [sum(c.isalpha() for c in text) if a > "g" else 0.0 for text, a in zip(texts, answer, strict=True)]
 
 
-def train(make, out, trainer_class=AdaptiveGRPOTrainer, config_class=AdaptiveGRPOConfig, data=None, **options):
-    model, processor = make()
-    callbacks = options.pop("callbacks", None)
-    trainer = trainer_class(
-        model=model,
-        reward_funcs=[letters, has_answer],
-        args=config_class(**config_kwargs(out, **options)),
-        train_dataset=questions() if data is None else data,
-        processing_class=processor,
-        **({} if callbacks is None else {"callbacks": callbacks}),
-    )
-    trainer.seen = []
-    compute = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: trainer.seen.append(inputs) or compute(model, inputs)
-    start = [p.detach().clone() for p in model.parameters()]
-    trainer.train()
-    assert any((p != before).any() for p, before in zip(model.parameters(), start, strict=True))
-    return trainer
+@pytest.fixture
+def train(tmp_path):
+    def of(make, data=None, callbacks=(), **given):
+        model, processor = make()
+        data = questions() if data is None else data
+        given["processing_class"] = processor
+        trainer = trainer_of(model, data, tmp_path, [letters, has_answer], callbacks, **given)
+        trainer.seen = []
+        compute = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: trainer.seen.append(inputs) or compute(model, inputs)
+        start = weights_of(trainer)
+        trainer.train()
+        assert any((weight != start[name]).any() for name, weight in weights_of(trainer).items())
+        return trainer
+
+    return of
 
 
 def assert_images_are_those_of_the_prompts(trainer):
@@ -54,10 +50,9 @@ def assert_images_are_those_of_the_prompts(trainer):
 
 
 @MODELS
-def test_switched_off_it_is_stock(make, tmp_path):
-    stock, ours = train(make, tmp_path, GRPOTrainer, GRPOConfig), train(make, tmp_path)
-    for one, other in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+def test_switched_off_it_is_stock(make, train):
+    stock, ours = train(make, cls=GRPOTrainer), train(make)
+    assert have_same_weights(stock, ours)
 
 
 @MODELS
@@ -70,50 +65,47 @@ def test_switched_off_it_is_stock(make, tmp_path):
     ],
     ids=["variance", "threshold", "iterations"],
 )
-def test_what_touches_no_image(make, options, tmp_path):
-    trainer = train(make, tmp_path, **options)
+def test_what_touches_no_image(make, options, train):
+    trainer = train(make, **options)
     assert_images_are_those_of_the_prompts(trainer)
     assert len(trainer.seen) == 3
 
 
 @MODELS
-def test_dynamic_sampling_replaces_rows_with_their_images(make, tmp_path):
-    trainer = train(make, tmp_path, dynamic_sampling_rounds=2, log_completions=True)
+def test_dynamic_sampling_replaces_rows_with_their_images(make, train):
+    trainer = train(make, dynamic_sampling_rounds=2, log_completions=True)
     assert_images_are_those_of_the_prompts(trainer)
     discarded = [row["dynamic_sampling/discarded"] for row in trainer.state.log_history if "reward" in row]
     assert sum(discarded) > 0
 
 
 @MODELS
-def test_savings_fall_back_and_say_why(make, tmp_path, caplog):
-    stock = train(make, tmp_path, GRPOTrainer, GRPOConfig)
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        ours = train(make, tmp_path, share_prompts=True, skip_zero_advantage=True)
-    for one, other in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+def test_savings_fall_back_and_say_why(make, train, caplog):
+    stock = train(make, cls=GRPOTrainer)
+    ours = train(make, share_prompts=True, skip_zero_advantage=True)
+    assert have_same_weights(stock, ours)
     said = [record.message for record in caplog.records if "TRL's own forward pass" in record.message]
     assert len(said) == 1
     assert "because the batch holds" in said[0]
     assert "pixel_values" in said[0]
 
 
-def test_a_vision_language_model_on_text_alone(tmp_path, caplog):
+def test_a_vision_language_model_on_text_alone(train, caplog):
     """Rows without images have their flat rows left out; prompts are not shared, and the reason is said."""
     data = questions().remove_columns("images")
-    with caplog.at_level(logging.WARNING, "trl_grpo_ext"):
-        train(llava, tmp_path, data=data, share_prompts=True, skip_zero_advantage=True)
+    train(llava, data=data, share_prompts=True, skip_zero_advantage=True)
     assert "it takes images or sound besides text" in caplog.text
 
 
 @MODELS
-def test_rows_of_which_some_have_no_image(make, tmp_path):
+def test_rows_of_which_some_have_no_image(make, train):
     data = questions(images=lambda number: number % 2)
     with pytest.raises(TypeError, match="NoneType"):  # of which nobody would know why
-        train(make, tmp_path, GRPOTrainer, GRPOConfig, data)
+        train(make, data, cls=GRPOTrainer)
     with pytest.raises(ValueError, match=r"has no image, and others have some.*give every row of the dataset an image"):
-        train(make, tmp_path, data=data)
+        train(make, data=data)
 
 
-def test_what_reads_text_alone_is_refused(tmp_path):
+def test_what_reads_text_alone_is_refused(train):
     with pytest.raises(ValueError, match="use a text model"):
-        train(llava, tmp_path, callbacks=[CriticBaseline()])
+        train(llava, callbacks=[CriticBaseline()])

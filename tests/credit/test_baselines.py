@@ -41,6 +41,7 @@ def forms(rewards: Tensor, ids: Tensor, count: int) -> dict[str, Tensor]:
         "batch": low,
         "predicted": floored,
         "shrunk": shrunk_baseline(rewards, torch.full_like(low, 0.3), ids, count, within=0.4, between=0.2),
+        "shrunk, low": shrunk_baseline(rewards, floored, ids, count, within=0.4, between=0.2),
     }
 
 

@@ -27,6 +27,9 @@ from trl_grpo_ext import (
     RewardClipCallback,
     StagedCurriculumCallback,
     TargetCurriculumCallback,
+    TaskAdvantagesCallback,
+    TaskCallback,
+    TaskMixingCallback,
     ThresholdGroupSizeCallback,
     VarianceGroupSizeCallback,
 )
@@ -61,6 +64,9 @@ CASES: list[tuple[Any, list[Any], dict[str, Any]]] = [
     (CapGroupSize, [VarianceGroupSizeCallback], {}),
     (SaveAndStop, [], {}),
     (partial(ReuseGuardCallback, 0.1), [], {"num_iterations": 2}),
+    (partial(TaskMixingCallback, "difficulty"), [], {}),
+    (partial(TaskAdvantagesCallback, "difficulty", "shrunk"), [], {"scale_rewards": "batch"}),
+    (partial(TaskCallback, "difficulty"), [], {}),
 ]
 NAMES = [getattr(make, "func", make).__name__ for make, _, _ in CASES]
 OPTIONAL = {"predictor"}  # parts of a state that there need not be

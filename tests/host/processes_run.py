@@ -1,33 +1,15 @@
-"""Started by tests/host/test_processes.py: runs in which the last process has a hard time, and one in which none has.
+"""Runs in which the last process has a hard time, and one in which none has; started by test_processes.py.
 
 Errors are caught and written down, so that one launch can try all of them.
 """
 
-import json
-import sys
 import time
 
-import torch
 from accelerate import PartialState
-from datasets import Dataset
-from kit import config_kwargs
-from rollout_helpers import user
+from kit import Record, batches_of, make_letters, trainer_of, weights_of
+from rollout_helpers import first_turns, user
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
-from trl_grpo_ext.host.processes import leave
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-class Plans(GRPOCallback):
-    """What each process believes was planned and scored."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_rollouts(self, batch, **kwargs):
-        prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()
-        self.seen.append([prompts, batch.group_sizes.tolist(), batch.rewards.tolist(), batch.advantages.tolist()])
+from trl_grpo_ext import MultiTurnCallback
 
 
 def is_last() -> bool:
@@ -100,36 +82,25 @@ RUNS: dict[str, tuple] = {
 }  # fmt: skip
 
 
+def plan_of(batch) -> list:
+    """What a process believes was planned and scored."""
+    prompts = None if batch.prompt_index is None else batch.prompt_index.tolist()
+    return [prompts, batch.group_sizes.tolist(), batch.rewards.tolist(), batch.advantages.tolist()]
+
+
 def run(name: str, model_path: str, out: str, rows: int) -> dict:
-    """One training run: plans and weights, or the error; and how long it took."""
+    """One training run: plans and weights, or the error."""
     reward, options, *callback = RUNS[name]
-    prompts = [f"say {letter}" for letter in LETTERS]
-    plans = Plans()
     options = {"max_steps": 2, "per_device_train_batch_size": rows, **options}
-    trainer = AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=reward,
-        args=AdaptiveGRPOConfig(**config_kwargs(f"{out}/{name}", **options)),
-        train_dataset=Dataset.from_dict({"prompt": [[user(p)] for p in prompts] if callback else prompts}),
-        callbacks=[plans, *(make() for make in callback)],
-    )
-    start = time.monotonic()
+    data = first_turns(26) if callback else make_letters().select_columns("prompt")
+    trainer = trainer_of(model_path, data, f"{out}/{name}", reward, [Record, *(make() for make in callback)], **options)
     error = None
     try:
         trainer.train()
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = {key: value.detach().clone() for key, value in model.named_parameters()}
-    return {"error": error, "plans": plans.seen, "weights": weights, "seconds": time.monotonic() - start}
+    return {"error": error, "plans": [plan_of(batch) for batch in batches_of(trainer)], "weights": weights_of(trainer)}
 
 
-def main(model_path: str, out: str, options: str) -> None:
-    options = json.loads(options)
-    outcomes = {name: run(name, model_path, out, options["rows"]) for name in options["names"]}
-    torch.save(outcomes, f"{out}/rank{PartialState().process_index}.pt")
-    leave()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def runs(model_path: str, out: str, names: list[str]) -> dict:
+    return {name: run(name, model_path, out, rows=4) for name in names}

@@ -1,27 +1,18 @@
-"""Started by tests/host/test_saves.py on two processes: saves of which one part fails on one of them, and a resume.
+"""Saves of which one part fails on one of two processes, and a resume; started by test_saves.py.
 
 Errors are caught and written down, so that one launch can try all of them.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from kit import config_kwargs, has_answer
+from kit import logs_of, make_letters, trainer_of, weights_of
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOTrainer, GRPOCallback
 from trl_grpo_ext.host import checkpoints
-from trl_grpo_ext.host.processes import leave
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-DATA = Dataset.from_dict(
-    {"prompt": [f"say {a}" for a in LETTERS], "answer": list(LETTERS), "score": [float(i) for i in range(26)]}
-)
 
 
 class Keeper(GRPOCallback):
@@ -76,18 +67,13 @@ class Breaks(TrainerCallback):
         setattr(owner, name, fails)
 
 
-def trainer_of(model_path: str, out: str, callbacks=(), **options) -> AdaptiveGRPOTrainer:
-    options = {
-        "max_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "num_iterations": 2,
-        "ddp_timeout": 60,
-        **options,
-    }
-    args = AdaptiveGRPOConfig(**config_kwargs(out, **options))
-    return AdaptiveGRPOTrainer(
-        model_path, has_answer, args, DATA, DATA.select(range(4)), callbacks=[Keeper(), *callbacks]
+SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "ddp_timeout": 60}
+
+
+def saving_trainer(model_path: str, out: str, callbacks=(), **options) -> AdaptiveGRPOTrainer:
+    data, options = make_letters(), {**SAVING, **options}
+    return trainer_of(
+        model_path, data, out, callbacks=[Keeper(), *callbacks], eval_dataset=data.select(range(4)), **options
     )
 
 
@@ -104,7 +90,7 @@ def failing_save(model_path: str, out: str, part: str, rank: int) -> dict:
     """The third save fails. Evaluations choose a best checkpoint, since transformers then waits amid the save."""
     breaks = Breaks(part, rank, step=3)
     best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward"}
-    trainer = trainer_of(model_path, out, [breaks], save_total_limit=2, per_device_eval_batch_size=4, **best)
+    trainer = saving_trainer(model_path, out, [breaks], save_total_limit=2, per_device_eval_batch_size=4, **best)
     if part == "push":
         trainer.args.push_to_hub = True  # not before: a repository would be made
         trainer.push_to_hub = trainer._finish_current_push = lambda *args, **kwargs: None
@@ -119,7 +105,7 @@ def failing_save(model_path: str, out: str, part: str, rank: int) -> dict:
 
 def failing_again(model_path: str, out: str, part: str, rank: int) -> dict:
     """A step is saved a second time, over its complete checkpoint."""
-    trainer = trainer_of(model_path, out)
+    trainer = saving_trainer(model_path, out)
     trainer.train()
     breaks = Breaks(part, rank, step=3)
     if PartialState().process_index == rank:
@@ -132,11 +118,11 @@ def failing_again(model_path: str, out: str, part: str, rank: int) -> dict:
 
 def damaged(model_path: str, out: str) -> dict:
     """One process cannot read its part of a checkpoint whose files all have their size."""
-    trainer_of(model_path, out).train()
+    saving_trainer(model_path, out).train()
     path = Path(out, "checkpoint-3", "grpo_rollouts_1.pt")
     if PartialState().process_index == 1:
         path.write_bytes(bytes(path.stat().st_size))
-    return outcome(lambda: trainer_of(model_path, out, max_steps=4).train(resume_from_checkpoint=True))
+    return outcome(lambda: saving_trainer(model_path, out, max_steps=4).train(resume_from_checkpoint=True))
 
 
 EVERYTHING = {
@@ -160,28 +146,17 @@ EVERYTHING = {
 
 def trained(model_path: str, out: str, resume: str | None = None) -> dict:
     """A run with everything on. It saves after step 3, which is between two logs and between two generations."""
-    trainer = trainer_of(model_path, out, save_steps=3, **EVERYTHING)
+    trainer = saving_trainer(model_path, out, save_steps=3, **EVERYTHING)
     trainer.train(resume_from_checkpoint=resume)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logs = [{name: value for name, value in entry.items() if "time" not in name} for entry in logs_of(trainer)]
+    return {"weights": weights_of(trainer), "logs": logs}
+
+
+def runs(model_path: str, out: str) -> dict:
     return {
-        "weights": {key: value.detach().clone() for key, value in model.named_parameters()},
-        "logs": [{name: value for name, value in entry.items() if "time" not in name} for entry in logs],
+        **{(part, rank): failing_save(model_path, f"{out}/{part} {rank}", part, rank) for part, rank in CASES},
+        "again": failing_again(model_path, f"{out}/again", "random file", 1),
+        "damaged": damaged(model_path, f"{out}/damaged"),
+        "whole": trained(model_path, f"{out}/whole"),
+        "resumed": trained(model_path, f"{out}/resumed", resume=f"{out}/whole/checkpoint-3"),
     }
-
-
-def main(model_path: str, out: str) -> None:
-    outcomes = {}
-    for part, rank in CASES:
-        outcomes[part, rank] = failing_save(model_path, f"{out}/{part} {rank}", part, rank)
-    outcomes["again"] = failing_again(model_path, f"{out}/again", "random file", 1)
-    outcomes["damaged"] = damaged(model_path, f"{out}/damaged")
-    outcomes["whole"] = trained(model_path, f"{out}/whole")
-    outcomes["resumed"] = trained(model_path, f"{out}/resumed", resume=f"{out}/whole/checkpoint-3")
-    torch.save(outcomes, f"{out}/rank{PartialState().process_index}.pt")
-    leave()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    main(*sys.argv[1:])

@@ -10,11 +10,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from kit import config_kwargs, count_vowels, has_answer
+from kit import count_vowels, has_answer, trainer_of
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.generation import vllm_generation
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import RepeatSampler, get_config_model_id, nanstd
@@ -159,8 +159,8 @@ def trainer(model_path, tmp_path_factory):
     data = Dataset.from_dict({"prompt": [f"say {a}" for a in "abcdefgh"], "answer": list("abcdefgh")})
     options = {"steps_per_generation": 2, "max_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     options |= {"reward_weights": [1.0, 0.5], "per_device_eval_batch_size": 4, "per_device_train_batch_size": 4}
-    args = GRPOConfig(**config_kwargs(tmp_path_factory.mktemp("run"), **options))
-    trainer = Spy(model_path, [count_vowels, has_answer], args, data, data.select([0]))
+    out, rewards = tmp_path_factory.mktemp("run"), [count_vowels, has_answer]
+    trainer = trainer_of(model_path, data, out, rewards, cls=Spy, eval_dataset=data.select([0]), **options)
     assert trainer._step == 0
     assert trainer._buffered_inputs is None
     trainer.train()
@@ -232,13 +232,10 @@ class Measures(TrainerCallback):
         self.seen.append({**logged, "loss": loss_since_log(self.trainer), "logged": len(state.log_history)})
 
 
-def test_what_is_measured_between_two_logs_is_read_and_put_back(model_path, tmp_path):
+def test_what_is_measured_between_two_logs_is_read_and_put_back(make_trainer):
+    measures, options = Measures(), {"max_steps": 3, "logging_steps": 2, "beta": 0.1}
     data = Dataset.from_dict({"prompt": ["say a", "say b"], "answer": ["a", "b"]})
-    options = {"max_steps": 3, "logging_steps": 2, "beta": 0.1}
-    measures = Measures()
-    trainer = GRPOTrainer(
-        model_path, has_answer, GRPOConfig(**config_kwargs(tmp_path, **options)), data, callbacks=[measures]
-    )
+    trainer = make_trainer(dataset=data, cls=GRPOTrainer, callbacks=[measures], **options)
     measures.trainer = trainer
     trainer.train()
     first, second, third = measures.seen

@@ -14,12 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels, has_answer
+from kit import ROOT, args_of, config_kwargs, make_letters, trainer_of
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.host import checkpoints
 from trl_grpo_ext.host.checkpoints import (
     MANIFEST,
@@ -35,8 +34,6 @@ from trl_grpo_ext.host.checkpoints import (
     why_incomplete,
     write_whole,
 )
-
-ROOT = Path(__file__).parents[2]
 
 # --- kills ------------------------------------------------------------------------------------------------------------
 
@@ -60,7 +57,7 @@ def test_killed_trainings_end_where_the_one_that_was_not_killed_ends(tmp_path):
 
 
 @given(st.binary(max_size=50), st.binary(max_size=50), st.integers(0, 50))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_file_is_whole_or_what_it_was(tmp_path_factory, before, after, crash_at):
     path = tmp_path_factory.mktemp("file") / "state"
     path.write_bytes(before)
@@ -116,7 +113,7 @@ def write_files(folder, contents):
 
 
 @given(files, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_checkpoint_is_complete_from_the_last_moment_of_a_save_until_a_file_changes(tmp_path_factory, contents, data):
     folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
     begin(folder)
@@ -176,15 +173,15 @@ def test_a_checkpoint_of_ours_without_its_manifest_is_not_complete(tmp_path, our
     folder = tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "trainer_state.json").write_text('{"global_step": 3}')
-    torch.save(GRPOConfig(**config_kwargs(tmp_path)), folder / "training_args.bin")
+    torch.save(GRPOConfig(**config_kwargs(folder)), folder / "training_args.bin")
     assert why_incomplete(folder) is None  # of stock TRL
-    torch.save(AdaptiveGRPOConfig(**config_kwargs(tmp_path)), folder / ours)
+    torch.save(args_of(), folder / ours)
     assert why_incomplete(folder) == f"its {MANIFEST} is missing"
     assert last_complete(tmp_path) == (None, [f"checkpoint-3: its {MANIFEST} is missing"])
 
 
 @given(files, st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_checkpoint_whose_deletion_is_killed_does_not_count(tmp_path_factory, contents, data):
     """Whatever is deleted first, and whether or not it is a checkpoint of stock TRL."""
     folder = tmp_path_factory.mktemp("run") / "checkpoint-3"
@@ -231,7 +228,7 @@ def test_only_folders_with_a_step_count_as_checkpoints(tmp_path):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.none() | st.integers(-1, 4), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_old_checkpoints_go_first_those_that_are_not_complete_then_by_step(tmp_path_factory, are_complete, limit, data):
     """When the files were written says nothing: a copy of a run has other times."""
     run = tmp_path_factory.mktemp("run")
@@ -270,31 +267,25 @@ def test_a_copied_run_loses_its_lowest_steps(tmp_path, ages):
 # --- a real trainer ---------------------------------------------------------------------------------------------------
 
 
-def make(model_path, dataset, out, callbacks=(), **options):
-    options = {"group_size": "variance", "max_steps": 3, "save_strategy": "steps", "save_steps": 1, **options}
-    return AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=has_answer,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        callbacks=list(callbacks),
-    )
+SAVING = {"group_size": "variance", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture
+def make_trainer(make_trainer):
+    """Saves each of three steps into `run`."""
+    return lambda **given: make_trainer(**{**SAVING, **given})
 
 
 @pytest.fixture(scope="module")
 def finished(model_path, tmp_path_factory):
-    from datasets import Dataset
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    data = Dataset.from_dict({"prompt": [f"say {a}" for a in letters], "answer": list(letters)})
     out = tmp_path_factory.mktemp("finished")
-    trainer = make(model_path, data, out)
-    trainer.train()
+    trainer_of(model_path, make_letters(), out, **SAVING).train()
     return out
 
 
 @pytest.fixture
 def run(finished, tmp_path):
+    """A copy of a finished run, where a trainer would go on."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -304,18 +295,16 @@ def test_a_checkpoint_lists_all_that_is_in_it(finished):
     assert why_incomplete(finished / "checkpoint-3") is None
 
 
-def test_resume_passes_over_what_is_not_complete_and_says_so(run, model_path, dataset, caplog):
+def test_resume_passes_over_what_is_not_complete_and_says_so(run, make_trainer, caplog):
     begin(run / "checkpoint-3")
     (run / "checkpoint-9").mkdir()
-    trainer = make(model_path, dataset, run, max_steps=4)
     seen = []
 
     class Look(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             seen.append(state.global_step)
 
-    trainer.add_callback(Look)
-    trainer.train(resume_from_checkpoint=True)
+    make_trainer(max_steps=4, callbacks=[Look]).train(resume_from_checkpoint=True)
     assert seen == [2]
     (line,) = [record.message for record in caplog.records if "Resuming from" in record.message]
     assert "Resuming from checkpoint-2: checkpoint-9: it has no readable trainer_state.json" in line
@@ -323,63 +312,60 @@ def test_resume_passes_over_what_is_not_complete_and_says_so(run, model_path, da
     assert why_incomplete(run / "checkpoint-3") is None  # written anew
 
 
-def test_an_incomplete_checkpoint_is_refused_when_asked_for(run, model_path, dataset):
+def test_an_incomplete_checkpoint_is_refused_when_asked_for(run, make_trainer):
     with (run / "checkpoint-3" / "optimizer.pt").open("r+b") as file:
         file.truncate(1000)
-    trainer = make(model_path, dataset, run)
     message = r"checkpoint-3 is not complete: optimizer.pt has 1000 bytes instead of \d+.*resume from .*checkpoint-2"
     with pytest.raises(CheckpointError, match=message):
-        trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+        make_trainer().train(resume_from_checkpoint=str(run / "checkpoint-3"))
 
 
-def test_where_no_checkpoint_is_complete(run, model_path, dataset, tmp_path):
+def test_where_no_checkpoint_is_complete(run, make_trainer):
     for checkpoint in checkpoints_in(run):
         begin(checkpoint)
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is complete .*checkpoint-1: writing it was inter"):
-        make(model_path, dataset, run).train(resume_from_checkpoint=True)
+        make_trainer().train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="No valid checkpoint found"):
-        make(model_path, dataset, tmp_path).train(resume_from_checkpoint=True)
+        make_trainer(out="empty").train(resume_from_checkpoint=True)
 
 
-def test_checkpoints_of_stock_trl_are_taken_where_they_are_whole(model_path, dataset, tmp_path, caplog):
-    options = config_kwargs(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    stock = GRPOTrainer(model_path, count_vowels, args=GRPOConfig(**options), train_dataset=dataset)
-    stock.train()
-    (tmp_path / "checkpoint-3").mkdir()  # killed while it saved
-    trainer = make(model_path, dataset, tmp_path)
+def test_checkpoints_of_stock_trl_are_taken_where_they_are_whole(model_path, dataset, tmp_path, make_trainer, caplog):
+    run = tmp_path / "run"
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "cls": GRPOTrainer}
+    trainer_of(model_path, dataset, run, **options).train()
+    (run / "checkpoint-3").mkdir()  # killed while it saved
+    trainer = make_trainer()
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.log_history[-1]["step"] == 3
     assert "Resuming from checkpoint-2: checkpoint-3" in caplog.text
     assert "start from scratch" in caplog.text
 
 
-def test_the_limit_of_checkpoints_is_kept_and_the_previous_one_goes_last(model_path, dataset, tmp_path, monkeypatch):
-    deleted = []
-    rmtree = shutil.rmtree
+def test_the_limit_of_checkpoints_is_kept_and_the_previous_one_goes_last(trained, tmp_path, monkeypatch):
+    deleted, rmtree, run = [], shutil.rmtree, tmp_path / "run"
 
     def spy(path, *args, **kwargs):
         if "checkpoint-" in str(path):
-            later = tmp_path / f"checkpoint-{int(str(path).rpartition('-')[2]) + 1}"
+            later = run / f"checkpoint-{int(str(path).rpartition('-')[2]) + 1}"
             deleted.append((Path(path).name, why_incomplete(later)))
         rmtree(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", spy)
-    trainer = make(model_path, dataset, tmp_path, save_total_limit=1)
-    trainer.train()
+    trainer = trained(save_total_limit=1)
     assert deleted == [("checkpoint-1", None), ("checkpoint-2", None)]
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-3"]
-    saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert [path.name for path in checkpoints_in(run)] == ["checkpoint-3"]
+    saved = torch.load(run / "checkpoint-3" / "training_args.bin", weights_only=False)
     assert saved.save_total_limit == trainer.args.save_total_limit == 1
 
 
-def test_what_goes_to_the_hub_is_complete(model_path, dataset, tmp_path, monkeypatch):
+def test_what_goes_to_the_hub_is_complete(make_trainer, monkeypatch):
     pushed = []
-    monkeypatch.setattr(
-        Trainer,
-        "_push_from_checkpoint",
-        lambda self, folder: pushed.append((Path(folder).name, why_incomplete(folder))),
-    )
-    trainer = make(model_path, dataset, tmp_path, max_steps=2)
+
+    def push(trainer, folder):
+        pushed.append((Path(folder).name, why_incomplete(folder)))
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer = make_trainer(max_steps=2)
     trainer.args.push_to_hub = True  # not before: a repository would be made
     monkeypatch.setattr(trainer, "push_to_hub", lambda *args, **kwargs: None)
     monkeypatch.setattr(trainer, "_finish_current_push", lambda: None)
@@ -387,7 +373,7 @@ def test_what_goes_to_the_hub_is_complete(model_path, dataset, tmp_path, monkeyp
     assert pushed == [("checkpoint-1", None), ("checkpoint-2", None)]
 
 
-def test_a_run_folder_of_somebody_else_overwrites_nothing_of_whoever_resumes_in_it(run, model_path, dataset, tmp_path):
+def test_a_run_folder_of_somebody_else_overwrites_nothing_of_whoever_resumes_in_it(run, make_trainer, tmp_path):
     """Links wait under every name that a training writes."""
     precious = tmp_path / "precious"
     precious.write_text("precious")
@@ -401,7 +387,7 @@ def test_a_run_folder_of_somebody_else_overwrites_nothing_of_whoever_resumes_in_
         (run / name).symlink_to(precious)
     (run / "completions").mkdir()
     (run / "completions" / "completions_00003.parquet").symlink_to(precious)
-    trainer = make(model_path, dataset, run, log_completions=True)
+    trainer = make_trainer(log_completions=True)
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     trainer.save_model()
     assert precious.read_text() == "precious"
@@ -424,11 +410,9 @@ def no_file_above(num_bytes):
 
 
 @pytest.mark.parametrize("num_bytes", [10, 2_000, 60_000, 120_000])
-def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_stays(
-    model_path, dataset, tmp_path, monkeypatch, num_bytes
-):
+def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_stays(make_trainer, monkeypatch, num_bytes):
     logging.disable_progress_bar()  # whose line would be the first to fail
-    trainer = make(model_path, dataset, tmp_path, save_total_limit=1)
+    trainer = make_trainer(save_total_limit=1)
     save = trainer._save_checkpoint
 
     def save_on_a_full_disk(*args):
@@ -442,9 +426,9 @@ def test_a_full_disk_is_a_clear_error_and_the_previous_checkpoint_stays(
     assert re.search(r"checkpoint-3 could not be written \(\w+: .+; \d+ MB are free there\)", message)
     assert "the last complete checkpoint is" in message
     assert "checkpoint-2" in message
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints_in(trainer.args.output_dir)] == ["checkpoint-2"]
     assert trainer.args.save_total_limit == 1
-    resumed = make(model_path, dataset, tmp_path)
+    resumed = make_trainer()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
 
@@ -463,11 +447,10 @@ def test_a_failed_save_does_not_delete_what_was_complete(tmp_path):
 
 
 @pytest.mark.parametrize("fails_in", [0, "model", 1, 2])
-def test_saving_a_step_again_leaves_the_old_checkpoint_or_none(model_path, dataset, tmp_path, monkeypatch, fails_in):
+def test_saving_a_step_again_leaves_the_old_checkpoint_or_none(trained, tmp_path, monkeypatch, fails_in):
     """Where the mark of an incomplete one, the model, the state of the callbacks or the manifest cannot be written."""
-    trainer = make(model_path, dataset, tmp_path, max_steps=2)
-    trainer.train()
-    folder = tmp_path / "checkpoint-2"
+    trainer = trained(max_steps=2)
+    folder = tmp_path / "run" / "checkpoint-2"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     written = []
 
@@ -489,4 +472,4 @@ def test_saving_a_step_again_leaves_the_old_checkpoint_or_none(model_path, datas
         assert why_incomplete(folder) is None
     else:
         assert not folder.exists()
-        assert str(error.value).endswith(f"the last complete checkpoint is {tmp_path / 'checkpoint-1'}")
+        assert str(error.value).endswith(f"the last complete checkpoint is {folder.with_name('checkpoint-1')}")

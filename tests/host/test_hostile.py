@@ -15,10 +15,10 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kit import config_kwargs, has_answer
+from kit import NAN, args_of, has_answer, make_letters, trainer_of
 from trl import GRPOConfig
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, GRPOCallback
 from trl_grpo_ext.credit.groups import group_advantages, normalize_then_sum
 from trl_grpo_ext.hooks.records import Answer, RolloutSequence
 from trl_grpo_ext.hooks.segments import flat_groups, group_mean_std, total_rewards
@@ -33,7 +33,7 @@ from trl_grpo_ext.rewards import Length, RewardError, as_reward
 from trl_grpo_ext.rollouts.dialogue import read_turns
 from trl_grpo_ext.trainer.features import callbacks_of
 
-NAN, INF = math.nan, math.inf
+INF = math.inf
 ODD_TEXT = [
     "",
     " ",
@@ -89,11 +89,11 @@ def refusal(build):
 
 
 @given(options(), st.sampled_from([0.0, 0.04]))
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 def test_options_work_or_are_refused_by_name(chosen, beta):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        said = refusal(lambda: callbacks_of(AdaptiveGRPOConfig(**config_kwargs("unused", beta=beta, **chosen))))
+        said = refusal(lambda: callbacks_of(args_of(beta=beta, **chosen)))
     assert said is None or any(name in said for name in (*chosen, "num_generations", "exploration")), said
 
 
@@ -105,7 +105,6 @@ reward_rows = st.lists(st.lists(odd_floats, min_size=2, max_size=2), min_size=1,
 
 
 @given(reward_rows, st.sampled_from(["group", "batch", "none"]), st.data())
-@settings(deadline=None)
 def test_advantages_are_finite_whatever_the_rewards(rewards, scale, data):
     groups = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=len(rewards), max_size=len(rewards))))
     weights = torch.tensor([1.0, 0.5])
@@ -121,7 +120,6 @@ def test_advantages_are_finite_whatever_the_rewards(rewards, scale, data):
 
 
 @given(reward_rows)
-@settings(deadline=None)
 def test_what_is_known_of_prompts_stays_finite(rewards):
     posterior = PromptPosterior(num_prompts=3, decay=0.5, prior=2.0)
     rewards = torch.where(rewards.isinf(), rewards, rewards.clamp(-1e18, 1e18))[:, 0]  # whose squares fit
@@ -149,42 +147,28 @@ FEATURES = {
 }
 
 
-def make(model_path, data, out, reward=has_answer, **overrides):
-    return AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=reward,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, max_steps=2, **overrides)),
-        train_dataset=data,
-    )
-
-
-def weights_are_finite(trainer):
-    return all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+def assert_trained(trainer):
+    assert trainer.state.global_step == 2
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_odd_rewards_train(kind, model_path, dataset, tmp_path):
-    trainer = make(model_path, dataset, tmp_path, ROWS[kind], **FEATURES)
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert weights_are_finite(trainer)
+def test_odd_rewards_train(kind, trained):
+    assert_trained(trained(reward_funcs=ROWS[kind], max_steps=2, **FEATURES))
 
 
 @pytest.mark.parametrize("value", [INF, -INF])
-def test_an_infinite_reward_stops_the_run_with_its_name_or_is_clipped(value, model_path, dataset, tmp_path):
+def test_an_infinite_reward_stops_the_run_with_its_name_or_is_clipped(value, trained):
     def explode(prompts, **kwargs):
         return [value, *[float(i % 2) for i in range(len(prompts) - 1)]]
 
-    trainer = make(model_path, dataset, tmp_path, explode, monitor=True)
+    options = {"monitor": True, "max_steps": 2}
     with pytest.raises(ValueError, match=r"Rewards of step 0 are infinite \('explode' in 1 rows\).*reward_clip_range"):
-        trainer.train()
-    trainer = make(model_path, dataset, tmp_path, explode, monitor=True, reward_clip_range=[-5, 5])
-    trainer.train()
-    assert weights_are_finite(trainer)
+        trained(reward_funcs=explode, **options)
+    assert_trained(trained(reward_funcs=explode, reward_clip_range=[-5, 5], **options))
     with pytest.raises(RewardError, match=r"explode.*row 0"):
-        make(model_path, dataset, tmp_path, as_reward(explode)).train()
-    trainer = make(model_path, dataset, tmp_path, as_reward(explode).on_error("skip"), monitor=True)
-    trainer.train()
+        trained(reward_funcs=as_reward(explode), **options)
+    trainer = trained(reward_funcs=as_reward(explode).on_error("skip"), **options)
     assert trainer.state.log_history[0]["rewards/explode/errors"] == 1.0
 
 
@@ -200,39 +184,34 @@ def test_an_infinite_reward_stops_the_run_with_its_name_or_is_clipped(value, mod
     ],
     ids=["one prompt", "duplicated", "odd text"],
 )
-def test_odd_prompts_train(prompts, overrides, model_path, tmp_path):
+def test_odd_prompts_train(prompts, overrides, trained):
     data = Dataset.from_dict({"prompt": prompts, "answer": ["a"] * len(prompts)})
     features = {**FEATURES, "group_size": "fixed"} if len(prompts) == 1 else FEATURES
-    trainer = make(model_path, data, tmp_path, **features, **overrides)
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert weights_are_finite(trainer)
+    assert_trained(trained(dataset=data, max_steps=2, **features, **overrides))
 
 
-def test_one_prompt_for_many_groups_is_refused(model_path, tmp_path):
+def test_one_prompt_for_many_groups_is_refused(make_trainer):
     data = Dataset.from_dict({"prompt": ["say a"], "answer": ["a"]})
     with pytest.raises(ValueError, match="train_dataset has 1 rows and one generation batch holds 2 prompts"):
-        make(model_path, data, tmp_path, **FEATURES)
+        make_trainer(dataset=data, **FEATURES)
 
 
-def test_every_row_cut_off_and_masked_trains_on_nothing(model_path, dataset, tmp_path):
+def test_every_row_cut_off_and_masked_trains_on_nothing(trained):
     options = {**FEATURES, "skip_zero_advantage": False, "mask_truncated_completions": True}
-    trainer = make(model_path, dataset, tmp_path, max_completion_length=1, **options)
-    trainer.train()
-    assert weights_are_finite(trainer)
+    trainer = trained(max_completion_length=1, max_steps=2, **options)
+    assert_trained(trainer)
     assert trainer.state.log_history[0]["completions/clipped_ratio"] == 1.0
 
 
 @pytest.mark.parametrize("completion", [["<|im_end|>"], ["<pad>"] * 4], ids=["only the end", "all pad"])
-def test_completions_of_nothing_train(completion, model_path, dataset, tmp_path, monkeypatch):
-    trainer = make(model_path, dataset, tmp_path, as_reward(has_answer) - 0.1 * Length(), **FEATURES)
+def test_completions_of_nothing_train(completion, make_trainer, monkeypatch):
+    trainer = make_trainer(reward_funcs=as_reward(has_answer) - 0.1 * Length(), max_steps=2, **FEATURES)
     ids = trainer.processing_class.convert_tokens_to_ids(completion)
     monkeypatch.setattr(
         trainer, "_generate_single_turn", lambda prompt_ids, *args, **kwargs: ([list(ids) for _ in prompt_ids], None)
     )
     trainer.train()
-    assert trainer.state.global_step == 2
-    assert weights_are_finite(trainer)
+    assert_trained(trainer)
 
 
 class Silent(GRPOCallback):
@@ -240,11 +219,9 @@ class Silent(GRPOCallback):
         return [RolloutSequence([5], [Answer(row["prompt"], ids=[], text="")]) for row in rows]
 
 
-def test_answers_without_a_token_are_refused(model_path, conversational, tmp_path):
-    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path))
-    trainer = AdaptiveGRPOTrainer(model_path, has_answer, args=args, train_dataset=conversational, callbacks=[Silent()])
+def test_answers_without_a_token_are_refused(conversational, trained):
     with pytest.raises(ValueError, match=r"Silent\.on_generate returned sequence 0 with an answer of no tokens"):
-        trainer.train()
+        trained(dataset=conversational, callbacks=[Silent()])
 
 
 messages = st.one_of(
@@ -260,7 +237,7 @@ anything = st.one_of(st.none(), st.text(max_size=4), st.integers(), st.lists(mes
 
 
 @given(st.dictionaries(st.sampled_from(["prompt", "turns", "answer"]), anything))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_row_is_a_conversation_or_refused(row):
     said = refusal(lambda: read_turns(row))
     if said is not None:
@@ -276,7 +253,7 @@ def test_a_row_is_a_conversation_or_refused(row):
 @given(st.binary(max_size=60) | st.lists(st.dictionaries(st.text(max_size=6), anything, max_size=3)).map(
     lambda rows: "\n".join(json.dumps(row) for row in rows).encode()
 ), st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]))  # fmt: skip
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 def test_a_file_of_prompts_is_read_or_refused_by_name(tmp_path_factory, content, ending):
     path = tmp_path_factory.mktemp("data") / f"prompts{ending}"
     path.write_bytes(content)
@@ -306,7 +283,7 @@ infos = st.dictionaries(st.sampled_from([*INFO_KEYS, "resumed_at_steps", "num_pr
 
 
 @given(st.lists(lines, max_size=8), st.lists(lines, max_size=4), infos | st.binary(max_size=20), st.booleans())
-@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 def test_a_report_of_any_folder_is_a_page(tmp_path_factory, metrics, alarms, info, monitored):
     folder = tmp_path_factory.mktemp("run")
     if monitored:
@@ -411,7 +388,7 @@ def test_a_line_of_any_length_takes_little_memory(tmp_path):
 
 
 @given(st.lists(lines, max_size=6), st.binary(max_size=20), st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_record_goes_on_after_any_crash(tmp_path_factory, before, info, step):
     folder = tmp_path_factory.mktemp("run")
     record = RunRecord(folder / "monitor")
@@ -450,18 +427,11 @@ SAVED = {**FEATURES, "skip_zero_advantage": False, "kl_target": 0.1, "beta": 0.0
 SAVED |= {"on_alarm": {"truncated": "cool_lr"}, "curriculum": "target", "difficulty_column": "score"}
 
 
-def saving_trainer(model_path, data, out, **overrides):
-    options = {**SAVED, "save_strategy": "steps", "save_steps": 1, "max_steps": 1, **overrides}
-    args = AdaptiveGRPOConfig(**config_kwargs(out, **options))
-    return AdaptiveGRPOTrainer(model_path, has_answer, args=args, train_dataset=data, callbacks=[Keeper()])
-
-
 @pytest.fixture(scope="module")
 def saved(model_path, tmp_path_factory):
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    data = Dataset.from_dict({"prompt": list(letters), "answer": list(letters), "score": [float(i) for i in range(26)]})
     out = tmp_path_factory.mktemp("saved")
-    trainer = saving_trainer(model_path, data, out)
+    options = {**SAVED, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer = trainer_of(model_path, make_letters(), out, callbacks=[Keeper()], **options)
     trainer.train()
     return trainer, out / "checkpoint-1"
 
@@ -514,6 +484,16 @@ def bad_values(value):
     yield from (KeyError, "text", {})
 
 
+def broken(state, depth):
+    """Each place of a state with what must not be taken there, and what an error has to name; callbacks are so deep."""
+    for place, value in leaves(state):
+        is_optional = "detector" in place and (len(place) > depth or "streaks" in place)  # any metric may be known
+        key = next(part for part in reversed(place) if isinstance(part, str))
+        for bad in bad_values(value):
+            if not (isinstance(value, list) or (bad is KeyError and is_optional) or (value == {} == bad)):
+                yield place, value, bad, (f"'{key}'", "The checkpoint knows")
+
+
 def test_a_hostile_state_is_refused_with_the_file_and_the_key(checkpoint):
     trainer, folder = checkpoint
     path = folder / "grpo_callbacks.pt"
@@ -521,21 +501,16 @@ def test_a_hostile_state_is_refused_with_the_file_and_the_key(checkpoint):
     names = [name for name, _ in state["callbacks"]]
     assert {"TargetCurriculumCallback", "VarianceGroupSizeCallback", "AdaptiveKLCallback", "MonitorCallback"} < {*names}
     tried = 0
-    for place, value in leaves(state):
+    for place, value, bad, parts in broken(state, depth=5):
         is_users = place[:1] == ("callbacks",) and names[place[1]] == "Keeper"
-        is_optional = "detector" in place and (len(place) > 5 or "streaks" in place)  # any of the metrics may be known
-        for bad in bad_values(value):
-            if isinstance(value, list) or value is None or (bad is KeyError and is_optional) or (value == {} == bad):
-                continue
-            if is_users and isinstance(bad, torch.Tensor):  # which is for the callback to judge
-                continue
-            torch.save(replaced(state, place, bad), path)
-            with pytest.raises(CheckpointError, match=r"grpo_callbacks\.pt") as error:
-                trainer._load_state(str(folder))
-            key = next(part for part in reversed(place) if isinstance(part, str))
-            parts = ("Keeper",) if is_users else (f"'{key}'", "The checkpoint knows")
-            assert any(part in str(error.value) for part in parts), (place, bad, str(error.value))
-            tried += 1
+        if value is None or (is_users and isinstance(bad, torch.Tensor)):  # which is for the callback to judge
+            continue
+        torch.save(replaced(state, place, bad), path)
+        with pytest.raises(CheckpointError, match=r"grpo_callbacks\.pt") as error:
+            trainer._load_state(str(folder))
+        parts = ("Keeper",) if is_users else parts
+        assert any(part in str(error.value) for part in parts), (place, bad, str(error.value))
+        tried += 1
     assert tried > 100
 
 
@@ -543,27 +518,23 @@ def test_a_writer_refuses_what_its_reader_refuses(saved, monkeypatch):
     """With the name of the callback and the key, and without a change of anything."""
     trainer, _ = saved
     writers = [callback for callback in trainer.grpo_callbacks if not isinstance(callback, Keeper)]
-    before = {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+    writers = {type(writer).__name__: writer for writer in [*writers, trainer._planner]}
+    before = {name: str(writer.state_dict()) for name, writer in writers.items()}
     beta = trainer.beta
     tried = 0
-    for writer in [*writers, trainer._planner]:
-        name, state = type(writer).__name__, writer.state_dict()
+    for name, writer in writers.items():
+        state = writer.state_dict()
         assert trainer._state_of(writer) is not None
-        for place, value in leaves(state):
-            is_optional = "detector" in place and (len(place) > 3 or "streaks" in place)
-            for bad in bad_values(value):
-                if isinstance(value, list) or (bad is KeyError and is_optional) or (value == {} == bad):
-                    continue
-                monkeypatch.setattr(writer, "state_dict", lambda p=place, b=bad, s=state: replaced(s, p, b))
-                with pytest.raises(ValueError, match=rf"state_dict\(\) of {name}") as error:
-                    trainer._state_of(writer)
-                monkeypatch.undo()
-                key = next(part for part in reversed(place) if isinstance(part, str))
-                assert any(part in str(error.value) for part in (f"'{key}'", "The checkpoint knows")), (place, bad)
-                tried += 1
+        for place, _, bad, parts in broken(state, depth=3):
+            monkeypatch.setattr(writer, "state_dict", lambda p=place, b=bad, s=state: replaced(s, p, b))
+            with pytest.raises(ValueError, match=rf"state_dict\(\) of {name}") as error:
+                trainer._state_of(writer)
+            monkeypatch.undo()
+            assert any(part in str(error.value) for part in parts), (place, bad)
+            tried += 1
     assert tried > 80
     assert trainer.beta == beta
-    assert before == {type(writer).__name__: str(writer.state_dict()) for writer in [*writers, trainer._planner]}
+    assert before == {name: str(writer.state_dict()) for name, writer in writers.items()}
 
 
 def test_another_version_is_refused(checkpoint):
@@ -602,7 +573,7 @@ def test_what_was_logged_is_checked(change, message, checkpoint):
 
 @pytest.mark.parametrize("name", ["grpo_callbacks.pt", "grpo_rollouts_0.pt"])
 @given(data=st.data())
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_that_is_cut_off_or_changed_is_refused_or_read(checkpoint, name, data):
     trainer, folder = checkpoint
     path = folder / name

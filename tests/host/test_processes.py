@@ -1,48 +1,16 @@
 """Four processes on one node and on two: they agree, do what one process does, and stop together when one fails."""
 
-import contextlib
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import processes_run
 import pytest
 import torch
-from kit import PYTHONPATH
-
-HERE = Path(__file__).parent
-ENVIRONMENT = {
-    **os.environ,
-    "ACCELERATE_USE_CPU": "true",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": PYTHONPATH,
-}
-
-
-def launch(model_path: str, out: Path, names: list[str], *nodes: list[str]) -> list[dict]:
-    """What each of the four processes saw, of `torchrun` with the flags of each node."""
-    options = json.dumps({"names": names, "rows": 4})
-    arguments = [str(HERE / "processes_run.py"), model_path, str(out), options]
-    with contextlib.ExitStack() as stack:
-        running = []
-        for number, flags in enumerate(nodes):
-            log = stack.enter_context(open(out / f"node{number}.txt", "w"))
-            command = [sys.executable, "-m", "torch.distributed.run", *flags, *arguments]
-            running.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT))
-            stack.callback(running[-1].kill)
-        for number, node in enumerate(running):
-            assert node.wait(timeout=900) == 0, (out / f"node{number}.txt").read_text()[-4000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
+from kit import launch
 
 
 @pytest.fixture(scope="module")
 def four(model_path, tmp_path_factory):
+    """What each of four processes saw of every run."""
     out = tmp_path_factory.mktemp("four")
-    flags = ["--nproc-per-node", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return launch(model_path, out, list(processes_run.RUNS), flags)
+    return launch(model_path, out, processes_run.runs, processes=4, names=list(processes_run.RUNS))
 
 
 def assert_processes_agree(ranks: list[dict]) -> None:
@@ -95,12 +63,7 @@ def test_an_error_on_one_process_stops_all_with_its_message(name, error, four):
 
 
 def test_two_nodes_do_what_one_process_does_and_stop_together(model_path, tmp_path, alone):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    flags = ["--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "localhost", "--master-port", port]
-    names = ["healthy", "raises"]
-    ranks = launch(model_path, tmp_path, names, *([*flags, "--node-rank", str(node)] for node in range(2)))
+    ranks = launch(model_path, tmp_path, processes_run.runs, processes=2, nodes=2, names=["healthy", "raises"])
     assert_processes_agree([rank["healthy"] for rank in ranks])
     assert_as_one_process([rank["healthy"] for rank in ranks], alone)
     assert ["no judge today" in rank["raises"]["error"] for rank in ranks] == [True] * 4

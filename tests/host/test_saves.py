@@ -1,30 +1,18 @@
 """Of two processes, both write a checkpoint or none does, whatever fails on one; resuming equals never stopping."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import saves_run
 import torch
-from kit import PYTHONPATH
+from kit import launch
 
 from trl_grpo_ext.host.checkpoints import checkpoints_in, last_complete, why_incomplete
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def two(model_path, tmp_path_factory):
     """The folder of all runs, and what each of the two processes saw."""
     out = tmp_path_factory.mktemp("two")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    flags = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, "-m", "torch.distributed.run", *flags, str(HERE / "saves_run.py"), model_path, str(out)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if line.startswith("[rank"))[-4000:]
-    return out, [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return out, launch(model_path, out, saves_run.runs)
 
 
 @pytest.mark.parametrize(("part", "rank"), [case for case in saves_run.CASES if case[0] in saves_run.PARTS])

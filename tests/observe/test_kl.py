@@ -5,10 +5,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import config_kwargs, count_vowels, has_answer
-from runs import Interrupt, same
+from kit import Record, batches_of, count_vowels, have_same_weights, interrupt, logs_of
+from trl import GRPOTrainer
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, AdaptiveKLCallback, GRPOCallback
+from trl_grpo_ext import AdaptiveKLCallback
 from trl_grpo_ext.observe.kl import adapt_beta
 
 positive = st.floats(1e-4, 1e4)
@@ -65,35 +65,22 @@ def test_what_cannot_work_is_refused_with_the_remedy(config, options, message):
         config(**options)
 
 
-def make_trainer(model_path, dataset, out, callbacks=None, **options):
-    return AdaptiveGRPOTrainer(
-        model=model_path,
-        reward_funcs=count_vowels,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **options)),
-        train_dataset=dataset,
-        callbacks=callbacks,
-    )
+@pytest.fixture
+def make_trainer(make_trainer):
+    return lambda out="run", **given: make_trainer(out, **{"reward_funcs": count_vowels, **given})
 
 
-def test_a_horizon_shorter_than_a_step_is_refused(model_path, dataset, tmp_path):
+def test_a_horizon_shorter_than_a_step_is_refused(make_trainer):
     with pytest.raises(ValueError, match=r"kl_horizon=7 is shorter than one step of 8 rollouts.* to 160"):
-        make_trainer(model_path, dataset, tmp_path, kl_target=0.1, kl_horizon=7, beta=0.1)
+        make_trainer(kl_target=0.1, kl_horizon=7, beta=0.1)
 
 
-def test_a_callback_passed_by_hand_is_checked_too(model_path, dataset, tmp_path):
+def test_a_callback_passed_by_hand_is_checked_too(make_trainer):
     with pytest.raises(ValueError, match="needs beta above 0"):
-        make_trainer(model_path, dataset, tmp_path, callbacks=[AdaptiveKLCallback(0.1)])
+        make_trainer(callbacks=[AdaptiveKLCallback(0.1)])
 
 
 # In the trainer
-
-
-class Counter(GRPOCallback):
-    def __init__(self):
-        self.rollouts = 0
-
-    def on_rollouts(self, args, state, control, batch, **kwargs):
-        self.rollouts += batch.rewards.numel()
 
 
 SHAPES = {
@@ -105,16 +92,13 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logged_beta_follows_the_rule_and_every_rollout_counts_once(name, model_path, dataset, tmp_path):
+def test_logged_beta_follows_the_rule_and_every_rollout_counts_once(name, trained):
     options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "max_steps": 6, **SHAPES[name]}
-    counter = Counter()
-    trainer = make_trainer(model_path, dataset, tmp_path, callbacks=[counter], **options)
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    trainer = trained(callbacks=[Record], **options)
     rollouts = next(c for c in trainer.grpo_callbacks if isinstance(c, AdaptiveKLCallback)).num_rollouts
-    assert 6 * rollouts == counter.rollouts
+    assert 6 * rollouts == sum(batch.rewards.numel() for batch in batches_of(trainer))
     beta = 0.1
-    for entry in logs:
+    for entry in logs_of(trainer):
         assert entry["beta"] == pytest.approx(beta)
         assert entry["kl_target"] == 0.02
         beta = adapt_beta(beta, entry["kl"], 0.02, rollouts, 40)
@@ -122,34 +106,28 @@ def test_logged_beta_follows_the_rule_and_every_rollout_counts_once(name, model_
     assert trainer.beta != 0.1
 
 
-def test_steps_count_and_not_logs(model_path, dataset, tmp_path):
+def test_steps_count_and_not_logs(trained):
     options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "max_steps": 6}
-    often = make_trainer(model_path, dataset, tmp_path / "a", **options)
-    often.train()
-    seldom = make_trainer(model_path, dataset, tmp_path / "b", **options, logging_steps=3)
-    seldom.train()
+    often = trained("a", **options)
+    seldom = trained("b", logging_steps=3, **options)
     assert seldom.beta == often.beta
-    betas = [entry["beta"] for entry in often.state.log_history if "beta" in entry]
-    logged = [entry["beta"] for entry in seldom.state.log_history if "beta" in entry]
+    betas, logged = ([entry["beta"] for entry in logs_of(trainer)] for trainer in (often, seldom))
     assert logged == pytest.approx([sum(betas[:3]) / 3, sum(betas[3:]) / 3])
 
 
-def test_the_loss_uses_the_beta_of_the_moment(model_path, dataset, tmp_path):
+def test_the_loss_uses_the_beta_of_the_moment(trained):
     options = {"beta": 0.5, "max_steps": 4}
-    fixed = make_trainer(model_path, dataset, tmp_path / "a", **options)
-    fixed.train()
+    fixed = trained("a", **options)
     # Over an endless horizon β stays as it is, and so does all else.
-    still = make_trainer(model_path, dataset, tmp_path / "b", **options, kl_target=1e-6, kl_horizon=1e30)
-    still.train()
-    assert same(fixed, still)
-    moved = make_trainer(model_path, dataset, tmp_path / "c", **options, kl_target=1e-6, kl_horizon=8)
-    moved.train()
-    assert not same(fixed, moved)
+    still = trained("b", kl_target=1e-6, kl_horizon=1e30, **options)
+    assert have_same_weights(fixed, still)
+    moved = trained("c", kl_target=1e-6, kl_horizon=8, **options)
+    assert not have_same_weights(fixed, moved)
 
 
-def test_beta_never_reaches_zero(model_path, dataset, tmp_path):
+def test_beta_never_reaches_zero(make_trainer):
     callback = AdaptiveKLCallback(1e9, kl_horizon=8)
-    trainer = make_trainer(model_path, dataset, tmp_path, callbacks=[callback], beta=0.1)
+    trainer = make_trainer(callbacks=[callback], beta=0.1)
     trainer.model.train()
     for _ in range(200):
         trainer.log_metric("kl", 0.0)
@@ -157,16 +135,12 @@ def test_beta_never_reaches_zero(model_path, dataset, tmp_path):
     assert trainer.beta == 0.1 / 1e4
 
 
-def test_resume_equals_no_interruption(model_path, dataset, tmp_path):
+def test_resume_equals_no_interruption(make_trainer):
     options = {"beta": 0.1, "kl_target": 0.02, "kl_horizon": 40, "logging_steps": 2, "group_size": "variance"}
     options |= {"max_steps": 8, "per_device_train_batch_size": 16}
-    whole = make_trainer(model_path, dataset, tmp_path / "whole", **options)
-    whole.train()
-    make_trainer(model_path, dataset, tmp_path / "cut", callbacks=[Interrupt(3)], **options).train()
-    resumed = make_trainer(model_path, dataset, tmp_path / "cut", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-3"))
+    whole, _, resumed = interrupt(lambda out: make_trainer(out, **options), 3)
     assert resumed.beta == whole.beta
-    assert same(whole, resumed)
+    assert have_same_weights(whole, resumed)
 
 
 @pytest.mark.training
@@ -194,16 +168,7 @@ def test_benchmark_table_by_hand():
     assert cells[3:6] == ["1.10 (0.90 to 2.00)", "2 of 3", "0.00 (0.00 to 1.00)"]
 
 
-def test_stock_trainer_is_left_alone(model_path, dataset, tmp_path, caplog):
-    from trl import GRPOConfig, GRPOTrainer
-
-    trainer = GRPOTrainer(
-        model=model_path,
-        reward_funcs=has_answer,
-        args=GRPOConfig(**config_kwargs(tmp_path, beta=0.1, max_steps=1)),
-        train_dataset=dataset,
-        callbacks=[AdaptiveKLCallback(0.1)],
-    )
-    trainer.train()
+def test_stock_trainer_is_left_alone(trained, caplog):
+    trainer = trained(cls=GRPOTrainer, beta=0.1, max_steps=1, callbacks=[AdaptiveKLCallback(0.1)])
     assert trainer.beta == 0.1
     assert "AdaptiveKLCallback is a GRPOCallback, and this trainer does not call its hooks" in caplog.text

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import logging
 import re
 import tempfile
 from pathlib import Path
@@ -43,15 +42,8 @@ QUESTIONS = [{"question": f"q{i}", "answer": f"a{i}", "reference": "no"} for i i
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_go_by_other_names_and_the_system_speaks_first(tmp_path, streaming):
     path = write(tmp_path / "a.jsonl", QUESTIONS)
-    prompts = load_prompts(
-        path,
-        prompt_column="question",
-        reference_column="answer",
-        system_prompt="Be brief.",
-        columns=["reference"],
-        max_test=2,
-        streaming=streaming,
-    )
+    names = {"prompt_column": "question", "reference_column": "answer", "columns": ["reference"]}
+    prompts = load_prompts(path, **names, system_prompt="Be brief.", max_test=2, streaming=streaming)
     rows = [*prompts["test"], *prompts["train"]]
     assert len(rows) == 11
     for row in rows:
@@ -74,12 +66,8 @@ def test_a_system_prompt_takes_the_place_of_those_of_the_rows(tmp_path):
 
 
 def test_the_arguments_of_a_recipe_reach_the_rows(tmp_path):
-    arguments = DataArguments(
-        dataset_name=write(tmp_path / "a.jsonl", QUESTIONS),
-        prompt_column="question",
-        reference_column="answer",
-        system_prompt="Be brief.",
-    )
+    path, names = write(tmp_path / "a.jsonl", QUESTIONS), {"prompt_column": "question", "reference_column": "answer"}
+    arguments = DataArguments(dataset_name=path, system_prompt="Be brief.", **names)
     row = arguments.load(columns=("reference",))["train"][0]
     assert ([message["content"] for message in row["prompt"]], row["reference"]) == (["Be brief.", "q1"], "a1")
 
@@ -319,7 +307,7 @@ def test_lines_that_are_no_rows_are_named(tmp_path, text, problem):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": None}, "has no prompt"),
+        ({"prompt": None}, "has no prompt: remove it"),
         ({"prompt": ""}, "has no prompt"),
         ({"prompt": " \t\n"}, "has no prompt"),
         ({"prompt": "\u200b\u00a0"}, "has no prompt"),
@@ -355,14 +343,10 @@ def test_what_is_removed_and_what_stays():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_control_characters_go_with_a_word(tmp_path, caplog, streaming):
-    rows = [{"prompt": f"q{i}", "reference": "a", "turns": ["so"]} for i in range(4)]
+    rows = [{"prompt": [user(f"q{i}")], "reference": "a", "turns": ["so"]} for i in range(4)]
     rows[2] = {"prompt": [user("q\u202e2\x00")], "reference": "a\x07", "turns": ["s\u2066o"]}
-    rows = [
-        {**row, "prompt": row["prompt"] if isinstance(row["prompt"], list) else [user(row["prompt"])]} for row in rows
-    ]
     path = write(tmp_path / "a.jsonl", rows)
-    with caplog.at_level(logging.WARNING):
-        train = list(load_prompts(path, max_test=1, streaming=streaming)["train"])
+    train = list(load_prompts(path, max_test=1, streaming=streaming)["train"])
     assert train[1] == {"prompt": [user("q2")], "reference": "a", "turns": ["so"]}
     (said,) = [record.getMessage() for record in caplog.records]
     assert re.search(r"removed control characters and marks of direction from the texts.* first .*Line 3 of", said)
@@ -384,8 +368,7 @@ def test_a_reference_is_text_whatever_the_file(tmp_path, ending, kind, streaming
 
 def test_numbers_become_text_with_a_word_and_texts_stay_what_they_are(tmp_path, caplog):
     rows = [{"prompt": "a", "reference": 3}, {"prompt": "b", "reference": 4}]
-    with caplog.at_level(logging.WARNING):
-        load_prompts(write(tmp_path / "a.jsonl", rows))
+    load_prompts(write(tmp_path / "a.jsonl", rows))
     assert "read the numbers in the column 'reference' as text" in caplog.text
     mixed = [3, "4", 0.5, True, "2024-01-02", "007", "NA"]
     rows = [{"prompt": f"q{i}", "reference": value} for i, value in enumerate(["x", *mixed])]
@@ -401,8 +384,7 @@ def test_numbers_become_text_with_a_word_and_texts_stay_what_they_are(tmp_path, 
 def test_other_columns_with_numbers_of_a_csv_are_told(tmp_path, caplog):
     (tmp_path / "a.csv").write_text("prompt,answer\nq,1\nr,2\n")
     path = str(tmp_path / "a.csv")
-    with caplog.at_level(logging.WARNING):
-        load_prompts(path, columns=["answer"])
+    load_prompts(path, columns=["answer"])
     assert re.search("column 'answer' holds numbers such as 2, and not text", caplog.text)
     assert list(load_prompts(path, reference_column="answer")["train"]["reference"]) == ["2"]
 

@@ -68,7 +68,9 @@ def answers(*texts):
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-@pytest.mark.parametrize("name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical"])
+@pytest.mark.parametrize(
+    "name", ["helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical", "two_tasks"]
+)
 def test_configs_parse(name, monkeypatch):
     module = recipe(name, monkeypatch)
     (arguments,) = [
@@ -141,6 +143,7 @@ TINY += ["--num_generations", "4", "--disable_tqdm", "true"]
             ["relevance", "declined", "answered", "harmlessness", "length"],
         ),
         ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right"]),
+        ("two_tasks", [], ["correct_of_math", "length_of_math", "relevance_of_chat", "length_of_chat"]),
         (
             "hierarchical",
             ["--max_test_prompts", "3", "--per_device_train_batch_size", "12", "--num_generations", "2"],
@@ -489,12 +492,13 @@ def test_columns_that_a_reward_cannot_use_are_refused(name, columns, problem, mo
         module.main(arguments, None, None)
 
 
-def test_a_configuration_without_a_model_is_refused(monkeypatch, tmp_path):
+def test_a_configuration_without_a_model_is_refused(monkeypatch, tmp_path, capsys):
     helpful = recipe("helpful", monkeypatch)
     (tmp_path / "mine.yaml").write_text("max_steps: 3\n")
     monkeypatch.setattr(sys, "argv", ["helpful.py", *CPU, "--config", str(tmp_path / "mine.yaml")])
-    with pytest.raises(ValueError, match="model_name_or_path is not set: name a model in the YAML file or with"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         parse_arguments(helpful.HelpfulArguments, helpful.__file__)
+    assert "model_name_or_path is not set: name a model in the YAML file or with" in capsys.readouterr().err
 
 
 def test_markup_in_an_answer_is_printed_as_text(capsys):

@@ -1,6 +1,7 @@
 """The command line of recipes: configurations and checkpoints are found, or it is said where they were looked for."""
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -8,7 +9,8 @@ from kit import ROOT, config_kwargs
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, parse_arguments
-from trl_grpo_ext.recipe.script import checkpoint_of, flags_with_config
+from trl_grpo_ext.recipe.flags import flags_with_config
+from trl_grpo_ext.recipe.script import checkpoint_of
 
 CPU = ["--bf16", "false", "--use_cpu", "true"]
 
@@ -35,19 +37,21 @@ def test_a_configuration_is_named_in_both_forms(form, monkeypatch, tmp_path):
         (["--config"], "--config names no file"),
         (["--config="], "--config names no file"),
         (["--config", "--max_steps", "3"], "--config names no file"),
-        (["--config=nope.yaml"], r"--config nope.yaml: there is no such file \(looked for /.*/nope.yaml\)"),
+        (["--config=nope.yaml"], r"--config nope.yaml: there is no such file \(looked for /.*/nope.yaml and /.*\)"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is there twice"),
     ],
 )
-def test_configurations_that_are_not_there(flags, problem, monkeypatch):
-    with pytest.raises(ValueError, match=problem):
+def test_configurations_that_are_not_there(flags, problem, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
         parse(monkeypatch, *flags)
+    assert re.fullmatch(rf"helpful\.py: error: {problem}.*\n", capsys.readouterr().err)
 
 
-def test_a_script_without_a_configuration_is_told_where_it_belongs(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["mine.py"])
-    with pytest.raises(ValueError, match=rf"no such file \(looked for {tmp_path}/configs/mine.yaml\)"):
-        flags_with_config(str(tmp_path / "mine.py"))
+def test_a_script_without_a_configuration_is_told_where_it_belongs(tmp_path):
+    path = f"{tmp_path}/configs/mine.yaml"
+    with pytest.raises(ValueError, match=rf"no such file \(looked for {path}\)"):
+        flags_with_config([], path)
+    assert flags_with_config(["--help"], path) == ["--help"]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +77,11 @@ def test_a_checkpoint_is_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["resume_from_checkpoint: last", "resume_from_checkpoint: 'latest'"])
-def test_a_configuration_that_resumes_from_nowhere_is_refused_at_once(line, monkeypatch, tmp_path):
+def test_a_configuration_that_resumes_from_nowhere_is_refused_at_once(line, monkeypatch, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text(f"model_name_or_path: mine\n{line}\n")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         parse(monkeypatch, "--config", str(tmp_path / "a.yaml"))
+    assert re.fullmatch(r"helpful\.py: error: .* is no folder .*\n", capsys.readouterr().err)
     (tmp_path / "a.yaml").write_text("model_name_or_path: mine\nresume_from_checkpoint: true\n")
     assert parse(monkeypatch, "--config", str(tmp_path / "a.yaml"))[1].resume_from_checkpoint is True
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kit import config_kwargs
+from reward_helpers import Logs, ask, settle
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_grpo_ext.rewards import Judge, Length, RewardError, Rubric
@@ -163,21 +164,6 @@ def server(monkeypatch):
     thread.join()
 
 
-class Logs:
-    def __init__(self):
-        self.metrics = {}
-
-    def kwargs(self):
-        return {"log_metric": self.metrics.__setitem__, "log_extra": lambda column, values: None}
-
-    def counts(self):
-        return {name.rpartition("/")[2]: int(value) for name, value in self.metrics.items() if value}
-
-
-def ask(reward, *completions, **kwargs):
-    return asyncio.run(reward(prompts=["p"] * len(completions), completions=list(completions), **kwargs))
-
-
 def test_each_row_is_one_request_that_holds_what_the_judge_needs(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     judge = Judge(
@@ -205,7 +191,7 @@ def test_conversations_are_read_as_text(server):
     prompt = [say("system", "Be brief."), say("user", [{"type": "image"}, {"type": "text", "text": "Hi"}])]
     judge = Judge("m", server.url)
     rows = {"prompts": [prompt], "completions": [[say("assistant", "Hello")]]}
-    assert asyncio.run(judge(**rows)) == [0.5]
+    assert settle(judge(**rows)) == [0.5]
     assert json.loads(server.seen[0]["messages"][1]["content"]) == {
         "prompt": [say("system", "Be brief."), say("user", "Hi")],
         "answer": "Hello",
@@ -224,7 +210,8 @@ def test_trouble_costs_its_row_and_is_counted(server, kind):
     judge, logs = Judge("m", server.url).timeout(0.5 if kind == "stall" else 30).retry(2, wait=0.0), Logs()
     values = ask(judge, "good", f"{kind} x1", f"{kind} x9", **logs.kwargs())
     assert values == [0.4, pytest.approx(min(10, len(kind) + 3) / 10), None]
-    assert logs.counts() == {KINDS[kind]: 4, "retries": 3, "errors": 1}
+    counts = {name.rpartition("/")[2]: value for name, value in logs.metrics if value}
+    assert counts == {KINDS[kind]: 4, "retries": 3, "errors": 1}
     assert server.asked == {"good": 1, f"{kind} x1": 2, f"{kind} x9": 3}
 
 

@@ -13,13 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reward_helpers import settle
 
 from trl_grpo_ext.rewards import Length, Relevance, RewardError, as_reward, at_end, of_plan
 from trl_grpo_ext.rewards.errors import CallError
-
-
-def settle(value):
-    return asyncio.run(value) if asyncio.iscoroutine(value) else value
 
 
 def say(role, content):
@@ -213,6 +210,7 @@ def returning(values):
 
 @pytest.mark.parametrize("of", [torch.tensor, np.array], ids=["torch", "numpy"])
 def test_a_column_of_one_number_for_each_row_is_read(of):
+    assert returning((1, 0))(**rows_of(2)) == [1.0, 0.0]
     for values in ([1.0, 2.0], [[1.0], [2.0]], [[[1.0]], [[2.0]]]):
         assert returning(of(values))(**rows_of(2)) == [1.0, 2.0]
     for values in ([[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]]):

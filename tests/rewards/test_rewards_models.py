@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
+from kit import trainer_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -15,7 +16,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from trl_grpo_ext.rewards import Harmlessness, RewardError, RewardModel, as_reward
 from trl_grpo_ext.rewards.models import _load, classifier_logits, load_classifier
@@ -61,16 +62,8 @@ def folder(tokenizer, tmp_path_factory):
 def stock_trl(tokenizer, folder, tmp_path, prompts, completions):
     """What TRL's own `_calculate_rewards` gives for the model as a reward function."""
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE))
-    trainer = GRPOTrainer(
-        model=policy,
-        processing_class=copy.deepcopy(tokenizer),
-        reward_funcs=folder,
-        train_dataset=Dataset.from_dict({"prompt": ["a", "the"]}),
-        args=GRPOConfig(
-            output_dir=str(tmp_path), per_device_train_batch_size=2, num_generations=2, report_to="none", use_cpu=True,
-            bf16=False,
-        ),
-    )  # fmt: skip
+    data, options = Dataset.from_dict({"prompt": ["a", "the"]}), {"cls": GRPOTrainer, "num_generations": 2}
+    trainer = trainer_of(policy, data, tmp_path, folder, processing_class=copy.deepcopy(tokenizer), **options)
     rows = [{"prompt": prompt} for prompt in prompts]
     return trainer._calculate_rewards(rows, prompts, completions, [[0]] * len(prompts))[:, 0].tolist()
 
@@ -136,6 +129,7 @@ def test_pickles_as_its_id_and_loads_once(folder, monkeypatch):
 def test_names_and_errors(tokenizer):
     assert RewardModel("org/reward-model").__name__ == "reward-model"
     assert repr(RewardModel("org/reward-model")) == "RewardModel(model='org/reward-model')"
+    assert as_reward("org/reward-model") == RewardModel("org/reward-model")
     assert as_reward("org/reward-model", name="judge").__name__ == "judge"
     nameless = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), **SHAPE, num_labels=1))
     assert RewardModel(nameless, tokenizer).__name__ == "LlamaForSequenceClassification"

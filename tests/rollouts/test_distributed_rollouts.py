@@ -1,11 +1,13 @@
 """Rollouts of several turns on two real processes: as many generation calls, and the same view of the batch."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from trainer.test_distributed import launch
+from kit import Record, batches_of, launch, trainer_of, weights_of
+from rollout_helpers import Recorder, first_turns, length_of_text, patient
+
+from trl_grpo_ext import HierarchicalCallback, MultiTurnCallback
 
 SETTINGS = {
     "shared": {"kind": "shared"},
@@ -16,11 +18,34 @@ SETTINGS = {
 }
 
 
-def run(model_path, out, **options):
-    defaults = {"per_device_train_batch_size": 12, "num_generations": 4, "max_steps": 3}
-    return launch(
-        model_path, out, script=str(Path(__file__).with_name("distributed_rollout.py")), **{**defaults, **options}
-    )
+class Counting(Recorder):
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        self.generated = [*getattr(self, "generated", []), len(prompt_ids)]
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+
+def train(model_path, out, kind, limit=None, resume=None, **options) -> dict:
+    data = first_turns(20)
+    if kind == "scripted-best":  # of one to three turns, so that a process may have none where the other has some
+        data = data.add_column("turns", [["more"] * (i % 3) for i in range(20)])
+        callback = MultiTurnCallback(carry="best")
+    elif kind == "hierarchical":
+        callback = HierarchicalCallback(3, 2, "plan {prompt}", "do it", max_conversation_length=limit)
+    else:
+        history, _, carry = kind.partition("-")
+        callback = MultiTurnCallback(history, user=patient, carry=carry or "random", max_turns=3)
+    given = {"callbacks": [callback, Record()], "cls": Counting, "eval_dataset": data.select(range(4))}
+    options = {"per_device_train_batch_size": 12, "max_steps": 3, **options}
+    trainer = trainer_of(model_path, data, f"{out}/run", length_of_text, **given, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    fields = ("rewards", "advantages", "turns", "parents", "group_ids", "completion_lengths", "prompt_index")
+    return {
+        "batches": [{name: getattr(batch, name).tolist() for name in fields} for batch in batches_of(trainer)],
+        "weights": weights_of(trainer),
+        "generated": trainer.generated,
+        "own": [[(answer.turn, answer.text) for answer in row.answers] for row in trainer.rollout.sequences],
+        "logs": trainer.state.log_history,
+    }
 
 
 def assert_same(one, two):
@@ -28,19 +53,21 @@ def assert_same(one, two):
     assert str(one) == str(two)
 
 
+def assert_same_weights(one, two):
+    assert all(torch.equal(value, two["weights"][name]) for name, value in one["weights"].items())
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_ranks_agree_and_generate_in_step(name, model_path, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
-    first, second = run(model_path, tmp_path / "out", **SETTINGS[name], **options)
+    first, second = launch(model_path, tmp_path / "out", train, **SETTINGS[name], **options)
     assert first["generated"] == second["generated"]
-    for one, two in zip(first["batches"], second["batches"], strict=True):
-        assert_same(one, two)
-    for key, value in first["weights"].items():
-        assert torch.equal(value, second["weights"][key]), key
+    assert_same(first["batches"], second["batches"])
+    assert_same_weights(first, second)
     assert_same(first["logs"][0]["reward"], second["logs"][0]["reward"])
     rows = 36 if name == "hierarchical" else 24
     for batch in first["batches"]:
-        assert batch["turns"].count(0) + batch["turns"].count(1) + batch["turns"].count(2) == len(batch["turns"])
+        assert set(batch["turns"]) <= {0, 1, 2}
         assert len(batch["turns"]) == rows if name != "independent" else len(batch["turns"]) >= rows
         assert any(turn > 0 for turn in batch["turns"])
         half = next(i for i in range(len(batch["turns"])) if batch["parents"][i] == -1 and 2 * i >= len(batch["turns"]))
@@ -52,7 +79,7 @@ def test_ranks_agree_and_generate_in_step(name, model_path, tmp_path):
 
 
 def test_ranks_hold_conversations_of_different_length(model_path, tmp_path):
-    first, second = run(model_path, tmp_path / "out", kind="independent", max_steps=1, seed=3)
+    first, second = launch(model_path, tmp_path / "out", train, kind="independent", max_steps=1, seed=3)
     counts = [sum(map(len, rank["own"])) for rank in (first, second)]
     assert sum(counts) == len(first["batches"][0]["turns"])
     assert counts[0] != counts[1]
@@ -62,7 +89,7 @@ def test_ranks_hold_conversations_of_different_length(model_path, tmp_path):
 
 def test_a_tree_without_room_on_two_ranks(model_path, tmp_path):
     options = {**SETTINGS["hierarchical"], "limit": 36}
-    first, second = run(model_path, tmp_path / "out", max_steps=1, **options)
+    first, second = launch(model_path, tmp_path / "out", train, max_steps=1, **options)
     assert first["generated"] == second["generated"]
     assert all(math.isnan(reward) for reward in first["batches"][0]["rewards"])
 
@@ -70,10 +97,9 @@ def test_a_tree_without_room_on_two_ranks(model_path, tmp_path):
 @pytest.mark.parametrize("name", ["shared", "independent", "hierarchical"])
 def test_resume_on_two_ranks(name, model_path, tmp_path):
     options = {**SETTINGS[name], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = run(model_path, tmp_path / "whole", **options)
+    whole = launch(model_path, tmp_path / "whole", train, **options)
     checkpoint = str(tmp_path / "whole" / "run" / "checkpoint-2")
-    resumed = run(model_path, tmp_path / "resumed", **options, resume=checkpoint)
+    resumed = launch(model_path, tmp_path / "resumed", train, **options, resume=checkpoint)
     assert_same(resumed[0]["batches"], whole[0]["batches"][2:])
-    for rank in range(2):
-        for key, value in whole[rank]["weights"].items():
-            assert torch.equal(resumed[rank]["weights"][key], value), key
+    for one, other in zip(whole, resumed, strict=True):
+        assert_same_weights(one, other)

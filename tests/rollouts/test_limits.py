@@ -1,50 +1,35 @@
 """What does not fit: the limit of vLLM's server, metrics of rows without room, and seeds that make answers equal."""
 
+import contextlib
 import http.server
 import json
-import threading
 from types import SimpleNamespace
 
 import pytest
 import requests
-import torch
 from datasets import Dataset
-from kit import config_kwargs
-from rollout_helpers import make_trainer, use_vllm, user
+from kit import args_of, logs_of, serving
+from rollout_helpers import use_vllm, user
 
-from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.rollouts.limits import length_of_server, longest_conversation
 
 
 @pytest.fixture
 def serve():
     """Starts a stand-in for `vllm serve` that answers with a status and a body; gives a client of it."""
-    servers = []
+    with contextlib.ExitStack() as stack:
 
-    def start(body, status: int = 200):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                found = self.path == "/v1/models"
-                self.send_response(status if found else 404)
-                self.end_headers()
-                self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
+        def start(body, status: int = 200):
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(status if self.path == "/v1/models" else 404)
+                    self.end_headers()
+                    self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
 
-            def log_message(self, *args):
-                pass
+            server = stack.enter_context(serving(Handler))
+            return SimpleNamespace(base_url=server.url, session=requests.Session())
 
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return SimpleNamespace(base_url=f"http://127.0.0.1:{server.server_port}", session=requests.Session())
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_the_limit_of_a_server(serve):
-    assert length_of_server(serve({"data": [{"id": "tiny", "max_model_len": 256}]})) == 256
+        yield start
 
 
 def test_a_server_that_does_not_say_its_limit(serve, caplog):
@@ -72,31 +57,11 @@ def test_a_server_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("of_user", "of_server", "expected"), [(None, 256, 256), (100, 256, 100), (300, 256, 256), (None, 9999, 4096)]
 )
-def test_the_lowest_limit_counts(of_user, of_server, expected, serve, model_path, tmp_path, monkeypatch):
-    trainer = make_trainer(model_path, tmp_path)
+def test_the_lowest_limit_counts(of_user, of_server, expected, serve, monkeypatch, make_trainer):
+    trainer = make_trainer()
     client = serve({"data": [{"id": "tiny", "max_model_len": of_server}]})
     use_vllm(trainer, monkeypatch, SimpleNamespace(vllm_client=client))
     assert longest_conversation(trainer, of_user) == expected
-
-
-class TrueVLLM:
-    """Samples tokens at random, and tells the log-probabilities that the model gives them."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.generator = torch.Generator().manual_seed(0)
-
-    def sync_weights(self):
-        pass
-
-    def generate(self, prompts, images, num_generations, profiler):
-        ids = [torch.randint(20, 60, (5,), generator=self.generator).tolist() for _ in prompts]
-        return prompts, ids, [self.logprobs(*pair) for pair in zip(prompts, ids, strict=True)], None
-
-    @torch.no_grad()
-    def logprobs(self, prompt, ids):
-        logits = self.trainer.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).tolist()
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
@@ -109,7 +74,7 @@ class TrueVLLM:
     ],
     ids=lambda options: options.get("history", "hierarchical"),
 )
-def test_rows_without_room_are_in_no_metric_of_sampling(options, mode, model_path, tmp_path, monkeypatch):
+def test_rows_without_room_are_in_no_metric_of_sampling(options, mode, monkeypatch, make_trainer):
     """Their end of text was never sampled, so no log-probability of it can differ from the model's."""
     is_tree = options["rollout"] == "hierarchical"
     row = {} if is_tree else {"turns": ["go on"]}
@@ -117,15 +82,15 @@ def test_rows_without_room_are_in_no_metric_of_sampling(options, mode, model_pat
     if is_tree:
         options = {**options, "plan_template": "plan {prompt}", "implementation_template": "do it"}
     options = {**options, "num_generations": 2, "max_conversation_length": 112 if is_tree else 80, "max_steps": 3}
-    trainer = make_trainer(model_path, tmp_path, dataset=dataset, vllm_importance_sampling_mode=mode, **options)
-    use_vllm(trainer, monkeypatch, TrueVLLM(trainer))
+    trainer = make_trainer(dataset=dataset, vllm_importance_sampling_mode=mode, **options)
+    use_vllm(trainer, monkeypatch)
     trainer.train()
     scored = [answer.is_scored for rows, _ in trainer.seen for row in rows for answer in row.answers if not is_tree]
     assert is_tree or set(scored) == {False, True}
     name = "hierarchical/overflowed" if is_tree else "multi_turn/overflowed"
-    assert any(entry[name] > 0 for entry in trainer.state.log_history[:3])
-    assert any(entry["grad_norm"] > 0 for entry in trainer.state.log_history[:3])
-    for entry in trainer.state.log_history[:3]:
+    assert any(entry[name] > 0 for entry in logs_of(trainer))
+    assert any(entry["grad_norm"] > 0 for entry in logs_of(trainer))
+    for entry in logs_of(trainer):
         assert entry["sampling/sampling_logp_difference/max"] < 1e-4
         for name in ("min", "mean", "max"):
             assert entry[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1.0, abs=1e-3)
@@ -133,11 +98,11 @@ def test_rows_without_room_are_in_no_metric_of_sampling(options, mode, model_pat
 
 
 @pytest.mark.parametrize("options", [{}, {"use_vllm": True}, {"rollout": "multi_turn"}])
-def test_a_seed_that_makes_all_completions_equal_is_refused(options, tmp_path):
+def test_a_seed_that_makes_all_completions_equal_is_refused(options):
     for given in ({"seed": 5}, '{"seed": 5}', {"seed": 0, "top_k": 3}):
         with pytest.raises(
             ValueError, match=r"has a seed, which makes all completions of a prompt equal .* set `seed`"
         ):
-            AdaptiveGRPOConfig(**config_kwargs(tmp_path, generation_kwargs=given, **options))
+            args_of(generation_kwargs=given, **options)
     for given in ({"seed": None}, {"top_k": 3}, None):
-        AdaptiveGRPOConfig(**config_kwargs(tmp_path, generation_kwargs=given, **options))
+        args_of(generation_kwargs=given, **options)

@@ -1,18 +1,17 @@
 """Conversations: rows, tokens and credit of both histories, simulated users, and everything they combine with."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kit import Interrupt, config_kwargs, make_model, make_tokenizer
-from rollout_helpers import Record, has_letter, length_of_text, make_conversations, make_trainer, use_vllm, user
-from trl import GRPOConfig, GRPOTrainer, chat_template_utils
+from kit import batches_of, make_model, make_tokenizer, trainer_of
+from rollout_helpers import first_turns, has_letter, length_of_text, make_conversations, patient, use_vllm, user
+from trl import GRPOTrainer, chat_template_utils
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
+from trl_grpo_ext import GRPOCallback, MultiTurnCallback
 from trl_grpo_ext.credit.turns import leave_one_out_advantages, returns
 from trl_grpo_ext.hooks.records import Answer
 from trl_grpo_ext.rewards import Length, RewardError, as_reward, at_end
@@ -44,7 +43,6 @@ def test_a_conversation_is_read_from_turns_or_from_missing_answers():
     st.integers(1, 3),
     st.integers(0, 9),
 )
-@settings(deadline=None)
 def test_conversations_fill_the_rows_of_every_process(turns, group_size, num_processes, extra):
     num_rows = 5 * group_size + extra
     chosen = fill_with_conversations(turns, num_rows, group_size, num_processes)
@@ -62,11 +60,11 @@ def test_conversations_fill_the_rows_of_every_process(turns, group_size, num_pro
 # Shared history
 
 
-def test_shared_history_is_plain_grpo_on_the_flattened_rows(model_path, tmp_path, monkeypatch):
+def test_shared_history_is_plain_grpo_on_the_flattened_rows(model_path, tmp_path, monkeypatch, make_trainer):
     """Stock TRL, given the same prompts and completions with equal groups, makes the same tensors and the same loss."""
     dataset = make_conversations().filter(lambda row: len(row["letter"]) == 2)
     options = {**OPTIONS, "max_steps": 1, "beta": 0.1}
-    trainer = make_trainer(model_path, tmp_path, [length_of_text, has_letter], dataset, **options)
+    trainer = make_trainer(reward_funcs=[length_of_text, has_letter], dataset=dataset, **options)
     trainer.model.train()
     output = trainer._generate_and_score_completions([])
     rows = trainer.rollout.sequences
@@ -74,8 +72,8 @@ def test_shared_history_is_plain_grpo_on_the_flattened_rows(model_path, tmp_path
     assert [answer.turn for answer in answers] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
 
     flat = [{"prompt": a.prompt, "letter": a.columns["letter"]} for a in answers]
-    args = GRPOConfig(**config_kwargs(tmp_path, per_device_train_batch_size=16, beta=0.1))
-    stock = GRPOTrainer(model_path, [length_of_text, has_letter], args, Dataset.from_list(flat))
+    options = {"per_device_train_batch_size": 16, "beta": 0.1, "cls": GRPOTrainer}
+    stock = trainer_of(model_path, Dataset.from_list(flat), tmp_path, [length_of_text, has_letter], **options)
     stock.model.load_state_dict(trainer.model.state_dict())
     monkeypatch.setattr(stock, "_tokenize_prompts", lambda prompts: ([row.prompt_ids for row in rows], None, {}))
     monkeypatch.setattr(stock, "_generate_single_turn", lambda *args, **kwargs: ([a.ids for a in answers], None))
@@ -96,13 +94,11 @@ def test_shared_history_is_plain_grpo_on_the_flattened_rows(model_path, tmp_path
 
 
 @pytest.mark.parametrize("carry", ["random", "best", lambda history, answers: len(answers) - 1])
-def test_a_turn_is_sampled_from_what_one_answer_carried_on(carry, model_path, tmp_path):
+def test_a_turn_is_sampled_from_what_one_answer_carried_on(carry, trained):
     callback = MultiTurnCallback(carry=carry, turn_columns=["letter"])
-    record = Record()
-    trainer = make_trainer(model_path, tmp_path, callbacks=[callback, record], per_device_train_batch_size=24)
-    trainer.train()
+    trainer = trained(callbacks=[callback], per_device_train_batch_size=24)
     tokenizer, choices = trainer.processing_class, set()
-    for (rows, _), batch in zip(trainer.seen, record.batches, strict=True):
+    for (rows, _), batch in zip(trainer.seen, batches_of(trainer), strict=True):
         assert len(rows) == 24
         for number, row in enumerate(rows):
             answer = row.answers[0]
@@ -132,14 +128,14 @@ def test_a_turn_is_sampled_from_what_one_answer_carried_on(carry, model_path, tm
         assert min(choices) >= 3
 
 
-def test_reward_functions_are_told_the_turn(model_path, tmp_path):
+def test_reward_functions_are_told_the_turn(trained):
     calls = []
 
     def spy(prompts, completions, letter, turn, last_turn, **kwargs):
         calls.extend(zip(prompts, letter, turn, last_turn, strict=True))
         return [1.0] * len(prompts)
 
-    make_trainer(model_path, tmp_path, spy, **OPTIONS).train()
+    trained(reward_funcs=spy, **OPTIONS)
     assert len(calls) == 3 * 16
     lengths = set()
     for prompt, letter, turn, last_turn in calls:
@@ -155,12 +151,10 @@ def test_reward_functions_are_told_the_turn(model_path, tmp_path):
 # Independent history
 
 
-def test_conversations_are_one_row_each_and_users_are_never_trained_on(model_path, tmp_path):
-    record = Record()
+def test_conversations_are_one_row_each_and_users_are_never_trained_on(trained):
     options = {**OPTIONS, "history": "independent", "scale_rewards": "none"}
-    trainer = make_trainer(model_path, tmp_path, callbacks=[record], **options)
-    trainer.train()
-    for (rows, output), batch in zip(trainer.seen, record.batches, strict=True):
+    trainer = trained(**options)
+    for (rows, output), batch in zip(trainer.seen, batches_of(trainer), strict=True):
         assert len(rows) == 16
         following = returns(batch.rewards, batch.parents)
         torch.testing.assert_close(
@@ -180,36 +174,41 @@ def test_conversations_are_one_row_each_and_users_are_never_trained_on(model_pat
         assert output["num_items_in_batch"] == sum(len(a.ids) for row in rows for a in row.answers)
         assert batch.completion_lengths.tolist() == [len(a.ids) for row in rows for a in row.answers]
     logs = trainer.state.log_history[0]
-    assert logs["rollouts/total"] == record.batches[0].turns.numel()
-    assert logs["multi_turn/turns"] == pytest.approx(record.batches[0].turns.numel() / 16)
+    assert logs["rollouts/total"] == batches_of(trainer)[0].turns.numel()
+    assert logs["multi_turn/turns"] == pytest.approx(batches_of(trainer)[0].turns.numel() / 16)
 
 
-def test_a_conversation_is_the_same_by_tokens_and_by_template(model_path, tmp_path):
-    trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
-    trainer.train()
+def can_be_tokenised_again(row, trainer) -> bool:
+    """What the model writes may be no text whose tokens are those, which is why we do not tokenise it again."""
+    tokenizer = trainer.processing_class
+    own = [[t for t in a.ids if t != tokenizer.eos_token_id] for a in row.answers]
+    return len(own) > 1 and own == [tokenizer(a.text)["input_ids"] for a in row.answers]
+
+
+@pytest.mark.parametrize("closing", [None, "<|im_end|>", "<|im_end|>\n", "\n", ""])
+def test_a_conversation_is_the_same_by_tokens_and_by_template(closing, trained):
+    """Also in base models, whose end of text, here ~, is no token with which the template closes a turn."""
+    tokenizer = make_tokenizer()
+    if closing is not None:
+        tokenizer.eos_token = "~"
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", closing)
+    options = {**OPTIONS, "history": "independent"}
+    trainer = trained(model=make_model(tokenizer), processing_class=tokenizer, **options)
     compared = 0
-    for rows, _ in trainer.seen:
-        for row in rows:
-            messages = row.prompt + row.completion
-            rendered = trainer.processing_class.apply_chat_template(messages, tokenize=True, return_dict=False)
-            ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
-            # What the model writes may be no text that is tokenised like that, which is why it is not done.
-            own = [[t for t in a.ids if t != trainer.processing_class.eos_token_id] for a in row.answers]
-            retokenised = [trainer.processing_class(a.text)["input_ids"] for a in row.answers]
-            if len(row.answers) > 1 and own == retokenised:
-                compared += 1
-                assert rendered[: len(ids)] == ids
+    for row in (row for rows, _ in trainer.seen for row in rows if can_be_tokenised_again(row, trainer)):
+        ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
+        rendered = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=False)
+        compared += 1
+        assert rendered.startswith(tokenizer.decode([t for t in ids if closing is None or t != tokenizer.eos_token_id]))
     assert compared > 5
 
 
-def test_rewards_of_each_turn_are_logged(model_path, tmp_path):
-    record = Record()
+def test_rewards_of_each_turn_are_logged(tmp_path, trained):
     options = {**OPTIONS, "history": "independent", "eval_strategy": "steps", "eval_steps": 3}
     options |= {"per_device_eval_batch_size": 8, "log_completions": True}
     reward = as_reward(length_of_text) + as_reward(has_letter)
-    trainer = make_trainer(model_path, tmp_path, [reward, length_of_text], callbacks=[record], **options)
-    trainer.train()
-    logs, batch = trainer.state.log_history[0], record.batches[0]
+    trainer = trained(reward_funcs=[reward, length_of_text], **options)
+    logs, batch = trainer.state.log_history[0], batches_of(trainer)[0]
     for turn in range(3):
         own = batch.raw_rewards_per_func[batch.turns == turn, 1]
         assert logs[f"rewards/length_of_text/turn_{turn + 1}/mean"] == pytest.approx(own.mean().item())
@@ -218,7 +217,7 @@ def test_rewards_of_each_turn_are_logged(model_path, tmp_path):
     evaluated = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
     assert evaluated["eval_rewards/length_of_text/turn_3/mean"] > 0
     assert evaluated["eval_multi_turn/turns"] == pytest.approx((1 + 2 + 3 + 1) / 4)
-    tables = sorted((tmp_path / "completions").iterdir())
+    tables = sorted((tmp_path / "run" / "completions").iterdir())
     assert tables
     import pandas
 
@@ -231,14 +230,13 @@ def test_rewards_of_each_turn_are_logged(model_path, tmp_path):
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_rows_of_training_and_evaluation_fit_into_one_table(history, model_path, tmp_path):
+def test_rows_of_training_and_evaluation_fit_into_one_table(history, tmp_path, trained):
     options = {"history": history, "log_completions": True, "num_completions_to_print": 0, "max_steps": 4}
     options |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
     reward = as_reward(length_of_text) + 0.5 * Length("characters")
-    trainer = make_trainer(model_path, tmp_path, reward, num_generations_eval=1, **OPTIONS, **options)
-    trainer.train()
+    trained(reward_funcs=reward, num_generations_eval=1, **OPTIONS, **options)
     counts = set()
-    for path in sorted((tmp_path / "completions").glob("*.parquet")):
+    for path in sorted((tmp_path / "run" / "completions").glob("*.parquet")):
         table = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
         for completion, lengths in zip(table["completion"], table["length"], strict=True):
             counts.add(len(lengths))
@@ -249,17 +247,15 @@ def test_rows_of_training_and_evaluation_fit_into_one_table(history, model_path,
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_a_reward_may_see_the_whole_conversation_at_its_end(history, model_path, tmp_path):
+def test_a_reward_may_see_the_whole_conversation_at_its_end(history, trained):
     seen = []
 
     def whole(prompts, completions, **kwargs):
         seen.extend(zip(prompts, completions, strict=True))
         return [1.0] * len(prompts)
 
-    record = Record()
     reward = as_reward(length_of_text) + at_end(whole)
-    trainer = make_trainer(model_path, tmp_path, reward, callbacks=[record], history=history, max_steps=1, **OPTIONS)
-    trainer.train()
+    trainer = trained(reward_funcs=reward, history=history, max_steps=1, **OPTIONS)
     ends = [a for rows, _ in trainer.seen for row in rows for a in row.answers if a.is_last]
     assert len(seen) == len(ends)
     for prompt, completion in seen:
@@ -297,20 +293,10 @@ def test_what_a_reward_of_the_whole_conversation_logs_keeps_its_rows():
 # Simulated users
 
 
-def patient(history):
-    """Goes on until it reads a vowel."""
-    return None if set("aeiou") & set(history[-1]["content"]) else user("more")
-
-
-def first_turns(count: int = 8) -> Dataset:
-    return Dataset.from_list([{"prompt": [user(f"say {chr(ord('a') + i)}")]} for i in range(count)])
-
-
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_a_user_ends_the_conversation(history, model_path, tmp_path):
+def test_a_user_ends_the_conversation(history, trained):
     callback = MultiTurnCallback(history=history, user=patient, max_turns=3)
-    trainer = make_trainer(model_path, tmp_path, dataset=first_turns(), callbacks=[callback])
-    trainer.train()
+    trainer = trained(dataset=first_turns(), callbacks=[callback])
     lengths = set()
     for rows, output in trainer.seen:
         assert len(rows) == len(output["completion_ids"]) == 16
@@ -329,14 +315,11 @@ def test_a_user_ends_the_conversation(history, model_path, tmp_path):
     assert lengths == {1, 2, 3}
 
 
-def test_a_shared_conversation_that_ends_early_begins_again(model_path, tmp_path):
+def test_a_shared_conversation_that_ends_early_begins_again(trained):
     """The number of rows is fixed, so the rows of the turns that did not happen hold its first turn once more."""
     callback = MultiTurnCallback(user=lambda history: None, max_turns=2)
-    dataset = first_turns()
-    record = Record()
-    trainer = make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback, record])
-    trainer.train()
-    batch = record.batches[0]
+    trainer = trained(dataset=first_turns(), callbacks=[callback])
+    batch = batches_of(trainer)[0]
     assert batch.turns.tolist() == [0] * 16
     assert batch.parents.tolist() == [-1] * 16
     assert batch.num_groups == 4
@@ -352,30 +335,29 @@ def test_a_shared_conversation_that_ends_early_begins_again(model_path, tmp_path
         (lambda history: {"role": "assistant", "content": "no"}, "turn 1: returned .*return a message of the user"),
     ],
 )
-def test_errors_of_a_user_name_row_and_turn(behave, message, model_path, tmp_path):
-    dataset = first_turns()
-    callback = MultiTurnCallback(user=behave, max_turns=2)
-    with pytest.raises(RolloutError, match=message):
-        make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback]).train()
-    callback = MultiTurnCallback(history="independent", user=behave, max_turns=2)
-    with pytest.raises(RolloutError, match=r"row 0 of the batch, which begins 'say .', turn 1"):
-        make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback]).train()
+def test_errors_of_a_user_name_row_and_turn(behave, message, trained):
+    for history, where in (
+        ("shared", message),
+        ("independent", r"row 0 of the batch, which begins 'say .', turn 1"),
+    ):
+        callback = MultiTurnCallback(history=history, user=behave, max_turns=2)
+        with pytest.raises(RolloutError, match=where):
+            trained(dataset=first_turns(), callbacks=[callback])
 
 
-def test_a_choice_that_is_no_position_is_refused(model_path, tmp_path):
+def test_a_choice_that_is_no_position_is_refused(trained):
     callback = MultiTurnCallback(carry=lambda history, answers: len(answers), turn_columns=["letter"])
     with pytest.raises(RolloutError, match=r"carry, row \d+ of the dataset, turn 1: returned 4: return a position"):
-        make_trainer(model_path, tmp_path, callbacks=[callback]).train()
+        trained(callbacks=[callback])
 
 
 # Limits
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_a_conversation_ends_where_the_context_does(history, model_path, tmp_path):
+def test_a_conversation_ends_where_the_context_does(history, trained):
     """The first answer begins after 12 tokens, the second after up to 32, the third after up to 52; each takes 6."""
-    trainer = make_trainer(model_path, tmp_path, history=history, max_conversation_length=40, max_steps=2, **OPTIONS)
-    trainer.train()
+    trainer = trained(history=history, max_conversation_length=40, max_steps=2, **OPTIONS)
     turns = {answer.turn for rows, _ in trainer.seen for row in rows for answer in row.answers}
     assert turns == {0, 1}
     longest = max(
@@ -392,11 +374,10 @@ def test_a_conversation_ends_where_the_context_does(history, model_path, tmp_pat
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_a_prompt_that_leaves_no_room_is_not_answered(history, model_path, tmp_path):
+def test_a_prompt_that_leaves_no_room_is_not_answered(history, trained):
     dataset = Dataset.from_list([{"prompt": [user(text)], "turns": ["go on"]} for text in ("hm", "m" * 60) * 6])
     options = {"rollout": "multi_turn", "history": history, "max_conversation_length": 60, "max_steps": 2}
-    trainer = make_trainer(model_path, tmp_path, dataset=dataset, **options)
-    trainer.train()
+    trainer = trained(dataset=dataset, **options)
     shares = []
     for rows, output in trainer.seen:
         is_long = torch.tensor([len(row.prompt_ids) + trainer.max_completion_length > 60 for row in rows])
@@ -411,108 +392,36 @@ def test_a_prompt_that_leaves_no_room_is_not_answered(history, model_path, tmp_p
     assert all(entry["multi_turn/overflowed"] > 0 for entry in trainer.state.log_history[:2])
 
 
-class FakeVLLM:
-    """Answers like vLLM: one completion per prompt, with log-probabilities."""
-
-    def __init__(self):
-        self.prompts = []
-
-    def sync_weights(self):
-        pass
-
-    def generate(self, prompts, images, num_generations, profiler):
-        assert num_generations == 1
-        self.prompts += prompts
-        ids = [[20 + len(prompt) % 30, 40 + i % 30, 3] for i, prompt in enumerate(prompts)]
-        return prompts, ids, [[[-1.0], [-2.0], [-3.0]] for _ in prompts], None
-
-
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_vllm_gets_one_prompt_per_answer_and_keeps_its_log_probabilities(history, model_path, tmp_path, monkeypatch):
-    trainer = make_trainer(model_path, tmp_path, history=history, max_steps=1, **OPTIONS)
-    use_vllm(trainer, monkeypatch, FakeVLLM())
+def test_vllm_gets_one_prompt_per_answer_and_keeps_its_log_probabilities(history, monkeypatch, make_trainer):
+    trainer = make_trainer(history=history, max_steps=1, **OPTIONS)
+    engine = use_vllm(trainer, monkeypatch)
     trainer.train()
     rows, output = trainer.seen[0]
-    asked = [
-        row.prompt_ids + [t for a in row.answers[:i] for t in a.glue_ids + a.ids] + answer.glue_ids
-        for row in rows
-        for i, answer in enumerate(row.answers)
-    ]
-    assert sorted(trainer.vllm_generation.prompts) == sorted(asked)
+    asked = []
     for row, logprobs in zip(rows, output["sampling_per_token_logps"].tolist(), strict=True):
-        expected = [value for a in row.answers for value in [0.0] * len(a.glue_ids) + [-1.0, -2.0, -3.0]]
-        assert logprobs[: len(expected)] == expected
+        ids, expected = list(row.prompt_ids), []
+        for answer in row.answers:
+            asked.append(ids + answer.glue_ids)
+            ids += answer.glue_ids + answer.ids
+            expected += [0.0] * len(answer.glue_ids) + engine.logprobs[str((asked[-1], answer.ids))]
+        assert logprobs[: len(expected)] == pytest.approx(expected)
+    assert sorted(engine.asked) == sorted(asked)
 
 
 # Combinations
 
-COMBINATIONS = {
-    "grpo": {"loss_type": "grpo"},
-    "bnpo": {"loss_type": "bnpo"},
-    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
-    "dapo": {"loss_type": "dapo", "mask_truncated_completions": True},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
-    "sapo": {"loss_type": "sapo"},
-    "vespo": {"loss_type": "vespo"},
-    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
-    "iterations": {"num_iterations": 2, "steps_per_generation": 2, "beta": 0.1},
-    "clipping": {"reward_clip_range": [0, 4], "reward_clip_quantiles": [0.1, 0.9], "scale_rewards": "batch"},
-    "curriculum": {"curriculum": "online"},
-}
 
-
-@pytest.mark.parametrize("history", ["shared", "independent"])
-@pytest.mark.parametrize("name", COMBINATIONS)
-def test_every_combination_trains(name, history, model_path, tmp_path):
-    options = {**OPTIONS, "history": history, **COMBINATIONS[name]}
-    if "steps_per_generation" in options:
-        options["per_device_train_batch_size"] = 8
-    if options.get("mask_truncated_completions"):
-        options["max_completion_length"] = 40  # so that some answers end in time
-    trainer = make_trainer(model_path, tmp_path, [length_of_text, has_letter], **options)
-    before = {key: value.clone() for key, value in trainer.model.named_parameters()}
-    trainer.train()
-    changed = [key for key, value in trainer.model.named_parameters() if not torch.equal(value, before[key])]
-    assert changed
-    assert all(value.isfinite().all() for value in trainer.model.parameters())
-    assert "train_loss" in trainer.state.log_history[-1]
-
-
-def test_adaptive_group_size_gives_uncertain_conversations_more_rows(model_path, tmp_path):
-    record = Record()
+def test_adaptive_group_size_gives_uncertain_conversations_more_rows(trained):
     options = {**OPTIONS, "history": "independent", "group_size": "variance", "max_steps": 5}
-    trainer = make_trainer(
-        model_path,
-        tmp_path,
-        dataset=make_conversations(4),
-        callbacks=[record],
-        min_group_size=2,
-        max_group_size=8,
-        **options,
-    )
-    trainer.train()
-    sizes = [batch.group_sizes[:4].tolist() for batch in record.batches]
+    trainer = trained(dataset=make_conversations(4), min_group_size=2, max_group_size=8, **options)
+    sizes = [batch.group_sizes[:4].tolist() for batch in batches_of(trainer)]
     assert any(len(set(batch)) > 1 for batch in sizes[1:])
-    assert all(int((batch.turns == 0).sum()) == 16 for batch in record.batches)
-
-
-def test_peft(model_path, tmp_path):
-    from peft import LoraConfig
-    from rollout_helpers import Recorder
-
-    trainer = Recorder(
-        model=model_path,
-        reward_funcs=length_of_text,
-        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, history="independent", beta=0.1, **OPTIONS)),
-        train_dataset=make_conversations(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
-    )
-    trainer.train()
-    assert any(value.abs().sum() > 0 for key, value in trainer.model.named_parameters() if "lora_B" in key)
+    assert all(int((batch.turns == 0).sum()) == 16 for batch in batches_of(trainer))
 
 
 @pytest.mark.parametrize("options", [{}, {"rollout": "multi_turn", **OPTIONS}])
-def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_path):
+def test_a_callback_may_give_one_advantage_per_token(options, trained):
     class Decay(GRPOCallback):
         def on_advantages(self, batch, **kwargs):
             assert batch.turns.shape == batch.rewards.shape
@@ -520,11 +429,9 @@ def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_pa
             self.given = batch.advantages[:, None] * 0.5 ** torch.arange(longest)
             return self.given
 
-    decay, record = Decay(), Record()
-    dataset = make_conversations()
-    trainer = make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[decay, record], max_steps=1, **options)
-    trainer.train()
-    slices = trainer._buffered_inputs
+    decay = Decay()
+    trainer = trained(callbacks=[decay], max_steps=1, **options)
+    (batch,), slices = batches_of(trainer), trainer._buffered_inputs
     got = torch.cat([batch["advantages"] for batch in slices])
     mask = torch.cat([batch["completion_mask"] for batch in slices])
     assert got.shape == mask.shape
@@ -532,17 +439,17 @@ def test_a_callback_may_give_one_advantage_per_token(options, model_path, tmp_pa
     order = got[:, 0].argsort(), expected[:, 0].argsort()
     torch.testing.assert_close((got * mask)[order[0]], (expected * mask[order[0]][order[1].argsort()])[order[1]])
     table = list(trainer._logs["advantages"])
-    is_token = torch.arange(expected.size(1)) < record.batches[0].completion_lengths[:, None]
-    mean = (expected * is_token).sum(1) / record.batches[0].completion_lengths
+    is_token = torch.arange(expected.size(1)) < batch.completion_lengths[:, None]
+    mean = (expected * is_token).sum(1) / batch.completion_lengths
     torch.testing.assert_close(torch.tensor(table), mean)
 
 
-def test_advantages_of_another_shape_are_refused(model_path, tmp_path):
+def test_advantages_of_another_shape_are_refused(make_trainer):
     class Wrong(GRPOCallback):
         def on_advantages(self, batch, **kwargs):
             return batch.advantages[:, None].expand(-1, 999)
 
-    trainer = make_trainer(model_path, tmp_path, callbacks=[Wrong()], **OPTIONS)
+    trainer = make_trainer(callbacks=[Wrong()], **OPTIONS)
     with pytest.raises(
         ValueError, match=r"Wrong.on_advantages returned shape \(16, 999\): return .*\(16,\) or \(16, 6\)"
     ):
@@ -555,6 +462,7 @@ def test_advantages_of_another_shape_are_refused(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"callbacks": [MultiTurnCallback()]}, "both generate: pass one of them"),
         ({"dynamic_sampling_rounds": 1}, "replaces groups one by one.*set dynamic_sampling_rounds=0"),
         ({"group_size": "variance"}, "history='shared' has a group for each turn: set group_size='fixed'"),
         ({"group_size": "threshold", "history": "independent"}, "use group_size='variance'"),
@@ -566,25 +474,22 @@ def test_advantages_of_another_shape_are_refused(model_path, tmp_path):
             {"per_device_train_batch_size": 8},
             "3 turns with num_generations=4 needs 12 rows on one process, which has 8",
         ),
-        ({"turn_columns": ["score"]}, "names 'score', which is not a column"),
-        (
-            {"turn_columns": ["prompt"]},
-            r"Row 1 of the training dataset has 2 turns and prompt=.*give a list with one value for each turn",
-        ),
         ({"rollout": "tree"}, "rollout='tree' is unknown"),
         ({"history": "none"}, "history='none' is unknown"),
         ({"carry": "worst"}, "carry='worst' is unknown"),
         ({"max_conversation_length": 6}, "max_completion_length=6 leaves no room for a prompt in a conversation of 6"),
-        ({"dataset": make_conversations(3)}, "has 3 rows and one generation batch holds 4 prompts"),
-        (
-            {"dataset": make_conversations(3), "history": "independent"},
-            "has 3 rows and one generation batch holds 4 prompts",
-        ),
+        *[
+            (
+                {"dataset": make_conversations(3), "history": history},
+                "has 3 rows and one generation batch holds 4 prompts",
+            )
+            for history in ("shared", "independent")
+        ],
     ],
 )
-def test_what_does_not_fit_is_refused(options, message, model_path, tmp_path):
+def test_what_does_not_fit_is_refused(options, message, make_trainer):
     with pytest.raises(ValueError, match=message):
-        make_trainer(model_path, tmp_path, **{**OPTIONS, **options})
+        make_trainer(**{**OPTIONS, **options})
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -596,29 +501,14 @@ def test_arguments_that_do_not_fit_are_refused():
         MultiTurnCallback(user="bob", max_turns=2)
 
 
-def test_data_that_do_not_fit_are_refused(model_path, tmp_path):
-    plain = Dataset.from_dict({"prompt": ["a", "b", "c", "d"]})
-    with pytest.raises(ValueError, match="needs conversational prompts"):
-        make_trainer(model_path, tmp_path, dataset=plain, rollout="multi_turn")
-    single = Dataset.from_list([{"prompt": [user("a")]}] * 4)
-    with pytest.raises(ValueError, match="Every conversation has one turn"):
-        make_trainer(model_path, tmp_path, dataset=single, rollout="multi_turn")
-    named = make_conversations().rename_column("letter", "turn")
-    with pytest.raises(ValueError, match="Column 'turn' of the training dataset is what reward functions are told"):
-        make_trainer(model_path, tmp_path, dataset=named, rollout="multi_turn")
-    with pytest.raises(ValueError, match="both generate: pass one of them"):
-        make_trainer(model_path, tmp_path, callbacks=[MultiTurnCallback()], **OPTIONS)
-
-
 @pytest.mark.parametrize("rollout", ["multi_turn", "hierarchical"])
-def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
+def test_evaluation_data_are_checked_too(rollout, make_trainer):
     conversations = make_conversations()
 
     def build(**eval_datasets):
-        options = {"rollout": rollout, "turn_columns": ["letter"], "per_device_train_batch_size": 20}
         data = conversations if rollout == "multi_turn" else conversations.remove_columns("turns")
-        args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **options))
-        return AdaptiveGRPOTrainer(model_path, length_of_text, args, data, eval_datasets)
+        options = {**OPTIONS, "rollout": rollout, "per_device_train_batch_size": 20}
+        return make_trainer(dataset=data, eval_dataset=eval_datasets, **options)
 
     plain = Dataset.from_dict({"prompt": ["a", "b"]})
     with pytest.raises(
@@ -634,57 +524,16 @@ def test_evaluation_data_are_checked_too(rollout, model_path, tmp_path):
     build(one=conversations.select([0, 3]), two=conversations.select([0]).to_iterable_dataset())
 
 
-def test_rows_without_what_is_said_later_are_refused(model_path, tmp_path):
+def test_rows_without_what_is_said_later_are_refused(make_trainer):
     with pytest.raises(ValueError, match=r"remove_unused_columns=True takes \['letter', 'turns'\] out of the rows"):
-        make_trainer(model_path, tmp_path, remove_unused_columns=True, **OPTIONS)
+        make_trainer(remove_unused_columns=True, **OPTIONS)
     rows = [{"prompt": [user("a"), {"role": "assistant", "content": ""}, user("b")]}] * 12  # nothing is lost
     options = {**OPTIONS, "turn_columns": [], "dataset": Dataset.from_list(rows)}
-    make_trainer(model_path, tmp_path, remove_unused_columns=True, **options)
+    make_trainer(remove_unused_columns=True, **options)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(model_path, tmp_path):
-    from rollout_helpers import Recorder
-
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template
-    with pytest.raises(ValueError, match="writes earlier turns differently"):
-        Recorder(
-            model=model_path,
-            reward_funcs=length_of_text,
-            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, **{"per_device_train_batch_size": 16, **OPTIONS})),
-            train_dataset=make_conversations(),
-            processing_class=tokenizer,
-        )
-
-
-@pytest.mark.parametrize("closing", ["<|im_end|>", "<|im_end|>\n", "\n", ""])
-@pytest.mark.training
-def test_a_turn_is_closed_as_the_template_does_also_where_no_token_of_that_ends_an_answer(closing, tmp_path):
-    """As in base models, whose end of text is another token than the end of a turn of their template."""
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = "~"
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", closing)
-    trainer = make_trainer(
-        make_model(tokenizer),
-        tmp_path,
-        history="independent",
-        processing_class=tokenizer,
-        **{**OPTIONS, "max_steps": 2},
-    )
-    trainer.train()
-    compared = 0
-    for row in (row for rows, _ in trainer.seen for row in rows):
-        ids = row.prompt_ids + [t for a in row.answers for t in a.glue_ids + a.ids]
-        rendered = tokenizer.apply_chat_template(row.prompt + row.completion, tokenize=False)
-        own = [[t for t in a.ids if t != tokenizer.eos_token_id] for a in row.answers]
-        if len(row.answers) > 1 and own == [tokenizer(a.text)["input_ids"] for a in row.answers]:
-            compared += 1
-            assert rendered.startswith(tokenizer.decode([t for t in ids if t != tokenizer.eos_token_id]))
-    assert compared > 5
-
-
-def test_an_answer_that_ends_with_another_token_is_closed_too(model_path, tmp_path):
-    trainer = make_trainer(model_path, tmp_path, history="independent", **OPTIONS)
+def test_an_answer_that_ends_with_another_token_is_closed_too(make_trainer):
+    trainer = make_trainer(history="independent", **OPTIONS)
     talk = trainer.grpo_callbacks[0].talk
     end, other = talk.template.closing[0], trainer.processing_class.pad_token_id
     talk.template.eos_token_ids = [end, other]
@@ -703,72 +552,41 @@ ALTERNATING = (
 )
 
 
-def test_a_template_that_knows_no_tools_is_fine(model_path, tmp_path):
+def test_a_template_that_knows_no_tools_is_fine(make_trainer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = ALTERNATING
-    trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
+    trainer = make_trainer(processing_class=tokenizer, history="independent", **OPTIONS)
     between = trainer.grpo_callbacks[0].talk.template.between([user("a")], [user("hi")])
     assert tokenizer.decode(between) == "<|im_end|><|im_start|>user hi<|im_end|><|im_start|>assistant "
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_6"])
-def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(name, model_path, tmp_path):
+def test_templates_that_change_the_last_answer_are_those_of_trl_for_training(name, make_trainer):
     tokenizer = make_tokenizer()
     path = Path(chat_template_utils.__file__).parent / "chat_templates" / f"{name}.jinja"
     if not path.exists():
         pytest.skip(f"this TRL has no {name}")
     tokenizer.chat_template = path.read_text()
-    trainer = make_trainer(model_path, tmp_path, processing_class=tokenizer, history="independent", **OPTIONS)
+    trainer = make_trainer(processing_class=tokenizer, history="independent", **OPTIONS)
     between = trainer.grpo_callbacks[0].talk.template.between([user("a")], [user("hi")])
     said = "<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(between).startswith(said)
 
 
-# Resume
-
-
-@pytest.mark.parametrize("history", ["shared", "independent"])
-def test_resume_equals_no_interruption(history, model_path, tmp_path):
-    def run(out, *callbacks, resume=None):
-        record = Record()
-        options = {**OPTIONS, "history": history, "max_steps": 6, "curriculum": "online"}
-        trainer = make_trainer(model_path, out, callbacks=[*callbacks, record], **options)
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer, [(b.turns.tolist(), b.parents.tolist(), b.rewards.tolist()) for b in record.batches]
-
-    whole, expected = run(tmp_path / "whole")
-    _, before = run(tmp_path / "cut", Interrupt(3))
-    resumed, after = run(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-3"))
-    assert before + after == expected
-    for (key, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(value, other), key
-    assert json.dumps(whole.state.log_history[-2]["reward"]) == json.dumps(resumed.state.log_history[-2]["reward"])
-
-
-def test_every_conversation_of_an_epoch_is_held(model_path, tmp_path):
-    record = Record()
-    dataset = make_conversations(9)  # 18 turns, of which a batch holds 4
-    make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[record], max_steps=6, **OPTIONS).train()
-    first = dict.fromkeys(index for batch in record.batches for index in batch.prompt_index.tolist())
+def test_every_conversation_of_an_epoch_is_held(trained):
+    trainer = trained(dataset=make_conversations(9), max_steps=6, **OPTIONS)  # 18 turns, of which a batch holds 4
+    first = dict.fromkeys(index for batch in batches_of(trainer) for index in batch.prompt_index.tolist())
     assert set(first) == set(range(9))
 
 
 class ReadsFeatures(GRPOCallback):
     reads_prompt_features = True
 
-    def on_setup(self, **kwargs):
-        self.seen = []
-
-    def on_rollouts(self, batch, **kwargs):
-        self.seen.append(batch)
-
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_features_are_those_of_the_prompt_of_each_group(history, model_path, tmp_path):
-    look = ReadsFeatures()
-    trainer = make_trainer(model_path, tmp_path, history=history, callbacks=[look], **{**OPTIONS, "max_steps": 1})
-    trainer.train()
-    (batch,) = look.seen
+def test_features_are_those_of_the_prompt_of_each_group(history, trained):
+    trainer = trained(history=history, callbacks=[ReadsFeatures()], max_steps=1, **OPTIONS)
+    (batch,) = batches_of(trainer)
     assert len(batch.prompt_features) == batch.num_groups
     if history == "independent":  # the turns of one conversation begin with one prompt, and other prompts differ
         same_prompt = batch.prompt_index[:, None] == batch.prompt_index

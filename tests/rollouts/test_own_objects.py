@@ -3,7 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from rollout_helpers import Record, make_trainer, user
+from kit import batches_of
+from rollout_helpers import user
 
 from trl_grpo_ext import GRPOCallback, MultiTurnCallback
 
@@ -59,13 +60,12 @@ CLEAN = {
 
 
 @pytest.mark.parametrize("name", CLEAN)
-def test_a_reward_that_changes_its_rows_changes_them_for_nobody(name, model_path, tmp_path):
+def test_a_reward_that_changes_its_rows_changes_them_for_nobody(name, trained):
     """Also not for the turns to come, where an answer is scored twice, in evaluation, and for the model."""
-    vandal, record = Vandal(), Record()
+    vandal = Vandal()
     options = {"rollout": "multi_turn", "turn_columns": ["hints"], "max_steps": 2, **CLEAN[name]}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
-    trainer = make_trainer(model_path, tmp_path, vandal, boards(), [record], **options)
-    trainer.train()
+    trainer = trained(reward_funcs=vandal, dataset=boards(), **options)
     for values, contents, turn in vandal.seen:
         hint = "xyz"[turn - 1]
         assert values == f"([0, 0, 0], {{'goals': ['a', 'b']}}, ['{hint}'])"
@@ -78,10 +78,10 @@ def test_a_reward_that_changes_its_rows_changes_them_for_nobody(name, model_path
             for answer in sequence.answers:
                 assert answer.ids
                 assert all(message["content"] != "gone" for message in answer.prompt)
-    assert all(row["board"] == [0, 0, 0] for batch in record.batches for row in batch.rows)
+    assert all(row["board"] == [0, 0, 0] for batch in batches_of(trainer) for row in batch.rows)
 
 
-def test_a_reward_that_changes_the_plan_changes_it_for_nobody(model_path, tmp_path):
+def test_a_reward_that_changes_the_plan_changes_it_for_nobody(trained):
     seen = []
 
     def vandal(completions, plan_ids, board, **kwargs):
@@ -94,15 +94,14 @@ def test_a_reward_that_changes_the_plan_changes_it_for_nobody(model_path, tmp_pa
     options = {"rollout": "hierarchical", "num_plans": 3, "num_implementations": 2, "num_generations": 2}
     options |= {"per_device_train_batch_size": 18, "max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     data = boards().remove_columns("turns")
-    trainer = make_trainer(model_path, tmp_path, vandal, data, per_device_eval_batch_size=4, **options)
-    trainer.train()
+    trainer = trained(reward_funcs=vandal, dataset=data, per_device_eval_batch_size=4, **options)
     assert len(seen) > 12
     assert all(length > 0 and board == [0, 0, 0] for length, board in seen)
     assert all(answer.ids for sequences, _ in trainer.seen for sequence in sequences for answer in sequence.answers)
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_a_user_who_changes_the_history_changes_it_for_nobody(history, model_path, tmp_path):
+def test_a_user_who_changes_the_history_changes_it_for_nobody(history, trained):
     said = user("more")  # one object for all that this user says
 
     def forgetful(messages):
@@ -114,8 +113,7 @@ def test_a_user_who_changes_the_history_changes_it_for_nobody(history, model_pat
 
     dataset = boards().remove_columns(["turns", "hints"])
     callback = MultiTurnCallback(history, user=forgetful, max_turns=3)
-    trainer = make_trainer(model_path, tmp_path, dataset=dataset, callbacks=[callback], max_steps=1)
-    trainer.train()
+    trainer = trained(dataset=dataset, callbacks=[callback], max_steps=1)
     said["content"] = "changed later"
     for sequences, _ in trainer.seen:
         for sequence in sequences:
@@ -124,7 +122,7 @@ def test_a_user_who_changes_the_history_changes_it_for_nobody(history, model_pat
             assert contents[0].startswith("say ")
 
 
-def test_a_choice_that_changes_the_history_changes_it_for_nobody(model_path, tmp_path):
+def test_a_choice_that_changes_the_history_changes_it_for_nobody(trained):
     def last(messages, answers):
         assert all(message["content"] != "gone" for message in messages)
         for message in messages:
@@ -135,14 +133,13 @@ def test_a_choice_that_changes_the_history_changes_it_for_nobody(model_path, tmp
         return number
 
     callback = MultiTurnCallback(carry=last)
-    trainer = make_trainer(model_path, tmp_path, dataset=boards(), callbacks=[callback], max_steps=1)
-    trainer.train()
+    trainer = trained(dataset=boards(), callbacks=[callback], max_steps=1)
     prompts = [a.prompt for sequences, _ in trainer.seen for sequence in sequences for a in sequence.answers]
     assert {len(prompt) for prompt in prompts} == {1, 3, 5}
     assert all(prompt[0]["content"].startswith("say ") for prompt in prompts)
 
 
-def test_a_hook_may_change_the_row_of_one_completion(model_path, tmp_path):
+def test_a_hook_may_change_the_row_of_one_completion(trained):
     counts = []
 
     class Count(GRPOCallback):
@@ -153,11 +150,11 @@ def test_a_hook_may_change_the_row_of_one_completion(model_path, tmp_path):
             return None
 
     options = {"rollout": "multi_turn", "history": "independent", "max_steps": 1}
-    make_trainer(model_path, tmp_path, dataset=boards(), callbacks=[Count()], **options).train()
+    trained(dataset=boards(), callbacks=[Count()], **options)
     assert set(counts) == {4}
 
 
-def test_what_cannot_be_copied_is_passed_as_it_is(model_path, tmp_path):
+def test_what_cannot_be_copied_is_passed_as_it_is(trained):
     """Such as a handle that a transform puts into its rows."""
     handle = (i for i in range(3))
     seen = []
@@ -175,6 +172,6 @@ def test_what_cannot_be_copied_is_passed_as_it_is(model_path, tmp_path):
         return {"prompt": columns["prompt"], "turns": columns["turns"], "handle": [handle] * count, "tensor": tensor}
 
     dataset = boards().with_transform(transform)
-    make_trainer(model_path, tmp_path, reward, dataset, rollout="multi_turn", max_steps=1).train()
+    trained(reward_funcs=reward, dataset=dataset, rollout="multi_turn", max_steps=1)
     assert len(seen) == 16
     assert all(value is handle for value in seen)

@@ -2,10 +2,10 @@
 
 import pytest
 from datasets import Dataset, IterableDataset
-from kit import config_kwargs
-from rollout_helpers import Record, length_of_text, make_conversations, make_trainer, user
+from kit import batches_of
+from rollout_helpers import length_of_text, make_conversations, user
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback
+from trl_grpo_ext import GRPOCallback
 from trl_grpo_ext.hooks import Answer, RolloutSequence
 
 TREE = {"rollout": "hierarchical", "num_plans": 3, "num_implementations": 2, "per_device_train_batch_size": 18}
@@ -29,7 +29,7 @@ def asked(columns):
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-def test_conversations_that_a_transform_makes(history, model_path, tmp_path):
+def test_conversations_that_a_transform_makes(history, trained):
     seen = set()
 
     def reward(completions, letter, turn, **kwargs):
@@ -39,20 +39,17 @@ def test_conversations_that_a_transform_makes(history, model_path, tmp_path):
 
     options = {"rollout": "multi_turn", "turn_columns": ["letter"], "history": history, "curriculum": "online"}
     options |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
-    record = Record()
     dataset = raw().with_transform(turned)
-    trainer = make_trainer(model_path, tmp_path, reward, dataset, [record], **options)
-    trainer.train()
+    trainer = trained(reward_funcs=reward, dataset=dataset, **options)
     assert seen == {1, 2, 3}
-    assert max(batch.turns.max().item() for batch in record.batches) == 2
+    assert max(batch.turns.max().item() for batch in batches_of(trainer)) == 2
     callback = next(c for c in trainer.grpo_callbacks if hasattr(c, "num_turns"))
     assert callback.num_turns.tolist() == [1 + i % 3 for i in range(24)]
 
 
-def test_trees_that_a_transform_makes(model_path, tmp_path):
+def test_trees_that_a_transform_makes(trained):
     dataset = raw().with_transform(asked)
-    trainer = make_trainer(model_path, tmp_path, dataset=dataset, curriculum="online", max_steps=1, **TREE)
-    trainer.train()
+    trainer = trained(dataset=dataset, curriculum="online", max_steps=1, **TREE)
     assert all("say " in sequence.prompt[-1]["content"] for sequence in trainer.seen[0][0][:3])
 
 
@@ -63,14 +60,18 @@ def test_trees_that_a_transform_makes(model_path, tmp_path):
         (
             {"turn_columns": ["letter"]},
             lambda c: {**turned(c), "letter": [["a"]] * len(c["question"])},
-            "Row 1 of the training dataset has 2 turns and letter=",
+            "Row 1 of the training dataset has 2 turns and letter=.*give a list with one value for each turn",
         ),
         ({}, lambda c: {**turned(c), "turn": c["level"]}, "Column 'turn' of the training dataset is what reward"),
         ({}, asked, "Every conversation has one turn"),
         ({}, lambda c: {"messages": asked(c)["prompt"]}, r"'prompt', and row 0 of train_dataset has only \['messages'"),
         ({}, lambda c: {"prompt": c["question"]}, "needs conversational prompts, and that of row 0 of train_dataset"),
         (TREE, turned, "Row 1 of the training dataset has 2 turns: a plan is made for prompts of one turn"),
-        (TREE, lambda c: {**asked(c), "plan": c["level"]}, r"The columns \['plan'\] of the training dataset would be"),
+        (
+            TREE,
+            lambda c: {**asked(c), "plan": c["level"], "turn": c["level"]},
+            r"The columns \['plan', 'turn'\] of the training dataset would be replaced .*: rename them",
+        ),
         (
             TREE,
             lambda c: {"messages": asked(c)["prompt"]},
@@ -78,19 +79,13 @@ def test_trees_that_a_transform_makes(model_path, tmp_path):
         ),
     ],
 )
-def test_rows_of_a_transform_that_do_not_fit_are_refused(options, make, message, model_path, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(model_path, tmp_path, dataset=raw().with_transform(make), **{"rollout": "multi_turn", **options})
+def test_rows_that_do_not_fit_are_refused(options, make, message, make_trainer):
+    for dataset in (raw().with_transform(make), Dataset.from_dict(make(raw()[:]))):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(dataset=dataset, **{"rollout": "multi_turn", **options})
 
 
-@pytest.mark.parametrize("rollout", ["multi_turn", "hierarchical"])
-def test_messages_without_a_prompt_are_refused(rollout, model_path, tmp_path):
-    dataset = Dataset.from_list([{"messages": [user("a")], "turns": ["b"]}] * 24)
-    with pytest.raises(ValueError, match=r"needs a column 'prompt', and row 0 of train_dataset has only \['messages'"):
-        make_trainer(model_path, tmp_path, dataset=dataset, **{**TREE, "rollout": rollout})
-
-
-def test_values_of_turns_may_be_tensors(model_path, tmp_path):
+def test_values_of_turns_may_be_tensors(trained):
     seen = []
 
     def reward(completions, score, turn, **kwargs):
@@ -99,36 +94,37 @@ def test_values_of_turns_may_be_tensors(model_path, tmp_path):
 
     rows = [{"prompt": [user("a")], "turns": ["b", "c"], "score": [0.5, 1.5, 2.5]}] * 12
     dataset = Dataset.from_list(rows).with_format("torch")
-    make_trainer(
-        model_path, tmp_path, reward, dataset, rollout="multi_turn", turn_columns=["score"], max_steps=1
-    ).train()
+    trained(reward_funcs=reward, dataset=dataset, rollout="multi_turn", turn_columns=["score"], max_steps=1)
     assert {(turn, score) for turn, score in seen} == {(1, 0.5), (2, 1.5), (3, 2.5)}
 
 
 # Evaluation
 
 
-def build(model_path, out, dataset, eval_dataset, callbacks=(), **options):
-    options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, **options}
-    options = {"per_device_train_batch_size": 16, "num_generations_eval": 1, **options}
-    args = AdaptiveGRPOConfig(**config_kwargs(out, **options))
-    return AdaptiveGRPOTrainer(model_path, length_of_text, args, dataset, eval_dataset, callbacks=list(callbacks))
+@pytest.fixture
+def build(make_trainer):
+    def make(dataset, eval_dataset, callbacks=(), **options):
+        options = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 1, **options}
+        options = {"per_device_eval_batch_size": 4, **options}
+        return make_trainer(dataset=dataset, eval_dataset=eval_dataset, callbacks=callbacks, **options)
+
+    return make
 
 
+DATA = {"multi_turn": make_conversations(), "hierarchical": make_conversations().remove_columns("turns")}
 ROLLOUTS = {"multi_turn": {"rollout": "multi_turn"}, "hierarchical": TREE}
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_no_row_is_taken_from_a_stream(name, model_path, tmp_path):
+def test_no_row_is_taken_from_a_stream(name, build):
     """A stream that can be read once still has all its rows when evaluation begins."""
-    data = make_conversations() if name == "multi_turn" else make_conversations().remove_columns("turns")
-    left = list(data.select(range(4)))
+    left = list(DATA[name].select(range(4)))
 
     def pull():
         while left:
             yield left.pop(0)
 
-    trainer = build(model_path, tmp_path, data, IterableDataset.from_generator(pull), **ROLLOUTS[name])
+    trainer = build(DATA[name], IterableDataset.from_generator(pull), **ROLLOUTS[name])
     assert len(left) == 4
     trainer.train()
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -138,12 +134,11 @@ def test_no_row_is_taken_from_a_stream(name, model_path, tmp_path):
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_an_evaluation_set_without_rows(name, model_path, tmp_path):
-    data = make_conversations() if name == "multi_turn" else make_conversations().remove_columns("turns")
+def test_an_evaluation_set_without_rows(name, build):
     with pytest.raises(ValueError, match=r"eval_dataset\['two'\] is empty: pass at least one conversation, or leave"):
-        build(model_path, tmp_path, data, {"one": data, "two": data.select([])}, **ROLLOUTS[name])
+        build(DATA[name], {"one": DATA[name], "two": DATA[name].select([])}, **ROLLOUTS[name])
     empty = IterableDataset.from_generator(lambda: iter(()))  # only reading it would say so
-    build(model_path, tmp_path, data, empty, **ROLLOUTS[name]).train()
+    build(DATA[name], empty, **ROLLOUTS[name]).train()
 
 
 @pytest.mark.parametrize(
@@ -162,15 +157,13 @@ def test_an_evaluation_set_without_rows(name, model_path, tmp_path):
         (TREE, {"prompt": [user("a")], "plan": "c"}, r"The columns \['plan'\] of row 0 of the batch would be replaced"),
     ],
 )
-def test_rows_of_a_stream_are_checked_when_they_come(options, row, message, model_path, tmp_path):
-    data = make_conversations()
-    data = data if options["rollout"] == "multi_turn" else data.remove_columns("turns")
-    trainer = build(model_path, tmp_path, data, IterableDataset.from_generator(lambda: iter([row] * 4)), **options)
+def test_rows_of_a_stream_are_checked_when_they_come(options, row, message, build):
+    trainer = build(DATA[options["rollout"]], IterableDataset.from_generator(lambda: iter([row] * 4)), **options)
     with pytest.raises(ValueError, match=message):
         trainer.evaluate()
 
 
-def test_a_callback_that_generates_leaves_a_stream_of_prompts_whole(model_path, tmp_path):
+def test_a_callback_that_generates_leaves_a_stream_of_prompts_whole(build):
     class Echo(GRPOCallback):
         def on_setup(self, trainer, **kwargs):
             self.trainer = trainer
@@ -191,7 +184,7 @@ def test_a_callback_that_generates_leaves_a_stream_of_prompts_whole(model_path, 
             yield row
 
     stream = IterableDataset.from_generator(pull)
-    trainer = build(model_path, tmp_path, stream, None, [Echo()], eval_strategy="no")
+    trainer = build(stream, None, [Echo()], eval_strategy="no")
     assert not pulled
     trainer.train()
     assert pulled

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import make_model, make_tokenizer
-from rollout_helpers import Recorder, length_of_text, make_trainer, user
+from rollout_helpers import Recorder, user
 from trl import chat_template_utils
 
 from trl_grpo_ext.rollouts.template import TurnTemplate
@@ -260,8 +260,7 @@ def test_templates_that_cannot_be_carried_on_are_refused(source, message):
 
 
 @pytest.mark.parametrize("history", ["shared", "independent"])
-@pytest.mark.training
-def test_a_turn_that_ends_with_the_next_role_has_that_token_once(history, tmp_path):
+def test_a_turn_that_ends_with_the_next_role_has_that_token_once(history, trained):
     """As in GLM-4.x: the model writes <|user|>, is trained on it, and the template does not write it again."""
     source, ends, _ = KINDS["the token of the next role"]
     tokenizer = tokenizer_of(source)
@@ -275,11 +274,8 @@ def test_a_turn_that_ends_with_the_next_role_has_that_token_once(history, tmp_pa
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
             return [[20 + i % 9, 30] + [end] * (i % 2) for i in range(len(prompt_ids))], None
 
-    trainer = make_trainer(
-        model, tmp_path, length_of_text, processing_class=tokenizer, rollout="multi_turn", history=history, max_steps=1
-    )
-    trainer.__class__ = Polite
-    trainer.train()
+    options = {"rollout": "multi_turn", "history": history, "max_steps": 1}
+    trainer = trained(model=model, processing_class=tokenizer, cls=Polite, **options)
     seen = set()
     for sequence in trainer.seen[0][0]:
         ids = sequence.prompt_ids + [token for a in sequence.answers for token in a.glue_ids + a.ids]

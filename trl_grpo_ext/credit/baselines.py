@@ -91,7 +91,7 @@ def shrunk_baseline(
     """
     A guess for the prompt, corrected by the other completions of the group (James and Stein 1961, one level deep).
 
-    `b_i = V + w (mean of the others' (R - V))` with `w = between / (between + within / n)` for `n` other completions.
+    `b_i = V_i + w (mean of the others' R - V_i)` with `w = between / (between + within / n)` for `n` other completions.
     Where the guess is exact, `between` is 0 and the others are not needed; where it is useless, `between` is large and
     `b_i` is the mean of the others. A group of one keeps the guess.
 
@@ -122,8 +122,8 @@ def shrunk_baseline(
 
     ```
     """
-    missed = rewards.double() - guess.double()
-    others = mean_of_others(missed, group_ids, num_groups)
+    # And not the mean of what others missed: their guesses may have read the reward of this completion.
+    others = mean_of_others(rewards, group_ids, num_groups) - guess.double()
     zeros = torch.zeros(num_groups, dtype=torch.float64)
     count = zeros.index_add(0, group_ids, rewards.isfinite().double())[group_ids] - rewards.isfinite().double()
     noise = within / count.clamp(min=1)

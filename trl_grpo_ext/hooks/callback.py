@@ -49,6 +49,7 @@ class GRPOCallback(TrainerCallback):
     plans_single_rows = False  # whether on_plan gets a candidate for each row, not for each group of `num_generations`
     is_unique: ClassVar[bool] = False  # whether a trainer takes only one callback of this class
     reads_dataset: ClassVar[bool] = False  # whether on_setup runs again when trainer.train_dataset is replaced
+    task_column: str | None = None  # dataset column that batch.tasks is made of, for a callback that reads them
 
     @property
     def reads_prompt_features(self) -> bool:

@@ -160,6 +160,11 @@ class RolloutBatch:
             Turn of the conversation, or level of the tree, from 0.
         parents (`torch.Tensor` of shape `(N,)`):
             Completion that each one carries on from, an earlier one; -1 where a conversation begins.
+        tasks (`torch.Tensor` of shape `(N,)`):
+            Task of each completion, a position in `task_names`; -1 where its row names none. There where a callback has
+            a `task_column`, else empty.
+        task_names (`list[str]`):
+            Names of the tasks of this batch, in order.
         prompt_features (`torch.Tensor` of shape `(P, d)`):
             The policy's hidden state at the end of the prompt of each group, float32, at most 256 wide. Where a
             sequence holds several turns, that is the prompt before the first. There from
@@ -186,6 +191,8 @@ class RolloutBatch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     turns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     parents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    tasks: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    task_names: list[str] = field(default_factory=list)
     prompt_features: Tensor = field(default_factory=lambda: torch.empty(0))
     is_shaped: bool = False
     discarded: "RolloutBatch | None" = None
@@ -244,6 +251,11 @@ class RolloutBatch:
         """Which completions `(N,)` have an advantage that is not zero, and so a gradient."""
         return (self.token_advantages != 0).any(1)
 
+    @property
+    def group_tasks(self) -> Tensor:
+        """Task of each group `(P,)`, as in `tasks`."""
+        return torch.full((self.num_groups,), -1).scatter(0, self.group_ids, self.tasks)
+
     def flat_groups(self) -> Tensor:
         """Which groups `(P,)` have rewards that are all equal, or no reward. A group of one is flat."""
         return flat_groups(self.rewards, self.group_ids, self.num_groups)
@@ -278,6 +290,8 @@ class RolloutBatch:
             raw_rewards_per_func=self.raw_rewards_per_func[kept],
             reward_names=self.reward_names,
             rewards=self.rewards[kept],
+            tasks=self.tasks[kept] if self.tasks.numel() else self.tasks,
+            task_names=self.task_names,
         )
 
     def append(self, other: "RolloutBatch") -> None:
@@ -285,5 +299,14 @@ class RolloutBatch:
         self.group_ids = torch.cat([self.group_ids, other.group_ids + self.num_groups])
         if self.prompt_index is not None and other.prompt_index is not None:
             self.prompt_index = torch.cat([self.prompt_index, other.prompt_index])
+        # The names of each round are those of its own rows.
+        names = sorted({*self.task_names, *other.task_names})
+        renumbered = [_renumbered(batch.tasks, batch.task_names, names) for batch in (self, other)]
+        self.tasks, self.task_names = torch.cat(renumbered), names
         for name in ("group_sizes", "rewards_per_func", "raw_rewards_per_func", "rewards"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
+
+def _renumbered(tasks: Tensor, names: list[str], wanted: list[str]) -> Tensor:
+    """Positions in `wanted` of tasks that are positions in `names`; -1 stays."""
+    return torch.tensor([*(wanted.index(name) for name in names), -1])[tasks]

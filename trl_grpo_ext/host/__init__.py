@@ -8,6 +8,7 @@ Modules:
     state: what may go into a checkpoint, and what is taken back out of one
     sources: where models come from
     calls: what kind of function a user passed
+    nearest: what was meant by a word that is not known
 
 To add a seam, put the method and its parameters into `SEAMS` of `seams.py`. A private attribute gets a small function
 there. Then pin either of them in `tests/host/test_contract.py`: importing this package on a TRL that lacks a seam gives

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,27 @@ from typing import Any
 _IMMUTABLE = frozenset(
     {type(None), bool, int, float, complex, str, bytes}
 )  # most values of a dataset, left as they are
+
+SIBLINGS = "group_answers"  # column for a reward with `reads_siblings`: the texts of all answers of the row's group
+
+
+def siblings_of(prompts: list[Any], texts: list[str]) -> list[list[str]]:
+    """
+    For each row, the different answers to its prompt, in the order of their first row.
+
+    Example:
+
+    ```python
+    >>> siblings_of(["p", "q", "p", "p"], ["a", "b", "c", "a"])
+    [['a', 'c'], ['b'], ['a', 'c'], ['a', 'c']]
+
+    ```
+    """
+    keys = [json.dumps(prompt, sort_keys=True, default=lambda part: type(part).__name__) for prompt in prompts]
+    groups: dict[str, dict[str, None]] = {}
+    for key, text in zip(keys, texts, strict=True):
+        groups.setdefault(key, {})[text] = None
+    return [list(groups[key]) for key in keys]
 
 
 def is_async(function: Callable[..., Any]) -> bool:

@@ -7,6 +7,7 @@ Modules, in the order in which they build on each other:
 - `secrets`: what a record must not hold; `record`: the files of a run, written and read.
 - `actions`: what an alarm can do; `effect`: whether updates change weights; `monitor`: the callback that brings these
   together; `kl`: adaptive beta, which needs no alarm.
+- `tasks`: the metrics of each task, where a run has several.
 - `report`: a run as a page of HTML; `live`: a run in the terminal.
 
 To add an alarm, write a measure in `readings` (or take one), give it a line in `RULES` and one in `ADVICE` of `alarms`,

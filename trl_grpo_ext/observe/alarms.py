@@ -11,6 +11,8 @@ from .readings import (
     Measure,
     collapse,
     constant_rewards,
+    falling_task,
+    hidden_level,
     level,
     not_finite,
     off_centre,
@@ -171,6 +173,9 @@ RULES: dict[str, tuple[Measure, float, float, int, int, int]] = {
     "dead_reward": (constant_rewards, 0.0, 0.0, 0, 1, 5),
     "advantage_bias": (off_centre("advantage/mean", "advantage/abs_mean"), 0.1, 0.05, 0, 5, 5),
     "nothing_trained": (without_effect("updates/without_effect"), 1.0, 0.0, 0, 1, 1),
+    "flat_task": (hidden_level("informative", "rollouts/informative", sign=-1.0, window=16), 0.9, 0.8, 16, 5, 5),
+    "falling_task": (falling_task, 0.5, 0.25, 20, 5, 5),
+    "truncated_task": (hidden_level("truncated", "completions/clipped_ratio", window=6), 0.5, 0.3, 6, 3, 5),
 }
 SIMULATED = "chosen on simulated runs"
 # Likely cause, remedy, and where the threshold comes from.
@@ -245,6 +250,21 @@ ADVICE: dict[str, tuple[str, str, str]] = {
         "no weight that can be trained takes part in the loss, or the learning rate is too small for its precision",
         "load the adapter with is_trainable=True, or pass peft_config; check requires_grad and the learning rate",
         "more than one batch with advantages, at a learning rate that is not 0",
+    ),
+    "flat_task": (
+        "the prompts of one task are all too easy or too hard by now, and the mean over the tasks hides it",
+        'give the others its share (task_mixing="adaptive"), or take easier or harder prompts of it',
+        "nine tenths of its rollouts over 16 logs, five times in a row, " + SIMULATED,
+    ),
+    "falling_task": (
+        "the gradient of another task is larger, or pulls the other way, and the mean over the tasks hides it",
+        "give each task its own scale (task_advantages=True), or this one a larger share (task_mixing)",
+        "half a standard deviation of its rewards, beyond three standard errors, " + SIMULATED,
+    ),
+    "truncated_task": (
+        "completions of one task do not end within max_completion_length, and the mean over the tasks hides it",
+        "raise max_completion_length, or ask for shorter answers to this task",
+        "own choice: the majority, as for truncated",
     ),
 }
 

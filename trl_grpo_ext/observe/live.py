@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..hooks.callback import GRPOCallback
+from .readings import tasks_in
 from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
 from .report.reader import duration, number
@@ -41,6 +42,7 @@ FIELDS = {
     "completions/clipped_ratio": ("truncated", "{:.0%}"),
 }
 IN_LINE = 8
+MAX_TASKS = 6
 
 
 def reward_parts(logs: dict[str, Any]) -> dict[str, float]:
@@ -94,6 +96,11 @@ def fields_of(logs: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
             found.append((label, f"{logs[name]:.3f}{spread}", name))
     for name, value in reward_parts(logs).items():
         found.append((one_line(name, 40), short(value), f"rewards/{name}/mean"))
+    for task in tasks_in(logs, "reward")[:MAX_TASKS]:
+        name = f"tasks/{task}/reward"
+        share = logs.get(f"tasks/{task}/informative")
+        teaches = f" ({share:.0%} teach)" if count > IN_LINE and share is not None else ""
+        found.append((one_line(task, 40), f"{short(logs[name])}{teaches}", name))
     for name, (label, form) in list(FIELDS.items())[:count]:
         if name in logs:
             found.append((label, form.format(float(logs[name])), name))

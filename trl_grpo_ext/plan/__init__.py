@@ -5,6 +5,7 @@
 - `group_size`: the callbacks behind `group_size`. `curriculum`, `predicted`: those behind `curriculum`.
 - `posterior`: what the rewards of a prompt say of it. `predictor`: what its features say before it was drawn.
   `outliers`: which rewards neither of them believes.
+- `tasks`: which task a prompt belongs to, and the callback behind `task_mixing`.
 - `difficulty`: a column of levels or numbers.
 
 To add a curriculum, override `on_prompt_weights`; to add a rule for sizes, override `on_group_sizes`; then give it an
@@ -18,6 +19,7 @@ from .posterior import PromptPosterior
 from .predicted import PredictedCurriculumCallback
 from .predictor import RidgePredictor
 from .sampler import PromptSampler
+from .tasks import TaskMixingCallback
 
 __all__ = [
     "OnlineCurriculumCallback",
@@ -29,6 +31,7 @@ __all__ = [
     "SingleGroupSizeCallback",
     "StagedCurriculumCallback",
     "TargetCurriculumCallback",
+    "TaskMixingCallback",
     "ThresholdGroupSizeCallback",
     "VarianceGroupSizeCallback",
 ]

@@ -29,12 +29,13 @@ from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback
 from transformers.utils import logging
-from trl import GRPOTrainer, ModelConfig, TrlParser
+from trl import GRPOTrainer, ModelConfig
 
 from ..config import AdaptiveGRPOConfig
 from ..hooks import GRPOCallback, RolloutBatch
 from ..host.processes import leave
 from ..trainer.adaptive import AdaptiveGRPOTrainer
+from .flags import FlagParser
 from .tiny import tiny_model, tiny_tokenizer
 
 CHECKS = ("stock", "ranks", "sharing", "resume")
@@ -203,7 +204,8 @@ def run(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> 
 def main(flags: Sequence[str] | None = None) -> int:
     """Run the checks that the flags name; by default, those of the command line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    parser = TrlParser((Options, AdaptiveGRPOConfig, ModelConfig))
+    prog = None if flags is None else "trl-grpo-ext check"  # as a command of the console
+    parser = FlagParser((Options, AdaptiveGRPOConfig, ModelConfig), prog=prog)
     parser.set_defaults_with_config(
         output_dir="unused",
         per_device_train_batch_size=8,
@@ -219,7 +221,7 @@ def main(flags: Sequence[str] | None = None) -> int:
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    return run(*parser.parse_args_and_config(flags))
+    return run(*parser.parse(flags))
 
 
 if __name__ == "__main__":

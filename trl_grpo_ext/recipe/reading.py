@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import difflib
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 
+from ..host.nearest import nearest
 from .layouts import Layout
 
 Row = dict[str, Any]
@@ -199,9 +199,9 @@ def _check_is_hub_id(name: str, path: str) -> None:
     looked = f"There is no file or folder {name!r} (looked for {os.path.abspath(path)})"
     if name.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or path.endswith(FORMATS) or name.count("/") > 1:
         raise ValueError(f"{looked}: check the path")
-    near = difflib.get_close_matches(name.lower(), SHIPPED, n=1, cutoff=0.75)
+    near = nearest(name, SHIPPED, cutoff=0.75)
     if near and "/" not in name:
-        raise ValueError(f"{looked}: did you mean {near[0]!r}? The shipped sets are {_shipped()}")
+        raise ValueError(f"{looked}: did you mean {near!r}? The shipped sets are {_shipped()}")
 
 
 def _why_not_loaded(name: str, path: str, error: Exception) -> str:

@@ -1,11 +1,9 @@
 """What recipes are made of: arguments from YAML and the command line, a trainer, a comparison before and after."""
 
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import AdaptiveGRPOConfig
 from ..host.processes import leave
@@ -24,6 +22,7 @@ from ..rewards import Reward, as_reward
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
 from .evaluation import HeldOutCallback, as_one_reward, print_comparison
+from .flags import FlagParser, config_of
 from .layouts import LAYOUTS
 
 
@@ -87,6 +86,8 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     """
     The arguments of a recipe, from `configs/<recipe>.yaml` beside the script or `--config`, and the command line.
 
+    What is wrong with them ends the process in one line, with status 2.
+
     Args:
         arguments (`type`):
             Dataclass of the recipe's own arguments.
@@ -97,45 +98,31 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
         `tuple`:
             The recipe's arguments, [`AdaptiveGRPOConfig`] and [`~trl.ModelConfig`].
     """
-    parser = TrlParser((arguments, AdaptiveGRPOConfig, ModelConfig))
-    # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
-    parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
     # One view, that of the training; transformers warns about its own deprecations.
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse_args_and_config(flags_with_config(script))
-    if parsed[2].model_name_or_path is None:
-        raise ValueError("model_name_or_path is not set: name a model in the YAML file or with --model_name_or_path")
-    parsed[1].resume_from_checkpoint = checkpoint_of(parsed[1])
+    parser = recipe_parser(arguments, script)
+    parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse()
+    with parser.in_one_line():
+        check_parsed(parsed)
     return parsed
 
 
-def flags_with_config(script: str) -> list[str]:
-    """
-    The command line with one `--config`, as the two words that TRL's parser reads.
+def recipe_parser(arguments: type, script: str, **options: Any) -> FlagParser:
+    """The parser of a recipe; `options` as in [`~argparse.ArgumentParser`]."""
+    parser = FlagParser((arguments, AdaptiveGRPOConfig, ModelConfig), config_of(script), **options)
+    # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
+    parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
+    return parser
 
-    Args:
-        script (`str`):
-            `__file__` of a script. Without the flag, it is `configs/<script>.yaml` beside the script.
 
-    Raises:
-        `ValueError`: where the flag names no file.
-    """
-    flags: list[str] = []
-    for flag in sys.argv[1:]:
-        name, sign, value = flag.partition("=")
-        flags += [name, value] if name == "--config" and sign else [flag]
-    if "--config" not in flags:
-        flags += ["--config", str(Path(script).parent / "configs" / f"{Path(script).stem}.yaml")]
-    if flags.count("--config") > 1:
-        raise ValueError("--config is there twice: name one file")
-    path = "".join(flags[flags.index("--config") + 1 :][:1])
-    if not path or path.startswith("--"):
-        raise ValueError("--config names no file: write --config other.yaml")
-    if not os.path.isfile(path):
-        raise ValueError(f"--config {path}: there is no such file (looked for {os.path.abspath(path)})")
-    return flags
+def check_parsed(parsed: Sequence[Any]) -> None:
+    """Raise `ValueError` for a recipe without a model or with no such checkpoint; the latter is then a folder."""
+    _, training_args, model_args = parsed
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: name a model in the YAML file or with --model_name_or_path")
+    training_args.resume_from_checkpoint = checkpoint_of(training_args)
 
 
 def checkpoint_of(training_args: AdaptiveGRPOConfig) -> str | bool | None:

@@ -1,14 +1,14 @@
 """The reward algebra: rewards, their leaves, and the trees that operators make of them.
 
-A [`Leaf`] computes its own values. A [`Composite`] joins rewards, schedules and numbers by an operator of `ops.py`. A
-call evaluates each distinct leaf once (`scoring.py`, `guards.py`), then computes each row from them (`trees.py`).
+A [`Leaf`] computes its own values. A [`Composite`] joins rewards, schedules and numbers by an operator (`ops.py`). A
+call evaluates each distinct leaf once (`scoring.py`, `guards.py`), then each row (`trees.py`).
 """
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from ..host.calls import is_async
 from . import ops
@@ -102,6 +102,8 @@ class Leaf(Reward):
     guard: Guard | None = field(default=None, kw_only=True)
     _memory: Memory = field(default_factory=Memory, init=False, compare=False)
     _workers: Workers = field(default_factory=Workers, init=False, compare=False)
+
+    reads_siblings: ClassVar[bool] = False  # whether the trainer adds the answers of the whole group as a column
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -85,7 +85,7 @@ class Rubric:
         Raises:
             `ValueError`: where the reply does not hold one score in `[0, highest]` for each criterion.
         """
-        scores = _scores_in(reply, len(self.criteria))
+        scores = scores_in(reply, len(self.criteria))
         if scores is None or not all(0 <= score <= self.highest for score in scores):
             wanted = f"{len(self.criteria)} score(s) from 0 to {self.highest}"
             raise ValueError(f"the judge's reply {shown(reply)} does not hold {wanted}")
@@ -93,7 +93,7 @@ class Rubric:
         return sum(map(lambda score, weight: score * weight, scores, weights)) / sum(weights) / self.highest
 
 
-def _scores_in(reply: str, count: int) -> list[float] | None:
+def scores_in(reply: str, count: int) -> list[float] | None:
     """The scores of the last JSON object that holds `count` of them; of one criterion also `Score: 7`, or `7` alone."""
     start = len(reply)
     while (start := reply.rfind("{", 0, start)) >= 0:
@@ -103,17 +103,17 @@ def _scores_in(reply: str, count: int) -> list[float] | None:
             continue
         held = found.get("scores", found.get("score"))
         items = list(held.values()) if isinstance(held, dict) else held if isinstance(held, list) else [held]
-        scores = [_number(item) for item in items]
+        scores = [number_of(item) for item in items]
         if len(scores) == count and None not in scores:
             return scores  # type: ignore[return-value]
     if count > 1:
         return None
-    alone = _number(reply.strip())
+    alone = number_of(reply.strip())
     named = _SCORE.findall(reply)
     return [alone] if alone is not None else [float(named[-1])] if named else None
 
 
-def _number(item: Any) -> float | None:
+def number_of(item: Any) -> float | None:
     if isinstance(item, bool) or not isinstance(item, int | float | str):
         return None
     try:
@@ -218,20 +218,25 @@ class Judge(AsyncLeaf):
     async def score(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
     ) -> list[float]:
-        references = [None] * len(prompts) if self.reference is None else kwargs.get(self.reference)
-        if references is None:
-            columns = sorted(name for name, value in kwargs.items() if isinstance(value, list))
-            raise CallError(
-                f"reward {self.name!r}: the dataset has no column {self.reference!r}, only {columns}: pass "
-                "Judge(..., reference=<column>)"
-            )
+        references = self._references(len(prompts), kwargs)
         rows = zip(prompts, completions, references, strict=True)
         return [self._value(await self._reply(self._messages(*row))) for row in rows]
 
+    def _references(self, count: int, columns: dict[str, Any]) -> list[Any]:
+        """The reference answer of each row, `None` without one."""
+        references: list[Any] | None = [None] * count if self.reference is None else columns.get(self.reference)
+        if references is None:
+            names = sorted(name for name, value in columns.items() if isinstance(value, list))
+            raise CallError(
+                f"reward {self.name!r}: the dataset has no column {self.reference!r}, only {names}: pass "
+                f"{type(self).__name__}(..., reference=<column>)"
+            )
+        return references
+
     def _messages(self, prompt: Any, completion: Any, reference: Any) -> list[dict[str, str]]:
-        material = {"prompt": _readable(prompt), "answer": text_of(completion)}
+        material = {"prompt": readable(prompt), "answer": text_of(completion)}
         if reference:
-            material["reference answer"] = _readable(reference)
+            material["reference answer"] = readable(reference)
         # As JSON, so that an answer cannot end its own quotation. Half of a character cannot be sent.
         asked = json.dumps(material, ensure_ascii=False).encode("utf-8", "replace").decode()
         return [{"role": "system", "content": self.rubric.instructions()}, {"role": "user", "content": asked}]
@@ -298,7 +303,7 @@ class Judge(AsyncLeaf):
         return clients[0], openai
 
 
-def _readable(value: Any) -> Any:
+def readable(value: Any) -> Any:
     """A prompt or a reference as JSON takes it: text, or messages with the text of their content."""
     if isinstance(value, str):
         return value

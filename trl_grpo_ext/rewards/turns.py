@@ -48,6 +48,10 @@ class ViewReward(Leaf):
         positions, call = self._show({"prompts": prompts, "completions": completions, **kwargs}, completion_ids)
         return self._back(positions, self.leaf.evaluate(call) if positions else [], len(completions))
 
+    def see(self, row: Row) -> Row | None:
+        """What the leaf is shown of a row; `None` where it is not asked about it."""
+        return VIEWS[self.view](row)
+
     @property
     def default_name(self) -> str:
         return f"{self.leaf.name}_{self.view}"
@@ -60,7 +64,7 @@ class ViewReward(Leaf):
         count = len(call["completions"])
         call = {**call, "completion_ids": completion_ids or [None] * count}
         columns = {name: column for name, column in call.items() if isinstance(column, list) and len(column) == count}
-        views = [VIEWS[self.view]({name: column[row] for name, column in columns.items()}) for row in range(count)]
+        views = [self.see({name: column[row] for name, column in columns.items()}) for row in range(count)]
         rows = [view for view in views if view is not None]
         shown = {**call, **{name: [row[name] for row in rows] for name in columns}}
         if None in shown["completion_ids"]:

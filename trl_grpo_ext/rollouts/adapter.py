@@ -13,9 +13,12 @@ from ..credit.turns import spread_over_tokens
 from ..hooks.callback import GRPOCallback, call_hook
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import Answer, RolloutPlan, RolloutSequence
-from ..host.calls import own_copy
+from ..host.calls import SIBLINGS, own_copy, siblings_of
 from ..host.processes import fail, gather_rewards, gather_values, together
 from ..host.seams import drop_pending_logs, pending_columns, plain_rewards
+from ..plan.tasks import tasks_of
+from ..rewards import Reward
+from ..rewards.text import text_of
 from .answers import AnswerIndex, answer_of_token, as_rollout_output, layout_of
 
 Row = dict[str, Any]
@@ -43,6 +46,10 @@ class Rollout:
     def take_rows(self, rows: list[Row]) -> None:
         """This process's dataset rows, for which TRL is about to generate."""
 
+    def rows_to_score(self, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
+        """The rows as reward functions get them: with the answers of the whole group, where one reads them."""
+        return with_siblings(self.trainer, rows, prompts, completions)
+
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
         """Score what was generated: keep the rewards of the completions, and return the rewards of the sequences."""
         nothing = torch.zeros(len(prompts), len(self.trainer.reward_funcs), device=self.accelerator.device)
@@ -59,7 +66,36 @@ class Rollout:
             "rows": rows,
             "turns": torch.zeros_like(group_ids),
             "parents": torch.full_like(group_ids, -1),
+            **self.tasks(rows),
         }
+
+    def tasks(self, rows: list[Row]) -> dict[str, Any]:
+        """Fields of the batch that say which task each completion has, where a callback reads them."""
+        columns = {c.task_column for c in self.trainer.grpo_callbacks if c.task_column is not None}
+        if not columns:
+            return {}
+        if len(columns) > 1:
+            raise ValueError(f"Callbacks read tasks from the columns {sorted(columns)}: let all of them read one")
+        of_all = [name for own in gather_values(tasks_of(rows, columns.pop())) for name in own]
+        names = sorted({name for name in of_all if name is not None})
+        place = {name: position for position, name in enumerate(names)}
+        return {"task_names": names, "tasks": torch.tensor([-1 if n is None else place[n] for n in of_all])}
+
+    def endings(self, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        Tokens that were written `(N,)`, and whether the limit cut the completion off `(N,)`, as TRL counts both.
+
+        `tokens` are this process's sequences, as in `RolloutBatch.tokens`.
+        """
+        ids, mask = tokens["completion_ids"], tokens["completion_mask"]
+        pad = self.trainer.tokenizer.pad_token_id
+        # A mask of zeros is that of a completion that mask_truncated_completions leaves out; its ids are still there.
+        place = torch.arange(1, ids.size(1) + 1, device=ids.device)
+        lengths = (place * torch.where(mask.sum(1, keepdim=True) > 0, mask > 0, ids != pad)).amax(1)
+        last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+        ends = torch.tensor([*self.trainer.eos_token_ids, pad], device=ids.device)
+        gathered = self.accelerator.gather(torch.stack([lengths, (~torch.isin(last, ends)).long()], dim=1)).cpu()
+        return gathered[:, 0], gathered[:, 1].bool()
 
     def lengths(self, loss_mask: Tensor) -> Tensor:
         """Tokens `(N,)` of each completion that are trained on, given the mask `(B, T)` of this process's sequences."""
@@ -148,6 +184,9 @@ class CallbackRollout(Rollout):
                 )
         return sequences
 
+    def rows_to_score(self, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
+        return rows  # what is scored are the answers, in `_ask`
+
     def calculate_rewards(self, calculate: Callable[[], Tensor], prompts: list[Any], completions: list[Any]) -> Tensor:
         # TRL logs these two lists: the prompts of the sequences, and all messages after those.
         prompts[:] = [sequence.prompt for sequence in self.sequences]
@@ -191,6 +230,7 @@ class CallbackRollout(Rollout):
             for row, answer in asked
         ]
         messages = ([own_copy(a.prompt) for _, a in asked], [a.completion for _, a in asked])
+        rows = with_siblings(self.trainer, rows, *messages)
         calculate = partial(plain_rewards, self.trainer, rows, *messages, [list(a.ids) for _, a in asked])
         nothing = torch.zeros(len(asked), len(self.trainer.reward_funcs), device=self.accelerator.device)
         gathered = gather_rewards(self.accelerator, calculate, nothing)
@@ -214,7 +254,13 @@ class CallbackRollout(Rollout):
             "rows": [own_copy(rows[number]) for number, _ in self._numbered],
             "turns": self.index.turns,
             "parents": self.index.parents,
+            **self.tasks([rows[number] for number, _ in self._numbered]),
         }
+
+    def endings(self, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ends = {*self.trainer.eos_token_ids, self.trainer.tokenizer.pad_token_id}
+        cut = [answer.ids[-1] not in ends for _, answer in self._numbered]
+        return self.index.lengths, torch.tensor([flag for own in gather_values(cut) for flag in own])
 
     def lengths(self, loss_mask: Tensor) -> Tensor:
         is_trained: Tensor = self.accelerator.gather(loss_mask.sum(1) > 0).cpu()
@@ -273,6 +319,23 @@ class CallbackRollout(Rollout):
                 f"{name} needs conversational prompts, and that of {where} is {row['prompt']!r:.80}: make each prompt "
                 'a list of messages, such as [{"role": "user", "content": "..."}]'
             )
+
+
+def with_siblings(trainer: HookedTrainer, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
+    """
+    The rows with the answers of all processes to their prompts, where a reward compares answers.
+
+    Every process must call this. All have the same rewards, so all gather or none does.
+    """
+    given = (getattr(reward, "__wrapped__", reward) for reward in trainer.reward_funcs)  # TRL 1.13 gets functions
+    rewards = [reward for reward in given if isinstance(reward, Reward)]
+    if not any(leaf.reads_siblings for reward in rewards for leaf in reward.leaves()):
+        return rows
+    texts = [text_of(completion) for completion in completions]
+    parts = gather_values((prompts, texts))
+    siblings = siblings_of(*([item for part in parts for item in part[side]] for side in (0, 1)))
+    first = sum(len(part[1]) for part in parts[: trainer.accelerator.process_index])
+    return [{**row, SIBLINGS: siblings[first + number]} for number, row in enumerate(rows)]
 
 
 def eval_datasets(trainer: HookedTrainer) -> dict[str, Any]:

@@ -141,6 +141,7 @@ class AdaptiveGRPOTrainer(SavingGRPOTrainer):
         completions: list[Any],
         completion_ids_list: list[list[int]],
     ) -> Tensor:
+        inputs = self.rollout.rows_to_score(inputs, prompts, completions)
         calculate = partial(super()._calculate_rewards, inputs, prompts, completions, completion_ids_list)
         return self.rollout.calculate_rewards(calculate, prompts, completions)
 

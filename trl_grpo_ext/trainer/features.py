@@ -2,12 +2,15 @@
 
 from ..config import AdaptiveGRPOConfig
 from ..credit.baselines import BaselineCallback
+from ..credit.tasks import TaskAdvantagesCallback
 from ..hooks.callback import GRPOCallback
 from ..observe.kl import AdaptiveKLCallback
 from ..observe.monitor import MonitorCallback
+from ..observe.tasks import TaskCallback
 from ..plan.curriculum import OnlineCurriculumCallback, StagedCurriculumCallback, TargetCurriculumCallback
 from ..plan.group_size import SingleGroupSizeCallback, ThresholdGroupSizeCallback, VarianceGroupSizeCallback
 from ..plan.predicted import PredictedCurriculumCallback
+from ..plan.tasks import TaskMixingCallback
 from ..rollouts import HierarchicalCallback, MultiTurnCallback
 from ..rollouts.hierarchical import IMPLEMENTATION_TEMPLATE, PLAN_TEMPLATE
 from ..shape.clipping import RewardClipCallback
@@ -28,6 +31,10 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(PredictedCurriculumCallback(exploration=exploration))
     elif args.curriculum == "online":
         callbacks.append(OnlineCurriculumCallback(exploration=exploration))
+    if args.task_column is not None and args.task_mixing != "none":  # behind the curriculum, inside of which it mixes
+        assert not isinstance(args.task_weights, str)  # __post_init__ has parsed it
+        shares = (args.task_weights, args.task_power, args.task_floor)
+        callbacks.append(TaskMixingCallback(args.task_column, args.task_mixing, *shares))
     if args.group_size == "single":
         callbacks.append(SingleGroupSizeCallback())
     elif args.group_size == "threshold":
@@ -36,7 +43,9 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(VarianceGroupSizeCallback())
     if args.reward_clip_range is not None or args.reward_clip_quantiles is not None:
         callbacks.append(RewardClipCallback(args.reward_clip_range, args.reward_clip_quantiles, args.reward_clip_on))
-    if args.baseline != "group":
+    if args.task_column is not None and args.task_advantages:
+        callbacks.append(TaskAdvantagesCallback(args.task_column, args.baseline, args.baseline_shift))
+    elif args.baseline != "group":
         callbacks.append(BaselineCallback(args.baseline, args.baseline_shift))
     if args.dynamic_sampling_rounds > 0:
         callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
@@ -53,6 +62,8 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(HierarchicalCallback(args.num_plans, args.num_implementations, *templates, length))
     if args.kl_target is not None:
         callbacks.append(AdaptiveKLCallback(args.kl_target, args.kl_horizon))
+    if args.task_column is not None:
+        callbacks.append(TaskCallback(args.task_column))
     if args.monitor:
         assert not isinstance(args.on_alarm, str)  # __post_init__ has parsed it
         callbacks.append(MonitorCallback(args.on_alarm))

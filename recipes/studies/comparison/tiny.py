@@ -107,13 +107,17 @@ class TinyTask:
         tail = FILLER * rng.choice([0, 0, 1, 2, 3]) + FORBIDDEN * (rng.random() < 0.3)
         return skills.Example(example.prompt, example.answer + tail, skill)
 
-    @torch.no_grad()
     def measure(self, model: PreTrainedModel) -> float:
         """
         Held-out helpfulness: the exact probability that a sample at temperature 1 begins with the right word.
 
         That is the probability of the answer's letters, times that of no letter after them.
         """
+        return self.chances(model)[0].mean().item()
+
+    @torch.no_grad()
+    def chances(self, model: PreTrainedModel) -> tuple[torch.Tensor, float]:
+        """For each held-out prompt, the chance of a right answer; and the mean entropy of its letters, in nats."""
         device = next(model.parameters()).device
         prompts = [self.tokenizer(e.prompt + e.answer)["input_ids"] for e in self.held_out_examples]
         ids = torch.tensor(prompts, device=device)  # all held-out prompts and answers have one length
@@ -122,7 +126,8 @@ class TinyTask:
         letters = log_probs[:, -1 - size : -1].gather(-1, ids[:, -size:, None]).sum((1, 2)).exp()
         more = self.tokenizer.convert_tokens_to_ids(list(skills.LETTERS))
         right: torch.Tensor = letters * (1 - log_probs[:, -1, more].exp().sum(-1))
-        return right.mean().item()
+        written = log_probs[:, -1 - size : -1]
+        return right, -(written.exp() * written).sum(-1).mean().item()
 
     def held_out_reward(self, model: PreTrainedModel) -> float:
         """Mean reward of a sample to each held-out prompt, drawn at the side."""

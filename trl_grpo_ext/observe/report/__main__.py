@@ -4,16 +4,22 @@ import argparse
 import sys
 from pathlib import Path
 
+from ...host.nearest import nearest
 from .escaping import one_line
 from .page import MAX_COMPLETIONS, write_report
 from .reader import NotARunError, read_run, runs_in
 from .summary import line_of
 
 
-def main(arguments: list[str] | None = None) -> int:
+def command(arguments: list[str]) -> int:
+    """[`main`] as a command of the console."""
+    return main(arguments, "trl-grpo-ext report")
+
+
+def main(arguments: list[str] | None = None, prog: str = "trl-grpo-report") -> int:
     """Write a report and print where it is, or list the runs of a folder; 2 when neither is possible."""
     parser = argparse.ArgumentParser(
-        prog="trl-grpo-report",
+        prog=prog,
         description="Write the report of a run as one HTML page, compare two runs, or list the runs of a folder.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a run, which may go on, or a folder of runs")
@@ -27,16 +33,21 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="how many completions the page holds at most (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    options, wrong = parser.parse_known_args(arguments)
+    if wrong:
+        near = nearest(wrong[0].partition("=")[0], ["--compare", "--output", "--max-completions"])
+        remedy = f"did you mean {near}?" if near else f"{prog} --help lists what is"
+        print(f"{prog}: {wrong[0]} is not expected: {remedy}", file=sys.stderr)
+        return 2
     if options.other is not None and options.compare is not None:
-        print("trl-grpo-report: OTHER_RUN and --compare are the same: pass one of them", file=sys.stderr)
+        print(f"{prog}: OTHER_RUN and --compare are the same: pass one of them", file=sys.stderr)
         return 2
     try:
         page = write_report(options.run_dir, options.output, options.other or options.compare, options.max_completions)
     except NotARunError as error:
-        return _list(Path(options.run_dir), error)
+        return _list(Path(options.run_dir), error, prog)
     except (ValueError, OSError) as error:
-        print(f"trl-grpo-report: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     print(f"Report: {page}")
     figures = page.with_name(f"{page.stem}_figures")
@@ -44,11 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _list(folder: Path, error: NotARunError) -> int:
+def _list(folder: Path, error: NotARunError, prog: str) -> int:
     """Print the runs of a folder; where there are none, what is wrong with it."""
     found = runs_in(folder)
     if not found:
-        print(f"trl-grpo-report: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     width = max(len(one_line(path.relative_to(folder), 60)) for path in found)
     for path in found:

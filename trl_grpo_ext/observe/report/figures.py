@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 from .escaping import file_name, one_line
 from .reader import Run, average, number
+from .tasks import task_names, task_specs
 
 # Colours that colour-blind readers tell apart (Okabe and Ito, 2008); the total is drawn in black.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -190,8 +191,9 @@ def panels_of(runs: list[Run]) -> list[Panel]:
             Only plots with a line. Metrics that belong to none come last, as `is_extra`. A plot in which nothing moves
             says so in [`Panel.constant`].
     """
-    specs = [*_reward_specs(runs), *STATIC, *_time_specs(runs)]
+    specs = [*_reward_specs(runs), *task_specs(runs), *STATIC, *_time_specs(runs)]
     used = {name for _, _, lines, band, _ in specs for name in (*lines, *(band or ()))} | {"reward", "rollouts/total"}
+    used |= {name for run in runs for task in task_names(run) for name in (f"tasks/{task}/reward_std",)}
     names = list(dict.fromkeys(name for run in runs for name in run.metric_names))
     extras = [name for name in names if name not in used and not name.startswith(("alarms/", "train_", "total_flos"))]
     found = []

@@ -15,6 +15,7 @@ from .figures import Axis, Panel, axes_of, panels_of, run_names
 from .pictures import write_pngs
 from .reader import Run, read_run
 from .summary import compare_configurations, configuration, headline, shown
+from .tasks import HEADS, task_table
 
 MAX_COMPLETIONS = 2000
 MAX_ALARMS = 200  # in the table
@@ -92,6 +93,7 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
                 "folder": str(run.folder),
                 "headline": headline(run),
                 "notes": run.notes,
+                "tasks": task_table(run),
                 "alarms": run.alarms[-MAX_ALARMS:][::-1],
                 "alarms_left_out": max(0, len(run.alarms) - MAX_ALARMS),
                 "columns": columns,
@@ -106,6 +108,7 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
             }
         )
     return {
+        "task_heads": HEADS,
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
         "runs": shown_runs,
         "axes": [dataclasses.asdict(axis) for axis in axes],

@@ -274,6 +274,17 @@ function plots() {
   byId("averaged").textContent = `${marks}${bands}Point at a plot to read its values.`;
 }
 
+// Tasks
+
+function tasks() {
+  const box = byId("tasks").querySelector("div");
+  for (const run of data.runs.filter((run) => run.tasks.length)) {
+    byId("tasks").hidden = false;
+    if (data.runs.length > 1) box.append(make("h3", { textContent: run.name }));
+    box.append(table(data.task_heads, run.tasks, (i) => i > 0 && i !== 4));
+  }
+}
+
 // Alarms
 
 function alarms() {
@@ -379,6 +390,7 @@ function configuration() {
 }
 
 headline();
+tasks();
 plots();
 alarms();
 groups();

@@ -67,7 +67,8 @@ def _variance(values: list[float]) -> float:
     return sum(gap * gap for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
 
 
-def _direction(difference: float, error: float) -> str:
+def direction_of(difference: float, error: float) -> str:
+    """`"up"`, `"down"`, or `"flat"` for a difference within its noise."""
     if not abs(difference) > max(NOISE * error, 1e-12):  # NaN too, of differences beyond what a float can hold
         return "flat"
     return "up" if difference > 0 else "down"
@@ -109,7 +110,7 @@ def held_out_change(run: Run) -> tuple[str, str] | None:
     if count < FEW_PROMPTS:
         which = f"{count} prompts are too few" if count else "the number of prompts is unknown: too little"
         return "neutral", f"The held-out reward went {told}, and {which} to say whether that is more than noise."
-    direction = _direction(moved, error)
+    direction = direction_of(moved, error)
     if direction == "flat":
         return "neutral", f"The held-out reward stayed within its noise ({told} on {count} prompts, {how})."
     word, tone = ("risen", "good") if direction == "up" else ("fallen", "bad")
@@ -131,8 +132,8 @@ def _training_verdict(run: Run) -> tuple[str, str]:
     if len(rewards) < 4:
         return "neutral", f"Too early to say: {len(rewards)} logs with a reward."
     first, last, error = change(rewards)
-    overall = _direction(last - first, error)
-    trend = _direction(*slope(rewards[-max(4, len(rewards) // 3) :]))
+    overall = direction_of(last - first, error)
+    trend = direction_of(*slope(rewards[-max(4, len(rewards) // 3) :]))
     lately = {"up": "still rising", "flat": "level", "down": "falling"}[trend] + " over the last third"
     numbers = f"from {number(first)} to {number(last)}"
     if overall == "up":
