@@ -1,18 +1,25 @@
 """The check of a run: healthy runs pass, sick ones are named, and the run afterwards is the one without a check."""
 
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+import yaml
 from checked_run import check_of, likes_vowels, save_ending_model, two_ranks, vowels
 from datasets import Dataset
 from kit import (
     NAN,
+    PYTHONPATH,
     Record,
     args_of,
     batches_of,
+    config_kwargs,
     have_same_weights,
     launch,
     logs_of,
@@ -25,7 +32,7 @@ from kit import (
 from peft import LoraConfig
 from trl import ModelConfig
 
-from trl_grpo_ext.recipe.run_check import check_run
+from trl_grpo_ext.recipe.run_check import check_run, command
 from trl_grpo_ext.recipe.run_check.findings import findings_of
 from trl_grpo_ext.recipe.run_check.measured import Measured, Setting
 from trl_grpo_ext.recipe.run_check.page import duration, print_page, render
@@ -342,6 +349,66 @@ def test_prompts_and_a_reward_are_taken_as_recipes_take_them(ending, tmp_path, c
     result = check_run(dict(data), likes_vowels, args, ModelConfig(model_name_or_path=ending), num_prompts=4)
     assert result.learns, result.findings
     assert "Informative groups" in capsys.readouterr().out
+
+
+@pytest.fixture
+def flags_of(ending, tmp_path, monkeypatch):
+    """Flags of the command, with the YAML file of a tiny run."""
+    vowels().to_json(tmp_path / "data" / "train.jsonl")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def write(*flags, **options):
+        run = {
+            "model_name_or_path": ending,
+            "dataset_name": str(tmp_path / "data"),
+            "output_dir": str(tmp_path / "run"),
+        }
+        options = {**config_kwargs(tmp_path / "run", max_completion_length=24), **run, **options}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+        return ["--config", str(tmp_path / "run.yaml"), "--check_prompts", "6", *flags]
+
+    return write
+
+
+def test_the_command_takes_the_yaml_of_a_run(flags_of, tmp_path, capsys):
+    flags = flags_of(reward_funcs=["checked_run.likes_vowels", "0.001 * Length()"])
+    assert command.run(flags) == 0
+    printed = capsys.readouterr().out
+    assert "Nothing is wrong with this run" in printed
+    assert f"Page: {tmp_path / 'run' / 'check.html'}" in printed.replace("\n", "")
+    assert command.run([*flags, "--learning_rate", "0.0", "--check_output", str(tmp_path / "other.html")]) == 1
+    assert "no_learning_rate" in capsys.readouterr().out
+    assert (tmp_path / "other.html").exists()
+    assert not list((tmp_path / "run").glob("*.safetensors"))  # nothing was trained or saved
+
+
+def test_the_command_answers_wrong_flags_in_one_line(flags_of, capsys):
+    reward = {"reward_funcs": ["checked_run.likes_vowels"]}
+    for flags, options, said in (
+        (["--chek_prompts", "3"], reward, "did you mean --check_prompts?"),
+        ([], {}, "no reward is set"),
+        (["--check_answers", "1"], reward, "pass at least 2"),
+        ([], {**reward, "num_generations": 1}, "requires at least 2 generations"),
+    ):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            command.run(flags_of(*flags, **options))
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("trl-grpo-ext check: error: ")
+        assert said in line
+
+
+def test_the_console_launches_the_check(flags_of, tmp_path):
+    flags = flags_of("--learning_rate", "0", reward_funcs=["checked_run.likes_vowels"])
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH + os.pathsep + str(Path(__file__).parent)}
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_grpo_ext", "check", *flags, "--num_processes", "1", "--cpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "no_learning_rate" in result.stdout
 
 
 def test_wrong_arguments_say_what_to_do(ending, tmp_path):
