@@ -1,5 +1,7 @@
 """The check of a run: healthy runs pass, sick ones are named, and the run afterwards is the one without a check."""
 
+import dataclasses
+import importlib
 import math
 import os
 import random
@@ -37,6 +39,7 @@ from trl_grpo_ext.recipe.run_check.findings import findings_of
 from trl_grpo_ext.recipe.run_check.measured import Measured, Setting
 from trl_grpo_ext.recipe.run_check.page import duration, print_page, render
 from trl_grpo_ext.recipe.run_check.probes import as_text, reference_column
+from trl_grpo_ext.recipe.script import parse_arguments
 from trl_grpo_ext.rewards import Length, as_reward
 from trl_grpo_ext.trainer.trial import Reach, Update
 
@@ -181,6 +184,39 @@ def test_conversations_and_trees_are_sampled_as_the_run_does(ending, tmp_path, o
         trainer.train()
         trainers.append(trainer)
     assert have_same_weights(*trainers)
+
+
+RECIPES = {
+    "helpful": [],
+    "harmless": ["--cold_start_steps", "0"],
+    "multi_turn": [],
+    "hierarchical": ["--per_device_train_batch_size", "12"],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_is_found_in_the_shipped_recipes(name, ending, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
+    module = importlib.import_module(name)
+    results = []
+    monkeypatch.setattr(
+        module,
+        "train_and_compare",
+        lambda *run: results.append(check_run(*run, num_prompts=6, num_answers=4, show=False)),
+    )
+    (arguments,) = [
+        value
+        for value in vars(module).values()
+        if dataclasses.is_dataclass(value) and value.__module__ == name and value.__name__.endswith("Arguments")
+    ]
+    flags = ["--model_name_or_path", ending, "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
+    flags += ["--disable_tqdm", "true", "--max_completion_length", "24", "--num_generations", "2"]
+    flags += ["--per_device_train_batch_size", "8", "--max_test_prompts", "4", *RECIPES[name]]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
+    module.main(*parse_arguments(arguments, module.__file__))
+    (result,) = results
+    assert result.names == [], result.findings
+    assert len(result.measured.components) > 2
 
 
 # What is wrong is named

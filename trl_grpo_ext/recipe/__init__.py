@@ -7,6 +7,7 @@ A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`]
   the hub, `normal` cleans texts, `layouts` knows columns of other forms. To add a layout, add an entry to `LAYOUTS`.
 - `evaluation`: greedy answers to held-out prompts, scored before and after.
 - `cold_start`: supervised steps before a training. To add a step of this kind, return the folder of a model.
+- `run_check/`: would a run learn, and what would it cost? To add a finding, see `run_check/findings.py`.
 - `check`: does the package work on this machine? `accelerate launch -m trl_grpo_ext.recipe.check`.
 - `tiny`: a model and a tokenizer that are made in a moment, for the check, the studies and the tests.
 - `data/`: the shipped prompts, with a page about each set.

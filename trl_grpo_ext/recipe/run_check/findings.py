@@ -213,6 +213,12 @@ def _of_probes(measured: Measured) -> Iterator[Finding]:
             what = f"more than for the reference ({reference.mean:.3g}) is paid for {'; '.join(told)}"
             remedy = "the policy would learn to write that: add a gate or a penalty, or check the reward"
             yield Finding("stop", "pays_unwanted", what, remedy)
+        written = mean_of([total for group in measured.totals for total in group])
+        told = [f"{KINDS[paid.kind]} {paid.mean:.3g}" for paid in unwanted if written < paid.mean < reference.mean]
+        if told:
+            what = f"more than for the answers of the policy ({written:.3g}) is paid for {'; '.join(told)}"
+            remedy = f"the references earn {reference.mean:.3g}, but this is nearer: read completions now and then"
+            yield Finding("hint", "near_by", what, remedy)
     else:
         best = max((total for group in measured.totals for total in group if total is not None), default=math.inf)
         told = [f"{KINDS[paid.kind]} {paid.mean:.3g}" for paid in unwanted if paid.mean > best]

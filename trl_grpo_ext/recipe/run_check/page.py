@@ -234,8 +234,8 @@ def _bars(counts: list[int], low: float, high: float) -> str:
     size = len(counts) * width
     label = f"Histogram of the mean reward of {sum(counts)} prompts: {', '.join(map(str, counts))}"
     return (
-        f'<h2>Mean reward of a prompt</h2><p class="quiet">{sum(counts)} prompts. One with the lowest or highest '
-        "mean teaches nothing.</p>"
+        f'<h2>Mean reward of a prompt</h2><p class="quiet">{sum(counts)} prompts. Where rewards are 0 or 1, one at '
+        "either end teaches nothing.</p>"
         f'<svg class="bars" viewBox="0 0 {size} 118" role="img" aria-label="{_e(label)}">{drawn}'
         f'<line x1="0" y1="100" x2="{size}" y2="100"/><text x="0" y="114">{_e(number(low))}</text>'
         f'<text x="{size}" y="114" text-anchor="end">{_e(number(high))}</text></svg>'
