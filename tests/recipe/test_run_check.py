@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -34,6 +35,7 @@ from kit import (
 from peft import LoraConfig
 from trl import ModelConfig
 
+from trl_grpo_ext import GRPOCallback
 from trl_grpo_ext.recipe.run_check import check_run, command
 from trl_grpo_ext.recipe.run_check.findings import findings_of
 from trl_grpo_ext.recipe.run_check.measured import Measured, Setting
@@ -131,6 +133,30 @@ def test_the_run_afterwards_is_the_one_without_a_check(ending, tmp_path, options
     )
 
 
+class Counts(GRPOCallback):
+    """Keeps its state in an object of its own, and gives it to checkpoints."""
+
+    def on_setup(self, **kwargs):
+        self.seen = SimpleNamespace(batches=0)
+
+    def on_rewards(self, batch, **kwargs):
+        self.seen.batches += 1
+
+    def state_dict(self):
+        return {"batches": self.seen.batches}
+
+    def load_state_dict(self, state_dict):
+        self.seen.batches = state_dict["batches"]
+
+
+def test_the_state_that_a_callback_checkpoints_is_put_back(ending, tmp_path):
+    counts = Counts()
+    trainer = trainer_of(ending, vowels(), tmp_path, reward_funcs=likes_vowels, callbacks=[counts])
+    counts.seen.batches = 7
+    assert check_run(trainer, num_prompts=4, show=False).learns
+    assert counts.seen.batches == 7
+
+
 def test_an_error_in_between_puts_everything_back(ending, tmp_path):
     calls = []
 
@@ -187,10 +213,10 @@ def test_conversations_and_trees_are_sampled_as_the_run_does(ending, tmp_path, o
 
 
 RECIPES = {
-    "helpful": [],
-    "harmless": ["--cold_start_steps", "0"],
-    "multi_turn": [],
-    "hierarchical": ["--per_device_train_batch_size", "12"],
+    "helpful": ["--num_generations", "4"],
+    "harmless": ["--num_generations", "4", "--cold_start_steps", "0"],  # a random model never declines
+    "multi_turn": ["--num_generations", "2"],
+    "hierarchical": ["--num_generations", "2", "--per_device_train_batch_size", "12"],
 }
 
 
@@ -210,12 +236,15 @@ def test_nothing_is_found_in_the_shipped_recipes(name, ending, tmp_path, monkeyp
         if dataclasses.is_dataclass(value) and value.__module__ == name and value.__name__.endswith("Arguments")
     ]
     flags = ["--model_name_or_path", ending, "--output_dir", str(tmp_path), "--bf16", "false", "--use_cpu", "true"]
-    flags += ["--disable_tqdm", "true", "--max_completion_length", "24", "--num_generations", "2"]
+    flags += ["--disable_tqdm", "true", "--max_completion_length", "24"]
     flags += ["--per_device_train_batch_size", "8", "--max_test_prompts", "4", *RECIPES[name]]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     module.main(*parse_arguments(arguments, module.__file__))
     (result,) = results
-    assert result.names == [], result.findings
+    # Without its cold start, the policy never declines: the check names what the cold start is there for.
+    expected = {"always_earned", "never_earned"} if name == "harmless" else set()
+    assert set(result.names) == expected, result.findings
+    assert result.learns
     assert len(result.measured.components) > 2
 
 

@@ -3,7 +3,7 @@
 - `adaptive`: [`AdaptiveGRPOTrainer`]. Read `_generate_and_score_completions` first: one line for each stage.
 - `sampled`: a batch on its way. `features`: from options to callbacks. `logs`: what is logged of a batch.
 - `lean`: TRL's trainer without work that changes no gradient. `reuse`: when further passes over a batch end.
-- `trial`: sample and update as the run does, then put everything back.
+- `trial`: sample and update as the run does. `untouched`: then put everything back.
 - `saving`: checkpoints that are complete or do not count, with the state of the callbacks.
 
 To add an option, add its field and its rules to `config`, and its callback to `features`.

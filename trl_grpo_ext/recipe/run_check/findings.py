@@ -227,9 +227,9 @@ def _of_probes(measured: Measured) -> Iterator[Finding]:
             yield Finding("look", "pays_unwanted", what, "the policy may learn to write that: add a gate or a penalty")
     other = by_kind.get("other_reference")
     if reference is not None and other is not None:
-        better, count = _compared(reference, other)
+        higher, count = _compared(reference, other)
         written = mean_of([total for group in measured.totals for total in group])
-        if count > 1 and better == 0 and not reference.mean > written:
+        if count > 1 and higher == 0 and not reference.mean > written:
             what = "the references pay no more than those of other prompts, and no more than what the policy writes"
             yield Finding("look", "blind", what, "check the columns that the reward reads")
 

@@ -16,7 +16,8 @@ from trl.data_utils import is_conversational
 from ...config import AdaptiveGRPOConfig
 from ...host.processes import gather_values
 from ...trainer.adaptive import AdaptiveGRPOTrainer
-from ...trainer.trial import Round, lengths_of, rounds, untouched, update
+from ...trainer.trial import Round, lengths_of, rounds, update
+from ...trainer.untouched import untouched
 from ..script import make_trainer
 from .findings import Finding, findings_of
 from .maths import component_of, informative_shares
@@ -137,6 +138,7 @@ def _measured(trainer: AdaptiveGRPOTrainer, num_prompts: int, num_answers: int |
         return measured
     measured.answers.extend(answer for one in drawn for answer in one.answers)
     asked = [pair for one in drawn for pair in one.asked]
+    longer = _longer(trainer, measured, [answer.prompt for _, answer in asked])  # before the weights move
     tried = update(trainer, drawn[-1].sampled) if setting.num_trained else None
     return replace(
         measured,
@@ -147,7 +149,7 @@ def _measured(trainer: AdaptiveGRPOTrainer, num_prompts: int, num_answers: int |
         components=_components(measured, len(trainer.reward_func_names)),
         update=tried,
         plan=_plan(trainer, setting, drawn, 0.0 if tried is None else tried.seconds),
-        **_longer(trainer, measured, [answer.prompt for _, answer in asked]),
+        **longer,
         paid=probe(trainer, asked, setting.reference),
     )
 
