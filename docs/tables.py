@@ -34,6 +34,7 @@ SECTIONS = {
     "rollout": "[Conversations](multi_turn.md), [plans](hierarchical.md)",
     "kl_target": "[Adaptive KL](adaptive_kl.md)",
     "monitor": "[Monitoring](monitoring.md)",
+    "eval_metrics": "[Held-out evaluation](evaluation.md)",
 }
 
 # Class -> arguments to construct it with. A class that is not here is constructed with its defaults.

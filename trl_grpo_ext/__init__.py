@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .credit.critic import CriticBaseline
     from .credit.tasks import TaskAdvantagesCallback
     from .hooks import GRPOCallback, RolloutBatch
+    from .observe.evaluation import HeldOutCallback
     from .observe.kl import AdaptiveKLCallback
     from .observe.monitor import MonitorCallback
     from .observe.tasks import TaskCallback
@@ -31,6 +32,7 @@ __all__ = [
     "CriticBaseline",
     "DynamicSamplingCallback",
     "GRPOCallback",
+    "HeldOutCallback",
     "HierarchicalCallback",
     "MonitorCallback",
     "MultiTurnCallback",
@@ -61,6 +63,7 @@ _MODULES = {
     "shape.resampling": ["DynamicSamplingCallback"],
     "credit.baselines": ["BaselineCallback"],
     "credit.critic": ["CriticBaseline"],
+    "observe.evaluation": ["HeldOutCallback"],
     "credit.tasks": ["TaskAdvantagesCallback"],
     "observe.kl": ["AdaptiveKLCallback"],
     "observe.monitor": ["MonitorCallback"],

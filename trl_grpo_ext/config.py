@@ -361,8 +361,56 @@ class AdaptiveGRPOConfig(GRPOConfig):
         },
     )
 
+    eval_metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "What to measure on eval_dataset besides the reward: expressions of rewards, such as 'Length()', or "
+                "dotted paths of reward functions. This, or any other eval_ option of this table, evaluates on "
+                "held-out answers in place of TRL's evaluation; ['reward'] measures nothing more."
+            ),
+        },
+    )
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Temperature of held-out answers, 0 for greedy ones. Defaults to 0, or to that of the training where "
+                "num_generations_eval asks for several answers to each prompt."
+            ),
+        },
+    )
+    eval_pass_at: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "For which k to log pass@k of each of eval_metrics, or of the reward without any: how likely one of k "
+                "answers passes. Needs num_generations_eval of at least k."
+            ),
+        },
+    )
+    eval_pass_threshold: float = field(
+        default=1.0,
+        metadata={
+            "help": ("From which value of a metric on an answer passes, for eval_pass_at."),
+        },
+    )
+    eval_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Stop after so many evaluations in a row in which the lower bound of the gain since the start reached "
+                "no new best. The gain is that of metric_for_best_model, or of the reward."
+            ),
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.evaluates_held_out:
+            self._fill_in_evaluation()
         super().__post_init__()
+        if self.evaluates_held_out:
+            self._check_evaluation()
         _check_choice("group_size", self.group_size, GROUP_SIZES)
         _check_choice("curriculum", self.curriculum, CURRICULA)
         _check_choice("rollout", self.rollout, ROLLOUTS)
@@ -415,6 +463,28 @@ class AdaptiveGRPOConfig(GRPOConfig):
                     f"on_alarm={self.on_alarm} needs logs, which the alarms read, and logging_strategy='no' makes "
                     "none: leave it out"
                 )
+
+    @property
+    def evaluates_held_out(self) -> bool:
+        """Whether an option asks for evaluation on held-out answers."""
+        options = (self.eval_metrics, self.eval_temperature, self.eval_pass_at, self.eval_patience)
+        return any(option is not None for option in options)
+
+    def _fill_in_evaluation(self) -> None:
+        """What TRL and transformers would take from the training, or from a loss that held-out answers do not have."""
+        filled: dict[str, Any] = {}
+        if not self.eval_temperature:
+            filled["num_generations_eval"] = 1  # a greedy answer has no siblings
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            filled["metric_for_best_model"] = "reward"
+        for name, value in filled.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def _check_evaluation(self) -> None:
+        num_samples = self.num_generations_eval or self.num_generations
+        options = (self.eval_temperature, self.eval_pass_at or (), self.eval_pass_threshold, self.eval_patience)
+        check_held_out(num_samples, *options)
 
     def _check_skipping(self) -> None:
         """Raise `ValueError` when a row without advantage has a gradient all the same."""
@@ -566,6 +636,31 @@ def check_kl(kl_target: float, kl_horizon: float, beta: float | None = None) -> 
             f"kl_target={kl_target} needs beta above 0, and beta={beta}: the rule multiplies β, so it can never leave "
             "0, and TRL loads no reference model for it. Set beta, for example to 0.04, or leave kl_target unset"
         )
+
+
+def check_held_out(
+    num_samples: int, temperature: float | None, pass_at: Sequence[int], pass_threshold: float, patience: int | None
+) -> None:
+    """Raise `ValueError` with value, rule and remedy for options of held-out evaluation that cannot work."""
+    if num_samples < 1:
+        raise ValueError(f"num_generations_eval={num_samples} leaves no answer: use at least 1")
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ValueError(f"eval_temperature={temperature} must be finite and not negative: use 0 for greedy answers")
+    if temperature == 0 and num_samples > 1:
+        raise ValueError(
+            f"num_generations_eval={num_samples} greedy answers to a prompt are all equal: set num_generations_eval=1, "
+            "or eval_temperature above 0"
+        )
+    wrong = [k for k in pass_at if not 1 <= k <= num_samples]
+    if wrong:
+        raise ValueError(
+            f"eval_pass_at={list(pass_at)} asks for pass@{wrong[0]} of num_generations_eval={num_samples} answers to a "
+            "prompt: raise num_generations_eval, or use from 1 to that number"
+        )
+    if not math.isfinite(pass_threshold):
+        raise ValueError(f"eval_pass_threshold={pass_threshold} must be finite: try 1.0")
+    if patience is not None and patience < 1:
+        raise ValueError(f"eval_patience={patience} stops before it looks: use at least 1, or leave it out")
 
 
 def check_task_mixing(weights: Any, power: float, floor: float) -> None:

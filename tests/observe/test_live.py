@@ -119,6 +119,10 @@ def test_a_line():
     )
     assert readable({"loss": 0.0, "reward": None, "rewards/a/mean": None}, 1, 10) == "step  1/10"
     assert readable({"eval_reward": 0.5}, 1, 10) == "step  1/10 · held-out reward 0.500"
+    gained = {f"eval_{name}{end}": value for name in ("reward", "right") for end, value in (("", 0.5), ("/gain", 0.25))}
+    assert readable({**gained, "eval_right/gain_low": 0.125, "eval_right/gain_high": 0.375}, 1, 10) == (
+        "step  1/10 · held-out reward 0.500 (+0.250) · held-out right 0.500 (+0.250 ± 0.125)"
+    )
 
 
 def test_a_table():

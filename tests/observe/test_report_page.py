@@ -25,6 +25,12 @@ def hostile_run(tmp_path) -> Path:
         line |= {f"rewards/{text}/mean": 0.5 for text in HOSTILE[:5]} | dict.fromkeys(HOSTILE, 1.0)
         line |= {"__proto__": 1.0, "rewards/__proto__/mean": 0.1, "constructor": 2.0}
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [
+        {"step": step, "row": row, "question": text, "answer": text, "scores": dict.fromkeys(["total", *HOSTILE], step)}
+        for step in (10, 40)
+        for row, text in enumerate(HOSTILE)
+    ]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
     texts = {key: " ".join(HOSTILE) for key in ("evidence", "cause", "remedy", "action")}
     write_alarms(folder, *(alarm(i + 1, name=text, **texts) for i, text in enumerate(HOSTILE)))
     clean = [text.replace("\ud800", "") for text in HOSTILE]

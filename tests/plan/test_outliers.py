@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit import args_of, batch_of, set_up
 
-from trl_grpo_ext import BaselineCallback
+from trl_grpo_ext import BaselineCallback, TaskMixingCallback
+from trl_grpo_ext.credit.tasks import Moments
 from trl_grpo_ext.host.state import check_savable
 from trl_grpo_ext.plan.outliers import RECENT, UsualRange
 from trl_grpo_ext.plan.predictor import RidgePredictor
@@ -127,3 +128,36 @@ def test_baselines_survive_one_broken_reward(kind, broken, first):
         check_savable(callback.state_dict())
         moments.append(callback.moments)
     assert moments[1] == pytest.approx(moments[0], rel=0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("first", [True, False])
+def test_moments_of_tasks_survive_one_broken_reward(broken, first):
+    healthy, spoilt = Moments(0.9), Moments(0.9)
+    draws = torch.Generator().manual_seed(0)
+    for step in range(100):
+        values, tasks = torch.rand(8, generator=draws), torch.tensor([0, 1] * 4)
+        healthy.add(["a", "b"], tasks, values)
+        if step == (0 if first else 10):
+            values = values.index_fill(0, torch.tensor(3), broken)
+        spoilt.add(["a", "b"], tasks, values)
+    for one, other in ((healthy.mean(["a", "b"]), spoilt.mean(["a", "b"])), (healthy.std("ab"), spoilt.std("ab"))):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_mixture_of_tasks_survives_one_broken_reward(first):
+    shares = []
+    for value in (None, 1e20):
+        callback = set_up(TaskMixingCallback("task"), prompt=["p"] * 4, task=["a", "a", "b", "b"])
+        draws = torch.Generator().manual_seed(0)
+        for step in range(80):
+            rewards = (torch.rand(4, 4, generator=draws) < 0.5).float()
+            if value is not None and step == (0 if first else 10):
+                rewards[0, 1] = value
+            tasks = torch.tensor([0, 0, 1, 1]).repeat_interleave(4)
+            groups = dict(enumerate(rewards.tolist()))
+            callback.on_rollouts(batch=batch_of(groups, tasks=tasks, task_names=["a", "b"]))
+        check_savable(callback.state_dict())
+        shares.append(callback.shares())
+    torch.testing.assert_close(shares[0], shares[1], rtol=0.2, atol=0.02)

@@ -19,6 +19,7 @@ import trl_grpo_ext
 from trl_grpo_ext import __main__ as console
 from trl_grpo_ext.recipe import grpo, launch, shipped
 from trl_grpo_ext.rewards import Length, Relevance, Reward
+from trl_grpo_ext.rewards.parsing import import_reward
 
 # In the shape of TRL's own examples, for a tiny model.
 YAML = """
@@ -272,7 +273,7 @@ def test_rewards_of_the_docs_are_read():
     table = page.split("### Rewards as text")[1].split("\n\n")[2].replace("my_rewards.polite", "kit.count_vowels")
     texts = [text for line in table.splitlines()[2:] for text in re.findall(r"`([^`]+)`", line.split("|")[2])]
     assert len(texts) == 7
-    rewards = grpo.rewards_of(SimpleNamespace(reward_funcs=texts), grpo.import_reward)
+    rewards = grpo.rewards_of(SimpleNamespace(reward_funcs=texts), import_reward)
     assert rewards[:3] == texts[:3] == ["accuracy_reward", "think_format_reward", "kit.count_vowels"]
     assert rewards[3:5] == [Length(), Relevance("reference")]
     assert [leaf.name for leaf in rewards[5].leaves()] == ["accuracy_reward", "length"]
@@ -285,12 +286,12 @@ def test_one_name_twice_needs_another_name():
         arguments = SimpleNamespace(reward_funcs=[text])
         if problem:
             with pytest.raises(ValueError, match=problem):
-                grpo.rewards_of(arguments, grpo.import_reward)
+                grpo.rewards_of(arguments, import_reward)
         else:
-            assert len(grpo.rewards_of(arguments, grpo.import_reward)[0].leaves()) == 2
+            assert len(grpo.rewards_of(arguments, import_reward)[0].leaves()) == 2
     same = SimpleNamespace(reward_funcs=["test_console.vowels + kit.count_vowels.named('vowels')"])
     with pytest.raises(ValueError, match=r"two different rewards are called 'vowels': .*\.named\("):
-        grpo.rewards_of(same, grpo.import_reward)
+        grpo.rewards_of(same, import_reward)
 
 
 def test_a_reward_that_cannot_be_imported_is_one_line(yaml_of, capsys):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from kit import ROOT, config_kwargs, count_vowels
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-from trl import GRPOConfig, GRPOTrainer, ModelConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from trl import ModelConfig
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, MultiTurnCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, HeldOutCallback, MultiTurnCallback
 from trl_grpo_ext.hooks.records import Answer, RolloutSequence
+from trl_grpo_ext.observe.held_out import HeldOut, evaluate_held_out
 from trl_grpo_ext.recipe import make_trainer, parse_arguments, train_and_compare
-from trl_grpo_ext.recipe.evaluation import HeldOut, HeldOutCallback, evaluate_held_out, print_comparison
+from trl_grpo_ext.recipe.evaluation import print_comparison
 from trl_grpo_ext.rewards import Length, as_reward, of_plan
 
 TREE = {"rollout": "hierarchical", "num_plans": 2, "num_implementations": 2, "num_generations": 2}
@@ -39,16 +40,21 @@ def questions(count=8):
     )
 
 
-def trainer_of(model_path, out, dataset, reward=count_vowels, callbacks=(), **options):
+def trainer_of(model_path, out, dataset, reward=count_vowels, callbacks=(), eval_dataset=None, **options):
     args = AdaptiveGRPOConfig(**config_kwargs(out, **options))
-    return AdaptiveGRPOTrainer(model_path, reward, args, dataset, callbacks=list(callbacks))
+    return AdaptiveGRPOTrainer(model_path, reward, args, dataset, eval_dataset, callbacks=list(callbacks))
 
 
 def greedy_answers(model_path, out, prompts):
-    """Of stock TRL's trainer, to prompts by themselves."""
-    dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
-    trainer = GRPOTrainer(model_path, count_vowels, GRPOConfig(**config_kwargs(out)), dataset)
-    return evaluate_held_out(trainer, dataset, count_vowels).answers
+    """Of a model to prompts by themselves, from transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**ids, max_new_tokens=6, do_sample=False)
+        answers.append(tokenizer.decode(output[0, ids["input_ids"].size(1) :], skip_special_tokens=True))
+    return answers
 
 
 class Seen:
@@ -151,14 +157,20 @@ def test_looking_leaves_the_training_as_it_was(model_path, tmp_path, options):
     dataset = talks() if options is TALK else questions()
     weights = []
     for looks in (False, True):
-        trainer = trainer_of(model_path, tmp_path / str(looks), dataset, max_steps=2, **options)
+        callbacks = [HeldOutCallback()] if looks else []
+        trainer = trainer_of(
+            model_path,
+            tmp_path / str(looks),
+            dataset,
+            callbacks=callbacks,
+            eval_dataset=dataset,
+            max_steps=2,
+            **options,
+        )
         if looks:
-            trainer.add_callback(HeldOutCallback(trainer, dataset, count_vowels))
             before = torch.get_rng_state()
             evaluate_held_out(trainer, dataset, count_vowels)
             assert torch.equal(torch.get_rng_state(), before)
-            assert not trainer._metrics["eval"]
-            assert not {"generate", "log_metric"} & set(vars(trainer))
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
         assert [entry for entry in trainer.state.log_history if "multi_turn/turns" in entry] or options is TREE
@@ -167,10 +179,10 @@ def test_looking_leaves_the_training_as_it_was(model_path, tmp_path, options):
 
 def test_turns_are_logged_and_printed_apart(model_path, tmp_path, capsys):
     dataset = talks()
-    trainer = trainer_of(model_path, tmp_path, dataset, max_steps=1, **TALK)
-    callback = HeldOutCallback(trainer, dataset, as_reward(count_vowels) - 0.1 * Length())
-    trainer.add_callback(callback)
-    trainer.train()
+    reward, callback = as_reward(count_vowels) - 0.1 * Length(), HeldOutCallback()
+    given = {"callbacks": [callback], "eval_dataset": dataset, "max_steps": 1}
+    trainer_of(model_path, tmp_path, dataset, reward, **given, **TALK).train()
+    trainer = callback.trainer
     first, *_, last = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     for entry, result in ((first, callback.before), (last, callback.after)):
         for name in ("count_vowels", "length"):

@@ -15,12 +15,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from kit import config_kwargs
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
-from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, HeldOutCallback
+from trl_grpo_ext.observe.held_out import HeldOut, evaluate_held_out
 from trl_grpo_ext.recipe import cold_start
 from trl_grpo_ext.recipe.datasets import load_prompts
-from trl_grpo_ext.recipe.evaluation import HeldOut, HeldOutCallback, evaluate_held_out, print_comparison
+from trl_grpo_ext.recipe.evaluation import print_comparison
 from trl_grpo_ext.recipe.script import parse_arguments
 from trl_grpo_ext.rewards import Length, as_reward, linear
 
@@ -358,10 +359,10 @@ def test_held_out_answers_are_greedy_and_leave_training_alone(model_path, conver
         return [None if i == 0 else float(len(c[0]["content"])) for i, c in enumerate(completions)]
 
     reward = as_reward(first_letter) - 0.5 * Length()
-    trainer = GRPOTrainer(
+    trainer = AdaptiveGRPOTrainer(
         model=model_path,
         reward_funcs=reward,
-        args=GRPOConfig(**config_kwargs(tmp_path)),
+        args=AdaptiveGRPOConfig(**config_kwargs(tmp_path)),
         train_dataset=conversational,
     )
     trainer.model.train()
@@ -386,10 +387,10 @@ def test_held_out_answers_are_those_of_the_policy_in_training(model_path, conver
         return [1.0] * len(completions)
 
     def evaluated(template=None, **options):
-        trainer = GRPOTrainer(
+        trainer = AdaptiveGRPOTrainer(
             model=model_path,
             reward_funcs=anything,
-            args=GRPOConfig(**config_kwargs(tmp_path, **options)),
+            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, **options)),
             train_dataset=conversational,
         )
         tokenizer = trainer.processing_class
@@ -402,10 +403,10 @@ def test_held_out_answers_are_those_of_the_policy_in_training(model_path, conver
     shout = "{% for message in messages %}{{ message.content }}{% if loud %}!{% endif %}{% endfor %}"
     quiet, kwargs, held_out = evaluated(shout)
     assert quiet == ["say a", "say b", "say c"]
-    assert kwargs["repetition_penalty"] == 1.0
+    assert kwargs["generation_config"].repetition_penalty == 1.0
     loud, kwargs, other = evaluated(shout, chat_template_kwargs={"loud": True}, repetition_penalty=1.5)
     assert loud == ["say a!", "say b!", "say c!"]
-    assert kwargs["repetition_penalty"] == 1.5
+    assert kwargs["generation_config"].repetition_penalty == 1.5
     assert held_out.answers != other.answers
 
 
@@ -418,10 +419,10 @@ def test_held_out_answers_do_not_depend_on_the_side_of_the_padding(model_path, c
     )
     answers = []
     for side in ("left", "right"):
-        trainer = GRPOTrainer(
+        trainer = AdaptiveGRPOTrainer(
             model=model_path,
             reward_funcs=words,
-            args=GRPOConfig(**config_kwargs(tmp_path)),
+            args=AdaptiveGRPOConfig(**config_kwargs(tmp_path)),
             train_dataset=conversational,
         )
         trainer.processing_class.padding_side = side
@@ -438,15 +439,15 @@ def test_held_out_totals_before_and_after_are_of_one_reward_asked_once(model_pat
         loops.append(asyncio.get_running_loop())
         return [float(len(calls))] * len(completions)  # another answer each time
 
-    reward = as_reward(judge) - linear(0, 0.5) * Length()
+    reward, callback = as_reward(judge) - linear(0, 0.5) * Length(), HeldOutCallback()
     trainer = AdaptiveGRPOTrainer(
         model=model_path,
         reward_funcs=reward,
         args=AdaptiveGRPOConfig(**config_kwargs(tmp_path, max_steps=2)),
         train_dataset=conversational,
+        eval_dataset=conversational.select(range(4)),
+        callbacks=[callback],
     )
-    callback = HeldOutCallback(trainer, conversational.select(range(4)), reward)
-    trainer.add_callback(callback)
     trainer.train()
     assert calls[0] == calls[-1] == 4
     assert len(calls) == 2 + 2  # before, two steps, after
@@ -505,19 +506,3 @@ def test_markup_in_an_answer_is_printed_as_text(capsys):
     held_out = HeldOut(["[bold]q[/bold]"], ["[red]x[/nothing]"], {"total": [1.0]})
     print_comparison(held_out, held_out)
     assert "[red]x[/nothing]" in capsys.readouterr().out
-
-
-def test_held_out_results_are_logged_without_the_table_of_completions(monkeypatch):
-    from types import SimpleNamespace
-
-    from trl_grpo_ext.recipe import evaluation
-
-    seen = []
-    trainer = SimpleNamespace(log_completions=True, log=lambda logs: seen.append((trainer.log_completions, logs)))
-    result = evaluation.HeldOut(["q"], ["a"], {"total": [1.0], "length": [3.0]})
-    monkeypatch.setattr(evaluation, "evaluate_held_out", lambda *args: result)
-    callback = evaluation.HeldOutCallback(trainer, None, None)
-    callback.on_train_begin(None, SimpleNamespace(global_step=50), None)
-    assert callback.first_step == 50
-    assert seen == [(False, {"eval_reward": 1.0, "eval_rewards/length/mean": 3.0})]
-    assert trainer.log_completions

@@ -18,6 +18,7 @@ from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..hooks.segments import group_mean_std
 from ..host.state import check_state
+from ..plan.outliers import UsualRange
 from ..plan.predictor import RidgePredictor, explained_variance
 from .baselines import MEMORY, errors_of_guess, mean_of_others, shrunk_baseline
 from .groups import EPS, group_advantages
@@ -26,6 +27,8 @@ from .groups import EPS, group_advantages
 class Moments:
     """
     Mean and standard deviation of values of each task, over the batches so far, of which the newest counts most.
+
+    Values are held to their [`UsualRange`], so that one broken reward does not decide them.
 
     Args:
         forget (`float`):
@@ -46,6 +49,7 @@ class Moments:
     def __init__(self, forget: float):
         self.forget = forget
         self.of: dict[str, list[float]] = {}  # name -> count, mean, sum of squares around it
+        self.usual: dict[str, UsualRange] = {}
 
     def add(self, names: list[str], tasks: Tensor, values: Tensor) -> None:
         """Take in values `(N,)` of the tasks `(N,)`, positions in `names`; what is not finite is left out."""
@@ -53,6 +57,10 @@ class Moments:
             new = values[(tasks == position) & values.isfinite()].double()
             if new.numel() == 0:
                 continue
+            usual = self.usual.setdefault(name, UsualRange())
+            new = usual.believed(new)
+            if usual.is_spoilt():
+                self.of.pop(name, None)
             count, mean, squares = self.of.get(name, [0.0, 0.0, 0.0])
             count, squares = self.forget * count, self.forget * squares
             total = count + new.numel()
@@ -72,14 +80,19 @@ class Moments:
         ).double()
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: list(values) for name, values in self.of.items()}
+        usual = {name: usual.state_dict() for name, usual in self.usual.items()}
+        return {"of": {name: list(values) for name, values in self.of.items()}, "usual": usual}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, **dict.fromkeys(state_dict, list))
-        for name, values in state_dict.items():
+        check_state(state_dict, of=dict, usual=dict)
+        check_state(state_dict["of"], **dict.fromkeys(state_dict["of"], list))
+        for name, values in state_dict["of"].items():
             if len(values) != 3 or not all(isinstance(value, float) and math.isfinite(value) for value in values):
                 raise ValueError(f"{name!r} is {values}: not a count, a mean and a sum of squares")
-        self.of = {name: list(values) for name, values in state_dict.items()}
+        self.of = {name: list(values) for name, values in state_dict["of"].items()}
+        self.usual = {name: UsualRange() for name in state_dict["usual"]}
+        for name, usual in self.usual.items():
+            usual.load_state_dict(state_dict["usual"][name])
 
 
 def std_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:

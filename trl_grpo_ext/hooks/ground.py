@@ -31,6 +31,7 @@ class HookedTrainer(Protocol):
     eval_dataset: Any
     reward_funcs: list[Any]
     reward_func_names: list[str]
+    reward_processing_classes: list[Any]
     reward_weights: Tensor
     multi_objective_aggregation: str
     scale_rewards: str
@@ -48,6 +49,8 @@ class HookedTrainer(Protocol):
     chat_template_kwargs: dict[str, Any]
     eos_token_ids: list[int]
     is_deepspeed_enabled: bool
+    log_completions: bool
+    evaluate: Any
 
     @property
     def grpo_callbacks(self) -> list[Any]:
@@ -63,6 +66,9 @@ class HookedTrainer(Protocol):
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback, with its hooks."""
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Give values to every tracker and callback, with what was added by `log_metric`."""
 
     def log_metric(self, name: str, value: float) -> None:
         """

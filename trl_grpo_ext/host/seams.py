@@ -58,9 +58,8 @@ OPEN_SEAMS = {
 HELPERS = {
     "trl.chat_template_utils": ["get_training_chat_template"],
     "trl.data_utils": ["is_conversational"],
-    "trl.models": ["unwrap_model_for_generation"],
     "trl.trainer.utils": [
-        *("get_config_model_id", "nanstd", "pad"),
+        *("get_config_model_id", "nanstd"),
         *("split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"),
     ],
 }

@@ -7,6 +7,8 @@ Modules, in the order in which they build on each other:
 - `secrets`: what a record must not hold; `record`: the files of a run, written and read.
 - `actions`: what an alarm can do; `effect`: whether updates change weights; `monitor`: the callback that brings these
   together; `kl`: adaptive beta, which needs no alarm.
+- `paired`: gains with their noise, pass@k; `held_out`: answers to held-out prompts and their scores; `measures`: which
+  metrics, under which names; `tables`: for trackers; `evaluation`: the callback that brings these together.
 - `tasks`: the metrics of each task, where a run has several.
 - `report`: a run as a page of HTML; `live`: a run in the terminal.
 

@@ -35,12 +35,24 @@ def fingerprint(parameter: Tensor) -> int:
 
     ```
     """
-    part = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed
-    part = getattr(part, "_local_tensor", part).detach().reshape(-1)  # FSDP
+    part = own_part(parameter).reshape(-1)
     if part.is_meta or part.numel() == 0:
         return 0
     pieces = part.view(WHOLE[part.element_size()]).split(PIECE)
     return int(torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum())
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter that may be spread over processes."""
+    part = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed
+    part = getattr(part, "_local_tensor", part)  # FSDP
+    return part.detach()
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether all that this process trains is finite."""
+    parts = (own_part(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return all(bool(part.isfinite().all()) for part in parts if not part.is_meta)
 
 
 class UpdateCheck:

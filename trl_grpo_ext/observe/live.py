@@ -17,11 +17,12 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..hooks.callback import GRPOCallback
+from .paired import NOISE
 from .readings import tasks_in
 from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
 from .report.reader import duration, number
-from .report.summary import NOISE, large, slope
+from .report.summary import large, slope
 
 HISTORY = 24  # logs in a sparkline and in a trend
 MAX = 1e100  # of a value in them, so that differences and squares stay finite
@@ -91,9 +92,10 @@ def fields_of(logs: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
     logs = {name: value for name, value in logs.items() if value is not None}
     found = []
     for name, label in (("reward", "reward"), ("eval_reward", "held-out reward")):
-        if name in logs:
+        if name in logs and f"{name}/gain" not in logs:
             spread = f" ± {logs[f'{name}_std']:.3f}" if count > IN_LINE and f"{name}_std" in logs else ""
             found.append((label, f"{logs[name]:.3f}{spread}", name))
+    found += held_out_fields(logs)
     for name, value in reward_parts(logs).items():
         found.append((one_line(name, 40), short(value), f"rewards/{name}/mean"))
     for task in tasks_in(logs, "reward")[:MAX_TASKS]:
@@ -108,6 +110,28 @@ def fields_of(logs: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
         found.append(("groups", f"{logs['group_size/min']:.0f}-{logs['group_size/max']:.0f}", "group_size/mean"))
     if logs.get("dynamic_sampling/discarded"):
         found.append(("replaced", f"{logs['dynamic_sampling/discarded']:.0f} rows", "dynamic_sampling/discarded"))
+    return found
+
+
+def held_out_fields(logs: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """
+    Label, value with its gain since the start, and metric of what [`HeldOutCallback`] measures.
+
+    Example:
+
+    ```python
+    >>> held_out_fields({"eval_reward": 0.5, "eval_reward/gain": 0.2, "eval_reward/gain_low": 0.1})
+    [('held-out reward', '0.500 (+0.200 ± 0.100)', 'eval_reward')]
+
+    ```
+    """
+    found = []
+    for metric in [name.removesuffix("/gain") for name in logs if name.endswith("/gain") and name.startswith("eval_")]:
+        if metric in logs:
+            gain, low = logs[f"{metric}/gain"], logs.get(f"{metric}/gain_low")
+            noise = "" if low is None else f" ± {gain - low:.3f}"
+            label = f"held-out {one_line(metric.removeprefix('eval_'), 40)}"
+            found.append((label, f"{short(logs[metric])} ({gain:+.3f}{noise})", metric))
     return found
 
 
@@ -299,7 +323,7 @@ class LiveCallback(GRPOCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.view is None or not logs or not ("loss" in logs or "eval_reward" in logs):
+        if self.view is None or not logs or not ("loss" in logs or any(name.startswith("eval_") for name in logs)):
             return
         self.view.log(logs)
         if {*open_alarms(logs)} - self.view.remedies.keys():  # the file of a long run may be long

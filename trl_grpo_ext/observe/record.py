@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, TypeGuard
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "monitor"  # of `output_dir`
 RUN, METRICS, ALARMS = "run.json", "metrics.jsonl", "alarms.jsonl"
+HELD_OUT = "held_out.jsonl"  # beside that folder
 MAX_LINE = 2**20  # characters of a line, of which a log takes a few thousand
 MAX_FILE = 2**28  # bytes of a file that is read as a whole
 MAX_DEPTH = 40  # of lists and dictionaries in each other
@@ -32,7 +33,40 @@ MAX_STEP = 2**53  # what a float counts exactly
 MAX_TEXT = 2000  # characters of a text in an alarm
 
 
-class RunRecord:
+class Record:
+    """Files with one object a line. A line that cannot be written costs the record, and not the run."""
+
+    def __init__(self) -> None:
+        self._cut: set[Path] = set()  # files whose last line may be half written
+        self._has_warned = False
+
+    def _keep(self, path: Path, step: int, steps: Container[int] | None = None) -> None:
+        """Leave in a file what it holds up to `step`, of those `steps` alone; nothing at step 0."""
+        entries = entries_of(path, path.parent) if step > 0 else ()
+        kept = (e for e in entries if e["step"] <= step and (steps is None or e["step"] in steps))
+        lines = (f"{json.dumps(entry)}\n".encode() for entry in kept)
+        write_whole(path, functools.partial(_write_lines, lines))
+
+    def _append(self, path: Path, *entries: dict[str, Any]) -> None:
+        lines = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+        with self._going_on(path):
+            with open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
+                file.write(f"\n{lines}" if path in self._cut else lines)
+            self._cut.discard(path)
+
+    @contextlib.contextmanager
+    def _going_on(self, path: Path) -> Iterator[None]:
+        """A disk that is full, or a file system that is gone for a while, costs lines of the record and not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._cut.add(path)
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(f"{path} could not be written ({error}): training goes on, and the record has a gap")
+
+
+class RunRecord(Record):
     """
     The record of a run: `run.json`, `metrics.jsonl` and `alarms.jsonl` in one folder.
 
@@ -42,9 +76,8 @@ class RunRecord:
     """
 
     def __init__(self, folder: Path):
+        super().__init__()
         self.run, self.metrics, self.alarms = (folder / name for name in (RUN, METRICS, ALARMS))
-        self._cut: set[Path] = set()  # files whose last line may be half written
-        self._has_warned = False
 
     def start(self, description: dict[str, Any], step: int) -> None:
         """Start anew at step 0. At a later one, go on with the record that is there, as it was at that step."""
@@ -53,9 +86,7 @@ class RunRecord:
             raise OSError(f"{folder} is a link, and the record would go where it leads: delete it")
         folder.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics, self.alarms):
-            kept = (entry for entry in entries_of(path, folder) if entry["step"] <= step) if step > 0 else ()
-            lines = (f"{json.dumps(entry)}\n".encode() for entry in kept)
-            write_whole(path, functools.partial(_write_lines, lines))
+            self._keep(path, step)
         started: dict[str, Any] = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         if step > 0:
             before = self._described()
@@ -87,23 +118,40 @@ class RunRecord:
             entry |= {"evidence": event.evidence, "cause": event.alarm.cause, "remedy": event.alarm.remedy}
             self._append(self.alarms, entry | {"action": action})
 
-    def _append(self, path: Path, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False) + "\n"
-        with self._going_on(path):
-            with open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
-                file.write(f"\n{line}" if path in self._cut else line)
-            self._cut.discard(path)
 
-    @contextlib.contextmanager
-    def _going_on(self, path: Path) -> Iterator[None]:
-        """A disk that is full, or a file system that is gone for a while, costs lines of the record and not the run."""
-        try:
-            yield
-        except OSError as error:
-            self._cut.add(path)
-            if not self._has_warned:
-                self._has_warned = True
-                logger.warning(f"{path} could not be written ({error}): training goes on, and the record has a gap")
+class HeldOutRecord(Record):
+    """
+    What was answered to held-out prompts: [`HELD_OUT`] in the folder of a run, a line for each answer.
+
+    Args:
+        folder (`Path`):
+            `output_dir` of the run.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = folder / HELD_OUT
+        self._written: set[tuple[int, str]] = set()  # evaluations by step and dataset
+
+    def start(self, step: int, evaluated: list[int]) -> None:
+        """Start anew at step 0. At a later one, go on with the evaluations that the run knows of."""
+        with self._going_on(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._keep(self.path, step, evaluated)
+            entries = entries_of(self.path, self.path.parent)
+            self._written = {(entry["step"], str(entry.get("dataset", ""))) for entry in entries}
+
+    def log(self, step: int, dataset: str, answers: Iterable[dict[str, Any]]) -> None:
+        """Append the answers of an evaluation, unless there is one of this step."""
+        if (step, dataset) in self._written:
+            return
+        self._written.add((step, dataset))
+        named = {"dataset": dataset} if dataset else {}
+        self._append(self.path, *({"step": step, **named, **answer} for answer in answers))
+
+    def keep(self, step: int, kept: int) -> None:
+        """Say that at the end, in `step`, the weights of step `kept` were restored."""
+        self._append(self.path, {"step": step, "kept": kept})
 
 
 def is_own_file(folder: Path, path: Path) -> bool:

@@ -15,6 +15,7 @@ from ..hooks.records import RolloutBatch
 from ..hooks.segments import group_mean_std
 from ..host.state import check_state
 from .columns import column_values, known_names
+from .outliers import UsualRange
 
 MAX_TASKS = 100  # more names are no tasks, but something else, such as the prompts
 MEMORY = 0.9  # weight of the past in what is known of a task, at each batch that holds it
@@ -181,6 +182,7 @@ class TaskMixingCallback(GRPOCallback):
         place = {name: position for position, name in enumerate(self.names)}
         self.tasks = torch.tensor([place[task] for task in tasks], dtype=torch.long)
         self.learnable, self.spread, self.largest = (torch.full((len(self.names),), -1.0).double() for _ in range(3))
+        self.usual = [UsualRange() for _ in self.names]
         if self.mixing == "weights":
             check_known(self.weights or {}, self.names)
 
@@ -221,17 +223,20 @@ class TaskMixingCallback(GRPOCallback):
             seen = torch.cat(teaches) if teaches else torch.empty(0)
             if seen.numel() == 0:
                 continue
-            spread = torch.cat(spreads)
+            spread = self.usual[position].believed(torch.cat(spreads))
+            if self.usual[position].is_spoilt():  # by one broken reward: the largest spread would never be reached
+                self.spread[position] = self.largest[position] = -1.0
             for values, new in ((self.learnable, seen.mean()), (self.spread, spread.mean())):
                 before = values[position]
                 values[position] = new if before < 0 else self.memory * before + (1 - self.memory) * new
             self.largest[position] = torch.maximum(self.largest[position], self.spread[position])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"names": list(self.names), **{name: getattr(self, name) for name in KNOWN}}
+        usual = [usual.state_dict() for usual in self.usual]
+        return {"names": list(self.names), "usual": usual, **{name: getattr(self, name) for name in KNOWN}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, names=list)
+        check_state(state_dict, names=list, usual=list)
         if state_dict["names"] != self.names:
             raise ValueError(
                 f"'names' are {state_dict['names']} in the checkpoint and {self.names} in the dataset: resume with the "
@@ -240,6 +245,8 @@ class TaskMixingCallback(GRPOCallback):
         check_state(state_dict, **{name: getattr(self, name) for name in KNOWN})
         for name in KNOWN:
             setattr(self, name, state_dict[name].clone())
+        for usual, state in zip(self.usual, state_dict["usual"], strict=True):
+            usual.load_state_dict(state)
 
 
 KNOWN = ("learnable", "spread", "largest")  # what is known of each task, -1 before it was seen

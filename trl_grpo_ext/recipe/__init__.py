@@ -5,7 +5,7 @@ A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`]
 - `script`: [`DataArguments`], [`parse_arguments`], [`make_trainer`], [`train_and_compare`] and [`finish`].
 - `datasets`: [`load_prompts`], which brings prompts into one form; `reading` finds and reads files, folders and sets on
   the hub, `normal` cleans texts, `layouts` knows columns of other forms. To add a layout, add an entry to `LAYOUTS`.
-- `evaluation`: greedy answers to held-out prompts, scored before and after.
+- `evaluation`: held-out results before and after, as a table in the terminal.
 - `cold_start`: supervised steps before a training. To add a step of this kind, return the folder of a model.
 - `run_check/`: would a run learn, and what would it cost? To add a finding, see `run_check/findings.py`.
 - `check`: does the package work on this machine? `accelerate launch -m trl_grpo_ext.recipe.check`.
@@ -13,8 +13,10 @@ A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`]
 - `data/`: the shipped prompts, with a page about each set.
 """
 
+from ..host.sources import resolve_model
 from .datasets import load_prompts
-from .script import DataArguments, finish, init_kwargs, make_trainer, parse_arguments, train_and_compare
+from .evaluation import print_comparison
+from .script import DataArguments, finish, init_kwargs, make_trainer, parse_arguments, set_base_model, train_and_compare
 
 __all__ = [
     "DataArguments",
@@ -23,5 +25,8 @@ __all__ = [
     "load_prompts",
     "make_trainer",
     "parse_arguments",
+    "print_comparison",
+    "resolve_model",
+    "set_base_model",
     "train_and_compare",
 ]

@@ -7,8 +7,6 @@ Every flag and YAML file of `trl grpo` is taken. With no option of this package,
 A reward is one of TRL's names, a dotted name, one of ours, or an expression of all of them.
 """
 
-import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from trl.scripts import grpo as stock
 from ..config import AdaptiveGRPOConfig
 from ..host.processes import leave
 from ..rewards import Reward, as_reward, parse_reward
-from ..rewards.parsing import ready
+from ..rewards.parsing import import_reward, ready
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .flags import FlagParser, meant
 from .launch import EPILOG, is_launched, launch, launcher_flags
@@ -178,17 +176,6 @@ def rewards_of(script_args: Any, importing: Callable[[str], Any]) -> list[str | 
         else:
             rewards.append(parse_reward(name, lookup))
     return rewards
-
-
-def import_reward(name: str) -> Any:
-    """The function of a dotted name, looked for as TRL's script does: in the current folder, too."""
-    module, _, function = name.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"reward_funcs={name}: {error} (looked for in {os.getcwd()}, too)") from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What recipes are made of: arguments from YAML and the command line, a trainer, a comparison before and after."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,14 +18,18 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..config import AdaptiveGRPOConfig
 from ..host.processes import leave
 from ..host.sources import resolve_model
+from ..observe.evaluation import HeldOutCallback
+from ..observe.held_out import as_one_reward
 from ..observe.live import LiveCallback
 from ..observe.report import write_report
 from ..rewards import Reward, as_reward
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
-from .evaluation import HeldOutCallback, as_one_reward, print_comparison
+from .evaluation import print_comparison
 from .flags import FlagParser, config_of
 from .layouts import LAYOUTS
+
+BATCH_SIZE = 48  # held-out answers per generation call on each process
 
 
 @dataclass
@@ -159,7 +165,7 @@ def make_trainer(
     prompts: Mapping[str, Any], reward: Any, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
 ) -> AdaptiveGRPOTrainer:
     """
-    A trainer with the live view, which says what it was given.
+    A trainer with the live view and held-out evaluation, which says what it was given.
 
     Args:
         prompts (`Mapping`):
@@ -184,9 +190,13 @@ def make_trainer(
         reward_funcs=rewards,
         args=training_args,
         train_dataset=prompts["train"],
+        eval_dataset=prompts["test"],
+        callbacks=[] if training_args.evaluates_held_out else [HeldOutCallback(batch_size=BATCH_SIZE)],
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if source.path != model_args.model_name_or_path:
+        set_base_model(trainer, model_args.model_name_or_path)
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveCallback)
     train = prompts["train"]
@@ -195,6 +205,16 @@ def make_trainer(
     trainer.accelerator.print(f"Prompts: {count} to train on, {len(prompts['test'])} held out")
     trainer.accelerator.print(f"Reward:  {whole}")
     return trainer
+
+
+def set_base_model(trainer: AdaptiveGRPOTrainer, name: str) -> None:
+    """Say of which model on the hub the weights are a copy, so that an adapter or a card names no folder of here."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config._name_or_path = name
+    for config in getattr(model, "peft_config", {}).values():
+        config.base_model_name_or_path = name
+    # peft looks there whether embeddings were added; where no hub answers, none were.
+    warnings.filterwarnings("ignore", message=f"Could not find a config file in {re.escape(name)}")
 
 
 def as_rewards(reward: Any) -> Reward | list[Reward]:
@@ -239,24 +259,30 @@ def train_and_compare(
             As in [`make_trainer`]. Held-out prompts are answered as the rollout of the training answers them.
 
     Returns:
-        [`~trl_grpo_ext.recipe.evaluation.HeldOutCallback`]:
+        [`~trl_grpo_ext.observe.evaluation.HeldOutCallback`]:
             With the results in `before` and `after`.
     """
-    rewards = as_rewards(reward)
-    trainer = make_trainer(prompts, rewards, training_args, model_args)
-    held_out = HeldOutCallback(trainer, prompts["test"], rewards)
-    trainer.add_callback(held_out)
+    trainer = make_trainer(prompts, reward, training_args, model_args)
+    held_out = next(callback for callback in trainer.grpo_callbacks if isinstance(callback, HeldOutCallback))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    first = f"at step {held_out.first_step}" if held_out.first_step else "before"
+    first = f"at step {held_out.before.step}" if held_out.before.step else "before"
     finish(trainer, lambda: print_comparison(held_out.before, held_out.after, first=first))
     return held_out
 
 
 def finish(trainer: AdaptiveGRPOTrainer, compare: Callable[[], None]) -> None:
-    """Save the model and the state; then the main process prints what `compare` prints, and writes the report."""
+    """
+    Save the model, its card and the state, and push them with `push_to_hub`.
+
+    Then the main process prints what `compare` prints, and writes the report.
+    """
     output_dir = trainer.args.output_dir
     trainer.save_model(output_dir)
     trainer.save_state()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card(model_name=Path(output_dir).name)
     if trainer.accelerator.is_main_process:
         compare()
         print(f"Model saved to {output_dir}, report of the run to {write_report(output_dir)}")

@@ -260,9 +260,6 @@ def as_reward(x: Any, name: str | None = None) -> Reward:
         name (`str`, *optional*):
             Name in the logs. Defaults to the name of the function, or the last part of the model's id.
 
-    Returns:
-        [`Reward`]
-
     Example:
     ```python
     >>> def shout(completions, **kwargs):

@@ -7,6 +7,8 @@ algebra, and pass numbers, texts and lists to them.
 import ast
 import importlib
 import operator
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -71,6 +73,17 @@ def parse_reward(text: str, lookup: Callable[[str], Any] | None = None) -> Rewar
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f'reward "{text}": {error}') from error
     return reward
+
+
+def import_reward(name: str) -> Any:
+    """The function of a dotted name, looked for as TRL's script does: in the current folder, too."""
+    module, _, function = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"{name}: {error} (looked for in {os.getcwd()}, too)") from error
 
 
 class _Reader:

@@ -46,6 +46,17 @@ class Rollout:
     def take_rows(self, rows: list[Row]) -> None:
         """This process's dataset rows, for which TRL is about to generate."""
 
+    def answers_to(self, rows: list[Row]) -> list[list[Answer]]:
+        """
+        What the policy says to each of these rows, in evaluation; nothing of it is scored.
+
+        Every process must call this with as many rows.
+        """
+        prompts = [row["prompt"] for row in rows]
+        ids, _ = self.trainer.generate(self.trainer.tokenize(prompts))
+        texts = self.trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [[Answer(*each, is_last=True)] for each in zip(prompts, ids, texts, strict=True)]
+
     def rows_to_score(self, rows: list[Row], prompts: list[Any], completions: list[Any]) -> list[Row]:
         """The rows as reward functions get them: with the answers of the whole group, where one reads them."""
         return with_siblings(self.trainer, rows, prompts, completions)
@@ -158,6 +169,12 @@ class CallbackRollout(Rollout):
             for number, row in enumerate(rows):
                 self._check_row(row, f"row {number} of the batch")
         self.rows = rows
+
+    def answers_to(self, rows: list[Row]) -> list[list[Answer]]:
+        for number, row in enumerate(rows):
+            self._check_row(row, f"row {number} of the batch")
+        self.rows = rows
+        return [sequence.answers for sequence in self._generated(len(rows))]
 
     def generate(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`: the sequences of the callback that generates."""

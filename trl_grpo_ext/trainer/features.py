@@ -4,6 +4,7 @@ from ..config import AdaptiveGRPOConfig
 from ..credit.baselines import BaselineCallback
 from ..credit.tasks import TaskAdvantagesCallback
 from ..hooks.callback import GRPOCallback
+from ..observe.evaluation import HeldOutCallback
 from ..observe.kl import AdaptiveKLCallback
 from ..observe.monitor import MonitorCallback
 from ..observe.tasks import TaskCallback
@@ -62,6 +63,11 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
         callbacks.append(HierarchicalCallback(args.num_plans, args.num_implementations, *templates, length))
     if args.kl_target is not None:
         callbacks.append(AdaptiveKLCallback(args.kl_target, args.kl_horizon))
+    if args.evaluates_held_out:
+        passing = (args.eval_pass_at or (), args.eval_pass_threshold)
+        num_samples = args.num_generations_eval or args.num_generations
+        given = (args.eval_metrics or (), num_samples, args.eval_temperature, *passing, args.eval_patience)
+        callbacks.append(HeldOutCallback(*given))
     if args.task_column is not None:
         callbacks.append(TaskCallback(args.task_column))
     if args.monitor:

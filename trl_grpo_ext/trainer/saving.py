@@ -2,7 +2,9 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,9 @@ from ..host import checkpoints
 from ..host.processes import OtherProcessError, gather_values, together
 from ..host.seams import logged_since_log, loss_since_log, restore_logged, restore_loss
 from ..host.state import check_logged, check_readable, check_rollouts, check_savable, check_state
+from ..observe.evaluation import HeldOutCallback
 from ..plan.planner import Planner
+from . import card
 from .lean import LeanGRPOTrainer
 
 logger = get_logger(__name__)
@@ -127,6 +131,29 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         if self.args.should_save:
             self._write_part(checkpoints.drop_links, self.args.output_dir, "README.md")
         self._write_part(super().create_model_card, *args, **kwargs)
+        if self.args.should_save:
+            self._write_part(self._complete_card)
+
+    def _complete_card(self) -> None:
+        """Add to TRL's card what the run knows of itself."""
+        path = Path(self.args.output_dir, "README.md")
+        if not path.exists():
+            return
+        evaluation = next((c for c in self.grpo_callbacks if isinstance(c, HeldOutCallback)), None)
+        before, after = getattr(evaluation, "before", None), getattr(evaluation, "after", None)
+        sections = {
+            "Reward": card.reward_section(self.reward_funcs, self.reward_func_names, self.reward_weights.tolist()),
+            "Held-out results": card.held_out_section(before, after),
+            "Options that differ from the defaults": card.options_section(self.args),
+            "Command": card.command_section(sys.argv),
+        }
+        if after is not None and card.draw(self.state.log_history, path.with_name(card.PICTURE)):
+            sections["Held-out results"] += f"\n\n![Reward over completions]({card.PICTURE})"
+        name = self.hub_model_id or Path(self.args.output_dir).name
+        asked = None if after is None or not after.questions else after.questions[0]
+        text = path.read_text(encoding="utf-8")
+        text = card.completed(text, sections, name, asked, self.args.max_completion_length)
+        checkpoints.write_whole(path, lambda file: file.write(text.encode()))
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:

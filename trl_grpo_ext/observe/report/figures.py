@@ -118,6 +118,7 @@ class Panel:
     lines: list[Line]
     limits: tuple[float, ...] | None = None
     log: bool = False
+    band: str = "smallest to largest"  # what a band around a line means
     is_extra: bool = False  # a metric without a plot of its own: folded away on the page, and no file
 
     @property
@@ -193,6 +194,7 @@ def panels_of(runs: list[Run]) -> list[Panel]:
     """
     specs = [*_reward_specs(runs), *task_specs(runs), *STATIC, *_time_specs(runs)]
     used = {name for _, _, lines, band, _ in specs for name in (*lines, *(band or ()))} | {"reward", "rollouts/total"}
+    used |= {name for run in runs for name in _told_by_held_out(run)}
     used |= {name for run in runs for task in task_names(run) for name in (f"tasks/{task}/reward_std",)}
     names = list(dict.fromkeys(name for run in runs for name in run.metric_names))
     extras = [name for name in names if name not in used and not name.startswith(("alarms/", "train_", "total_flos"))]
@@ -203,11 +205,51 @@ def panels_of(runs: list[Run]) -> list[Panel]:
             found += [_panel(runs, f"{title}: {label}", unit, {m: label}, None, limits) for m, label in lines.items()]
         else:
             found.append(_panel(runs, title, unit, lines, band, limits))
+    found[1:1] = held_out_panels(runs)
     for name in extras[:60]:
         panel = _panel(runs, one_line(name, 60), "value", {name: name}, None, None)
         panel.is_extra = True
         found.append(panel)
     return [panel for panel in found if panel.lines]
+
+
+def held_out_panels(runs: list[Run]) -> list[Panel]:
+    """A plot for each measure of the held-out evaluations, with the noise of its gain since the start as a band."""
+    found = []
+    measures = list(dict.fromkeys(name for run in runs for name in run.held_out.measures))[:MAX_LINES]
+    for name in measures:
+        lines = []
+        for index, run in enumerate(runs):
+            held_out = run.held_out
+            if len(held_out.steps) < 2 or name not in held_out.measures:
+                continue
+            columns: list[list[float | None]] = [[], [], []]
+            for step in run.column("step"):
+                mean = held_out.mean(int(step or 0), name) if step in held_out.values else None
+                gain = None if mean is None else held_out.gain(name, int(step or 0))
+                noise = None if gain is None or gain.high is None else gain.high - gain.mean
+                points = (mean, *(None if mean is None or noise is None else mean + sign * noise for sign in (-1, 1)))
+                for column, value in zip(columns, points, strict=True):
+                    column.append(value)
+            size = bucket_size(run)
+            mean_, low, high = (_buckets(column, size)[0] for column in columns)
+            label = "held-out" if len(runs) == 1 else run.name
+            has_band = any(value is not None for value in low)
+            lines.append(Line(label, index, index, mean_, *((low, high) if has_band else ())))
+        if lines:
+            band = "twice the standard error of the change since the start"
+            found.append(Panel(f"Held-out {one_line(name, 60)}", "mean over prompts", lines, band=band))
+    return found
+
+
+def _told_by_held_out(run: Run) -> list[str]:
+    """Metrics that the plots of the held-out evaluations, or the table of them, show already."""
+    if len(run.held_out.steps) < 2:
+        return []
+    shown = {f"eval_{name}" for name in run.held_out.measures}
+    shown |= {f"eval_rewards/{name}/mean" for name in run.held_out.measures}
+    ends = ("/gain", "/gain_low", "/gain_high")
+    return [name for name in run.metric_names if name in shown or (name.startswith("eval_") and name.endswith(ends))]
 
 
 def _reward_specs(runs: list[Run]) -> list[Spec]:

@@ -12,6 +12,7 @@ from ...host.checkpoints import write_whole
 from .completions import read_groups
 from .escaping import json_for_html
 from .figures import Axis, Panel, axes_of, panels_of, run_names
+from .held_out import MAX_ANSWERS, answers_of, table_of
 from .pictures import write_pngs
 from .reader import Run, read_run
 from .summary import compare_configurations, configuration, headline, shown
@@ -96,6 +97,7 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
                 "tasks": task_table(run),
                 "alarms": run.alarms[-MAX_ALARMS:][::-1],
                 "alarms_left_out": max(0, len(run.alarms) - MAX_ALARMS),
+                "held_out": held_out_of(run),
                 "columns": columns,
                 "groups": groups,
                 "groups_note": note,
@@ -116,3 +118,30 @@ def page_data(runs: list[Run], axes: list[Axis], panels: list[Panel], max_comple
         "constants": [panel.constant for panel in panels if panel.constant],
         "differences": compare_configurations(*runs) if len(runs) > 1 else [],
     }
+
+
+def held_out_of(run: Run) -> dict[str, Any] | None:
+    """The section on held-out prompts; nothing where there are not two evaluations."""
+    found = run.held_out
+    if len(found.steps) < 2:
+        return None
+    answers = answers_of(found)
+    notes = [f"Evaluated at the steps {_listed(found.steps)}."]
+    if found.kept is not None and found.kept in found.values:
+        notes.append(f"The weights of step {found.kept}, the best, were restored at the end.")
+    if len(answers) == MAX_ANSWERS:
+        notes.append(f"Of the answers, the first {MAX_ANSWERS} are shown.")
+    if found.broken:
+        notes.append(f"{found.broken} lines could not be read and are left out.")
+    return {
+        "first": found.steps[0],
+        "last": found.last,
+        "table": table_of(found),
+        "answers": answers,
+        "note": " ".join(notes),
+    }
+
+
+def _listed(steps: list[int]) -> str:
+    texts = [str(step) for step in (steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]])]
+    return ", ".join(texts[:6] + (["…"] if len(steps) > 12 else []) + texts[6:])

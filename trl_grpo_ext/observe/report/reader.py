@@ -13,6 +13,7 @@ from typing import Any
 from ..record import ALARMS, FOLDER, MAX_STEP, METRICS, RUN, is_number, is_own_file, read_alarms, read_lines, read_whole
 from .entry import Entry, Places
 from .escaping import one_line
+from .held_out import HeldOutRun, read_held_out
 
 MAX_TIME = 1e11  # seconds since 1970: the year 5138
 
@@ -61,6 +62,11 @@ class Run:
     def max_steps(self) -> int | None:
         value = self.info.get("max_steps")
         return value if isinstance(value, int) and 0 < value < MAX_STEP else None
+
+    @functools.cached_property
+    def held_out(self) -> HeldOutRun:
+        """The held-out evaluations, as far as answers were recorded."""
+        return read_held_out(self.folder)
 
     @functools.cached_property
     def metric_names(self) -> list[str]:

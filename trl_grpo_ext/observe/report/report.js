@@ -131,7 +131,7 @@ class Plot {
     });
     this.where = make("li", { className: "quiet" });
     const banded = panel.lines.some((line) => line.low);
-    this.hint = banded ? "last values; band: smallest to largest" : "last values";
+    this.hint = banded ? `last values; band: ${panel.band}` : "last values";
     this.legend.append(this.where);
     this.svg.addEventListener("pointermove", (event) => this.point(event.offsetX));
     this.svg.addEventListener("pointerleave", () => this.read(null));
@@ -303,6 +303,57 @@ function alarms() {
   }
 }
 
+// Held-out prompts
+
+function heldOut() {
+  const box = byId("held-out").querySelector("div");
+  for (const run of data.runs.filter((each) => each.held_out)) {
+    const { first, last, table: rows, answers, note } = run.held_out;
+    byId("held-out").hidden = false;
+    if (data.runs.length > 1) box.append(make("h3", { textContent: run.name }));
+    const signed = (v) => (v > 0 ? `+${show(v)}` : show(v));
+    const shown = rows.map(([name, before, after, change, noise, count, verdict]) => [
+      name, before, after, signed(change), noise === null ? "–" : `± ${show(noise)}`, count, verdict,
+    ]);
+    const heads = ["Measure", `Step ${first}`, `Step ${last}`, "Change", "Noise", "Prompts", "Verdict"];
+    box.append(table(heads, shown, (i) => i > 0 && i < 6));
+    const told = "Noise is twice the standard error of the change, each prompt compared with itself.";
+    box.append(make("p", { className: "quiet", textContent: `${note} ${told}` }));
+    if (answers.length) box.append(pairs(answers, first, last));
+  }
+}
+
+function pairs(answers, first, last) {
+  const gain = (a) => (a[2] === null || a[4] === null ? 0 : a[4] - a[2]);
+  const orders = { "as in the dataset": () => 0, "largest gain": (a, b) => gain(b) - gain(a), "largest loss": (a, b) => gain(a) - gain(b) };
+  const select = make("select", {}, ...Object.keys(orders).map((name) => make("option", { value: name, textContent: name })));
+  const list = make("div"), more = make("button", { type: "button", textContent: "Show more" });
+  let limit = 10;
+  const update = () => {
+    const found = [...answers].sort(orders[select.value]);
+    list.replaceChildren(...found.slice(0, limit).map((answer) => pair(answer, gain(answer), first, last)));
+    more.hidden = found.length <= limit;
+  };
+  select.addEventListener("input", () => { limit = 10; update(); });
+  more.addEventListener("click", () => { limit += PAGE; update(); });
+  update();
+  const controls = make("p", { className: "controls" }, make("label", {}, "Answers, sorted by ", select));
+  return make("div", {}, controls, list, more);
+}
+
+function pair([question, before, valueBefore, after, valueAfter], gain, first, last) {
+  const what = make("span", { className: "what", textContent: question });
+  const numbers = `reward ${show(valueBefore)} → ${show(valueAfter)}`;
+  const badge = make("span", { className: `badge ${gain > 0 ? "good" : gain < 0 ? "bad" : ""}`, textContent: gain > 0 ? "better" : gain < 0 ? "worse" : "same" });
+  const node = make("details", { className: "group card" }, make("summary", {}, what, make("span", { className: "quiet", textContent: numbers }), badge));
+  node.addEventListener("toggle", () => {
+    if (!node.open || node.childElementCount > 1) return;
+    const side = (step, text) => make("div", {}, make("h3", { textContent: `Step ${step}` }), make("div", { className: "text", textContent: text }));
+    node.append(make("pre", { textContent: question }), make("div", { className: "sides" }, side(first, before), side(last, after)));
+  });
+  return node;
+}
+
 // Groups
 
 const PAGE = 30;
@@ -392,6 +443,7 @@ function configuration() {
 headline();
 tasks();
 plots();
+heldOut();
 alarms();
 groups();
 configuration();

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..paired import NOISE, Difference, paired
 from ..secrets import without_secrets
 from .completions import scores_of
 from .escaping import one_line
+from .held_out import TOTAL
 from .reader import Run, average, duration, number, seconds_between_logs, state_of
 
 MAX_SHOWN = 4000  # characters of an option
-NOISE = 2.0  # a difference counts when it is this many times its standard error
-FEW_PROMPTS = 20  # with fewer, a standard error says little
 
 
 def change(values: list[float]) -> tuple[float, float, float]:
@@ -87,35 +87,42 @@ def held_out_change(run: Run) -> tuple[str, str] | None:
     """
     Whether the reward on held-out prompts moved by more than its noise; `None` for less than two evaluations.
 
-    Prompts are compared with themselves where the tables of both evaluations hold them. Otherwise the noise comes from
-    the spread of the rewards, which makes it larger than it is.
+    Prompts are compared with themselves where `held_out.jsonl`, or the tables of both evaluations, hold them. Otherwise
+    the noise comes from the spread of the rewards, which makes it larger than it is.
     """
+    if len(run.held_out.steps) > 1 and TOTAL in run.held_out.measures:
+        first, last = (run.held_out.mean(step, TOTAL) for step in (run.held_out.steps[0], run.held_out.last))
+        if first is not None and last is not None:
+            tone, sentence = _told(first, last, run.held_out.gain(TOTAL), "each compared with itself")
+            is_earlier = run.held_out.last < run.held_out.steps[-1]
+            kept = f" These are the weights of step {run.held_out.last}, which were restored." if is_earlier else ""
+            return tone, sentence + kept
     entries = [entry for entry in run.metrics if entry.get("eval_reward") is not None]
     if len(entries) < 2:
         return None
-    first, last = entries[0], entries[-1]
-    told = f"from {number(first['eval_reward'])} to {number(last['eval_reward'])}"
-    before, after = (scores_of(run, entry["step"]) for entry in (first, last))
-    common = [prompt for prompt in before if prompt in after]
-    if before and len(common) == len(before) == len(after):
-        gains = [after[prompt] - before[prompt] for prompt in common]
-        count, moved = len(gains), average(gains)
-        error = math.sqrt(sum((gain - moved) * (gain - moved) for gain in gains) / max(1, count - 1) / count)
-        how = "each compared with itself"
-    else:
-        count, moved = _num_prompts(last), last["eval_reward"] - first["eval_reward"]
-        spread = [entry.get("eval_reward_std") for entry in (first, last)]
-        error = math.hypot(*(value or 0.0 for value in spread)) / math.sqrt(max(1, count))
-        how = "by the spread of their rewards"
-    if count < FEW_PROMPTS:
-        which = f"{count} prompts are too few" if count else "the number of prompts is unknown: too little"
+    before, after = (scores_of(run, entry["step"]) for entry in (entries[0], entries[-1]))
+    values = (entries[0]["eval_reward"], entries[-1]["eval_reward"])
+    if before and before.keys() == after.keys():
+        numbers = dict(enumerate(before.values())), dict(enumerate(after[prompt] for prompt in before))
+        return _told(*values, paired(*numbers), "each compared with itself")
+    spread = [entry.get("eval_reward_std") for entry in (entries[0], entries[-1])]
+    count = _num_prompts(entries[-1]) if None not in spread else 0
+    error = math.hypot(*(value or 0.0 for value in spread)) / math.sqrt(max(1, count))
+    return _told(*values, Difference(values[1] - values[0], error, count), "by the spread of their rewards")
+
+
+def _told(first: float, last: float, gain: Difference, how: str) -> tuple[str, str]:
+    """Tone and sentence for a gain in the held-out reward."""
+    told = f"from {number(first)} to {number(last)}"
+    if gain.direction == "few":
+        few = f"{gain.count} prompts are too few"
+        which = few if gain.count else "the number of prompts is unknown: too little"
         return "neutral", f"The held-out reward went {told}, and {which} to say whether that is more than noise."
-    direction = direction_of(moved, error)
-    if direction == "flat":
-        return "neutral", f"The held-out reward stayed within its noise ({told} on {count} prompts, {how})."
-    word, tone = ("risen", "good") if direction == "up" else ("fallen", "bad")
-    noise = number(NOISE * error)
-    return tone, f"The held-out reward has {word} {told} (± {noise} on {count} prompts, {how})."
+    if gain.direction == "flat":
+        return "neutral", f"The held-out reward stayed within its noise ({told} on {gain.count} prompts, {how})."
+    word, tone = ("risen", "good") if gain.direction == "up" else ("fallen", "bad")
+    noise = number(NOISE * gain.error)
+    return tone, f"The held-out reward has {word} {told} (± {noise} on {gain.count} prompts, {how})."
 
 
 def _num_prompts(entry: Mapping[str, Any]) -> int:
@@ -166,10 +173,12 @@ def headline(run: Run, now: float | None = None) -> dict[str, Any]:
         numbers.append(
             ["Reward now", number(last), f"{_signed(last - first)} since the start (± {number(NOISE * error)})"]
         )
+    held_out = run.held_out
     for label, name in (("Held-out reward", "eval_reward"), ("KL to the reference", "kl")):
         values = _present(run, name)
         if values:
-            numbers.append([label, number(values[-1]), f"at first {number(values[0])}"])
+            now_ = held_out.mean(held_out.last, TOTAL) if name == "eval_reward" and held_out.values else values[-1]
+            numbers.append([label, number(values[-1] if now_ is None else now_), f"at first {number(values[0])}"])
     informative = _present(run, "rollouts/informative")
     flat = _present(run, "frac_reward_zero_std")
     if informative or flat:

@@ -1,8 +1,9 @@
 """What a report says of each task of a run: a table, and the plots in which tasks are lines."""
 
+from ..paired import NOISE
 from .escaping import one_line
 from .reader import Run, number
-from .summary import NOISE, change, direction_of
+from .summary import change, direction_of
 
 MAX_TASKS = 12  # in the table and in a plot
 APART = 10.0  # rewards of tasks that are so many times larger than those of others have plots of their own
