@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from checked_run import check_of, likes_vowels, save_ending_model, two_ranks, vowels
+from chromium import BROWSER, Page
 from datasets import Dataset
 from kit import (
     NAN,
@@ -497,6 +498,21 @@ def test_text_of_others_is_shown_and_not_obeyed(ending, tmp_path, capsys):
     assert "&lt;script&gt;" in page
     print_page(result.measured, result.findings)
     assert "\x1b[2J" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_as_wide_as_its_window(check, tmp_path, width):
+    reward = [
+        likes_vowels,
+        as_reward(constant(1.0)).named("a_reward_whose_name_is_longer_than_a_narrow_window_is_wide"),
+    ]
+    result = check(reward=reward, output=tmp_path, num_prompts=2)
+    with Page(width=width) as page:
+        page.open(result.page)
+        assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.run("getComputedStyle(document.querySelector('.card')).borderLeftWidth") == "4px"
+        assert page.named("Log.entryAdded") == []
 
 
 def test_references_are_found_in_many_forms():

@@ -53,13 +53,8 @@ def facts_of(measured: Measured) -> list[tuple[str, str]]:
         pulled = sum(reach.num_pulled for reach in measured.update.parameters)
         moved = sum(reach.num_moved for reach in measured.update.parameters) / max(1, pulled)
         made_up = ", with made-up advantages" if measured.update.is_stand_in else ""
-        total = len(measured.update.parameters)
-        facts.append(
-            (
-                "Gradient reaches",
-                f"{reached} of {total} trained parameters; an update moves {percent(moved)} of their weights{made_up}",
-            )
-        )
+        gradient = f"{reached} of {len(measured.update.parameters)} trained parameters{made_up}"
+        facts.append(("Gradient reaches", f"{gradient}; an update moves {percent(moved)} of the weights with one"))
     if plan is not None:
         facts.append(("A step", f"{plan.prompts:g} prompts, {plan.rollouts} rollouts"))
         if plan.steps_per_epoch is not None:
@@ -157,7 +152,12 @@ def print_page(measured: Measured, found: list[Finding], console: Console | None
     console.print(Text(verdict_of(found), style="bold"))
     for finding in found:
         line = Text(f"{WORDS[finding.level]}: {finding.name}", style=STYLES[finding.level])
-        line.append(Text(f": {one_line(finding.what, 600)}. {one_line(finding.remedy, 400)}", style="not bold default"))
+        line.append(
+            Text(
+                f": {one_line(finding.what, 600)}. {_sentence(one_line(finding.remedy, 400))}.",
+                style="not bold default",
+            )
+        )
         console.print(line)
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts_of(measured):
@@ -196,7 +196,7 @@ def render(measured: Measured, found: list[Finding]) -> str:
     for finding in found:
         parts.append(
             f'<section class="card {finding.level}"><h2>{_e(WORDS[finding.level])}: {_e(finding.name)}</h2>'
-            f"<p>{_e(finding.what)}.</p><p><b>What to do:</b> {_e(finding.remedy)}.</p></section>"
+            f"<p>{_e(_sentence(finding.what))}.</p><p><b>What to do:</b> {_e(finding.remedy)}.</p></section>"
         )
     facts = "".join(f"<div><dt>{_e(name)}</dt><dd>{_e(value)}</dd></div>" for name, value in facts_of(measured))
     parts.append(f'<h2>Numbers</h2><dl class="facts">{facts}</dl>')
@@ -216,6 +216,10 @@ def render(measured: Measured, found: list[Finding]) -> str:
         '<meta name="color-scheme" content="light dark"><title>Check before training</title>'
         f"<style>{style}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _e(text: str) -> str:
