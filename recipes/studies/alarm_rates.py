@@ -1,10 +1,10 @@
 """
 How often is an alarm wrong, and how often is an illness missed? Counted on hundreds of simulated runs.
 
-    python recipes/studies/alarm_rates.py            # 1100 runs of 120 logs, a minute
+    python recipes/studies/alarm_rates.py            # 1200 runs of 120 logs, a minute
     python recipes/studies/alarm_rates.py --runs 5   # only to see that it runs
 
-Healthy runs come in eleven shapes, each of which has something that looks like an illness: a component that is met ever
+Healthy runs come in twelve shapes, each of which has something that looks like an illness: a component that is met ever
 more often until it is always met, gradient norms with heavy tails, answers that get shorter or longer. A sick run is a
 healthy one that falls ill on the way. A share of healthy runs in which an alarm is raised is its false-alarm rate; the
 share of sick runs in which the right alarm is raised is its detection rate. Both tables go to `output_dir`.
@@ -70,6 +70,18 @@ def learning(rng: Generator) -> Series:
         "advantage/abs_mean": rng.uniform(0.5, 0.8, n),
         "clip_ratio/region_mean": rng.uniform(0, 0.05, n),
         "updates/without_effect": np.zeros(n),
+        **sampled_by_vllm(rng.spawn(1)[0]),
+    }
+
+
+def sampled_by_vllm(rng: Generator) -> Series:
+    """Log-probabilities of an engine in half precision: they differ a little, by more as the policy sharpens."""
+    level = np.exp(rng.normal(np.log(0.01), 0.5))
+    return {
+        "sampling/sampling_logp_difference/mean": level
+        * rise(rng, 1, rng.uniform(0.7, 2))
+        * np.exp(rng.normal(0, rng.uniform(0.05, 0.3), STEPS)),
+        "sampling/importance_sampling_ratio/mean": 1 - rng.uniform(0, 0.2) + rng.normal(0, 0.05, STEPS),
     }
 
 
@@ -190,6 +202,14 @@ def small_tasks(rng: Generator) -> Series:
     return several_tasks(rng, rows=16)
 
 
+def dropout(rng: Generator) -> Series:
+    """An adapter with dropout, which vLLM does not have: they differ from the first update on."""
+    run = learning(rng)
+    grown = rng.uniform(0.01, 0.06) * (1 - np.exp(-np.arange(STEPS) / rng.uniform(10, 80)))
+    run["sampling/sampling_logp_difference/mean"] = 1e-5 + grown * np.exp(rng.normal(0, 0.2, STEPS))
+    return run
+
+
 HEALTHY: dict[str, Callable[[Generator], Series]] = {
     "learning": learning,
     "components that saturate": saturating,
@@ -202,6 +222,7 @@ HEALTHY: dict[str, Callable[[Generator], Series]] = {
     "groups of one": groups_of_one,
     "several tasks": several_tasks,
     "several small tasks": small_tasks,
+    "dropout": dropout,
 }
 
 # Sick runs: the metrics from the log on at which the illness begins. `t` counts logs since then.
@@ -254,6 +275,18 @@ def falling_task(rng: Generator, run: Series, t: Array) -> Series:
     return {"tasks/0/reward": run["tasks/0/reward"][-len(t) :] - scale * fall, "reward": reward}
 
 
+def stale(rng: Generator, run: Series, t: Array) -> Series:
+    """What vLLM samples is the policy's of long ago, from which the policy moves away, fast first."""
+    gap = rng.uniform(0.3, 1.5) * (t + 1) ** rng.uniform(0.5, 1) / STEPS ** rng.uniform(0.5, 0.7)
+    return {"sampling/sampling_logp_difference/mean": gap * np.exp(rng.normal(0, rng.uniform(0.05, 0.2), len(t)))}
+
+
+def cut(rng: Generator, run: Series, t: Array) -> Series:
+    """Ratios that are masked beyond their cap, or stay at it."""
+    ratio = rng.uniform(0, 0.4) if rng.random() < 0.7 else rng.uniform(1.7, 3)
+    return {"sampling/importance_sampling_ratio/mean": np.maximum(0, ratio + rng.normal(0, 0.03, len(t)))}
+
+
 SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "all_correct": lambda rng, run, t: {"rollouts/flat_high": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
     "all_wrong": lambda rng, run, t: {"rollouts/flat_low": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 8)},
@@ -274,6 +307,11 @@ SICK: dict[str, Callable[[Generator, Series, Array], Series]] = {
     "truncated_task": lambda rng, run, t: {
         "tasks/0/truncated": share_of(rng, np.full(len(t), rng.uniform(0.8, 1)), 16)
     },
+    "sampling_mismatch": lambda rng, run, t: {
+        "sampling/sampling_logp_difference/mean": rng.uniform(0.15, 3) * np.exp(rng.normal(0, 0.1, len(t)))
+    },
+    "sampling_ratios": cut,
+    "stale_engine": stale,
 }
 
 

@@ -21,8 +21,10 @@ from trl_grpo_ext.observe.readings import (
     REST,
     History,
     Reading,
+    away_from,
     collapse,
     constant_rewards,
+    growth,
     level,
     off_centre,
     outburst,
@@ -32,6 +34,7 @@ from trl_grpo_ext.observe.readings import (
 
 NAN = math.nan
 ONSET = 40  # log at which the illness begins
+GAP = "sampling/sampling_logp_difference/mean"
 
 # A real run: 120 steps of the tiny model of recipes/studies/skills.py on `translate`, with kl_target=0.1.
 RECORDED = [json.loads(line) for line in (Path(__file__).parent / "data" / "healthy.jsonl").read_text().splitlines()]
@@ -39,7 +42,7 @@ RECORDED = [json.loads(line) for line in (Path(__file__).parent / "data" / "heal
 
 def flagship(steps: int = 80, seed: int = 0) -> list[dict]:
     """Numbers such as recipes/helpful.py logs, but with room for answers to end: continuous rewards, no KL."""
-    rng = random.Random(seed)
+    rng, of_vllm = random.Random(seed), random.Random(seed + 100)
     return [
         {
             "loss": rng.gauss(0, 0.02),
@@ -59,6 +62,8 @@ def flagship(steps: int = 80, seed: int = 0) -> list[dict]:
             "advantage/mean": rng.gauss(0, 1e-8),
             "advantage/abs_mean": 0.7,
             "clip_ratio/region_mean": 0.0,
+            "sampling/sampling_logp_difference/mean": 0.005 * math.exp(of_vllm.gauss(0, 0.2)),
+            "sampling/importance_sampling_ratio/mean": of_vllm.gauss(1, 0.02),
         }
         for step in range(steps)
     ]
@@ -103,6 +108,9 @@ ILL = {
     "dead_reward": lambda i, log: {"rewards/helpfulness/mean": 0.0, "rewards/helpfulness/std": 0.0},
     "advantage_bias": lambda i, log: {"advantage/mean": -0.2},
     "nothing_trained": lambda i, log: {"updates/without_effect": i + 1.0},
+    "sampling_mismatch": lambda i, log: {GAP: 0.4},
+    "sampling_ratios": lambda i, log: {"sampling/importance_sampling_ratio/mean": 0.2},
+    "stale_engine": lambda i, log: {GAP: 0.005 + 0.0024 * i},
 }
 
 
@@ -115,21 +123,26 @@ def ill_run(name: str, healthy: list[dict]) -> list[dict]:
 def test_an_ill_run_raises_its_alarm_and_no_other(name, base):
     if (name, base) == ("kl_spike", "flagship"):
         pytest.skip("beta is 0 there, so there is no KL")
+    if (name, base) == ("stale_engine", "recorded"):
+        pytest.skip("transformers sampled there, so there is no start to grow from")
     alarm = next(alarm for alarm in make_alarms() if alarm.name == name)
     events = run(ill_run(name, HEALTHY[base]))
     assert {event[1] for event in events} == {name}
     (first, *_) = events
     assert first[2] == "raised"
-    delay = {"dead_reward": 2 * REST - 1, "reward_hacking": 30, "nothing_trained": 1}.get(name, alarm.patience - 1)
+    delay = {"dead_reward": 2 * REST - 1, "reward_hacking": 30, "nothing_trained": 1, "stale_engine": 38}.get(
+        name, alarm.patience - 1
+    )
     assert ONSET + alarm.patience - 1 <= first[0] <= ONSET + delay
     # Said once, and not at each log.
     assert len(events) <= 3
 
 
-def test_every_alarm_of_the_configuration_is_made_and_tried_here():
+def test_every_alarm_of_the_configuration_is_made_and_tried():
     names = tuple(alarm.name for alarm in make_alarms())
     assert names == ALARMS
-    assert set(ILL) == set(names)
+    of_tasks = {name for name in names if name.endswith("_task")}  # which `test_task_views.py` tries
+    assert set(ILL) | of_tasks == set(names)
 
 
 def test_lines_name_evidence_cause_and_remedy():
@@ -323,6 +336,41 @@ def test_a_baseline_below_the_rewards_is_no_bias():
     assert read({**logs, "baseline/mean": 0.8}, History()).value == 0.0
 
 
+def test_away_from_by_hand():
+    read = away_from("x", 1.0)
+    assert read({"x": 0.25}, History()) == Reading(0.75, "x is 0.25 where 1 is expected")
+    assert read({"x": 1.5}, History()).value == 0.5
+    assert read({"x": NAN}, History()) is None
+    assert read({}, History()) is None
+
+
+def test_growth_by_hand():
+    read = growth("x", times=3.0)
+    line = [0.01 * (i + 1) for i in range(21)]
+    # Medians of seven: 0.04, 0.11, 0.18. The start is the median of the first three, 0.02.
+    grown = read({"x": line[-1]}, history_of(x=line[:-1]))
+    assert grown.value == pytest.approx(0.18)
+    assert grown.evidence == "x grew from 0.02 to 0.18, and grows on"
+    assert read({"x": line[-1]}, history_of(x=line[1:-1])) is None  # too few logs
+    assert read({"x": NAN}, history_of(x=line)) is None
+    calm = Reading(0.0, "x is 0.21 and does not grow")
+    assert read({"x": 0.21, "grad_norm": 0.0}, history_of(x=line[:-1])) == calm
+    assert read({"x": 0.21, "updates/without_effect": 2.0}, history_of(x=line[:-1])) == calm
+    assert read({"x": 0.21}, history_of(x=[0.1, 0.1, 0.1] + [0.0] * 17 + line[:-1])) == calm  # not three times 0.1
+    assert read({"x": 0.21}, history_of(x=[0.01] * 14 + [0.21] * 6)) == calm  # a jump
+    assert read({"x": 0.21}, history_of(x=[0.01] * 7 + [0.21] * 13)) == calm
+
+
+@given(st.integers(0, 40), st.floats(1.0, 1e3), st.integers(0, 1000))
+def test_a_jump_is_no_growth(place, factor, seed):
+    rng, history, read = random.Random(seed), History(), growth("x", times=3.0)
+    for step in range(60):
+        log = {"x": 0.01 * (factor if step >= place + 10 else 1.0) * rng.uniform(0.97, 1.03)}
+        reading = read(log, history)
+        assert reading is None or reading.value == 0.0
+        history.append(log)
+
+
 def test_rounding_is_no_usual_spread():
     (read,) = (alarm.measure for alarm in make_alarms() if alarm.name == "reward_std_spike")
     assert read({"reward_std": 0.3}, history_of(reward_std=[7.7e-9] * 20)) is None
@@ -371,7 +419,7 @@ def test_false_alarms_are_rare_and_illnesses_are_found():
         assert sum(rates[shape][name] for shape in rates) / len(rates) <= 0.05, name
         assert max(rates[shape][name] for shape in rates) <= 0.25, name
     for name, (share, delay) in alarm_rates.detections(runs=10, seed=5).items():
-        assert share >= 0.9, name
+        assert share >= (0.7 if name == "falling_task" else 0.9), name  # 92 of a hundred
         assert delay <= 30, name
 
 

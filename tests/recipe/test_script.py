@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 from kit import ROOT, config_kwargs
 
 from trl_grpo_ext import AdaptiveGRPOConfig
@@ -29,6 +30,12 @@ def test_a_configuration_is_named_in_both_forms(form, monkeypatch, tmp_path):
     _, args, model_args = parse(monkeypatch, *flags, "--learning_rate=0.5")
     assert (args.max_steps, args.learning_rate, model_args.model_name_or_path) == (77, 0.5, "mine")
     assert parse(monkeypatch)[1].max_steps != 77
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_vllm_gets_a_share_of_a_machine_without_a_gpu(monkeypatch):
+    assert parse(monkeypatch)[1].vllm_gpu_memory_utilization == 0.1
+    assert parse(monkeypatch, "--vllm_gpu_memory_utilization", "0.2")[1].vllm_gpu_memory_utilization == 0.2
 
 
 @pytest.mark.parametrize(

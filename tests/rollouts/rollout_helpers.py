@@ -84,3 +84,24 @@ def use_vllm(trainer, monkeypatch, engine=None):
     for name, value in options.items():
         monkeypatch.setattr(trainer, name, value, raising=False)
     return engine
+
+
+class TrueVLLM:
+    """Samples tokens at random, and tells the log-probabilities that a model gives them: the policy, or another one."""
+
+    def __init__(self, trainer, model=None, shift=0.0):
+        self.trainer, self.model, self.shift = trainer, model, shift
+        self.generator = torch.Generator().manual_seed(0)
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler):
+        ids = [torch.randint(20, 60, (5,), generator=self.generator).tolist() for _ in prompts]
+        return prompts, ids, [self.logprobs(*pair) for pair in zip(prompts, ids, strict=True)], None
+
+    @torch.no_grad()
+    def logprobs(self, prompt, ids):
+        model = self.model or self.trainer.model
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        return (logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]) + self.shift).tolist()

@@ -9,7 +9,7 @@ import pytest
 import requests
 from datasets import Dataset
 from kit import args_of, logs_of, serving
-from rollout_helpers import use_vllm, user
+from rollout_helpers import TrueVLLM, use_vllm, user
 
 from trl_grpo_ext.rollouts.limits import length_of_server, longest_conversation
 
@@ -83,7 +83,7 @@ def test_rows_without_room_are_in_no_metric_of_sampling(options, mode, monkeypat
         options = {**options, "plan_template": "plan {prompt}", "implementation_template": "do it"}
     options = {**options, "num_generations": 2, "max_conversation_length": 112 if is_tree else 80, "max_steps": 3}
     trainer = make_trainer(dataset=dataset, vllm_importance_sampling_mode=mode, **options)
-    use_vllm(trainer, monkeypatch)
+    use_vllm(trainer, monkeypatch, TrueVLLM(trainer))
     trainer.train()
     scored = [answer.is_scored for rows, _ in trainer.seen for row in rows for answer in row.answers if not is_tree]
     assert is_tree or set(scored) == {False, True}

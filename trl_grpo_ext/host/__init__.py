@@ -9,6 +9,7 @@ Modules:
     sources: where models come from
     calls: what kind of function a user passed
     nearest: what was meant by a word that is not known
+    engine: vLLM beside the training, on a machine without a GPU
 
 To add a seam, put the method and its parameters into `SEAMS` of `seams.py`. A private attribute gets a small function
 there. Then pin either of them in `tests/host/test_contract.py`: importing this package on a TRL that lacks a seam gives

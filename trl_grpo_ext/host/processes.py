@@ -4,6 +4,7 @@ A process that fails still takes part in the collective to which the others come
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -146,9 +147,13 @@ def leave() -> None:
 
     The threads of gloo need Python's lock to free the tensors that they gathered last. A process that ends at once
     holds this lock while it waits for them, and hangs or aborts (seen with torch 2.13). So the threads get a second.
+    vLLM in the process has groups of its own, which end before the one that they are part of.
     """
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
         time.sleep(1)
+    if (vllm := sys.modules.get("vllm.distributed.parallel_state")) is not None:
+        vllm.destroy_model_parallel()
+        vllm.destroy_distributed_environment()
     state.destroy_process_group()

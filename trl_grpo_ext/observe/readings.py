@@ -12,6 +12,7 @@ FIRST = 10  # logs that make up the start of a run, for what is compared with th
 RECENT = 20  # logs before the current one, for what is compared with the recent past
 MOVES = 6  # values that are kept of a metric's way to where it rests
 HIDDEN = 0.2  # by how much a share of a task is worse than that of the run, where the mean hides it
+WINDOW = 7  # logs of each of the three medians that tell whether a metric grows
 REST = 5  # logs with one and the same value after which a metric that never had another counts as constant
 
 
@@ -249,6 +250,42 @@ def off_centre(mean: str, spread: str) -> Measure:
         if is_finite(baseline) and is_finite(reward) and reward - baseline > 0.1 * (std if is_finite(std) else 0.0):
             return Reading(0.0, f"{mean} is {value:.3g} with a baseline below the rewards")
         return Reading(abs(value) / size, f"{mean} is {value:.3g} where {spread} is {size:.3g}")
+
+    return measure
+
+
+def away_from(metric: str, expected: float) -> Measure:
+    """How far the metric is from the value that it has by construction."""
+
+    def measure(logs: Logs, history: History) -> Reading | None:
+        value = logs.get(metric)
+        if not is_finite(value):
+            return None
+        return Reading(abs(value - expected), f"{metric} is {value:.3g} where {expected:.3g} is expected")
+
+    return measure
+
+
+def growth(metric: str, times: float) -> Measure:
+    """
+    The recent median of a metric that has grown for 21 logs, `times` its start or more, while weights are trained.
+
+    It grows where the medians of three times seven logs rise, each to between 1.1 and 5 times the one before. So a jump
+    is no growth, and noise hardly ever. In a log without a gradient, a metric that grows has another reason.
+    """
+
+    def measure(logs: Logs, history: History) -> Reading | None:
+        value, recent = logs.get(metric), history.recent.get(metric, [])
+        if not is_finite(value) or len(recent) < 3 * WINDOW - 1:
+            return None
+        values = [*recent, value][-3 * WINDOW :]
+        early, middle, late = (median(values[start : start + WINDOW]) for start in range(0, 3 * WINDOW, WINDOW))
+        start = median(history.first[metric][:3])
+        grows = all(1.1 * before < after < 5 * before for before, after in ((early, middle), (middle, late)))
+        is_trained = logs.get("grad_norm") != 0 and not logs.get("updates/without_effect")
+        if grows and is_trained and late > times * start:
+            return Reading(late, f"{metric} grew from {start:.2g} to {late:.2g}, and grows on")
+        return Reading(0.0, f"{metric} is {value:.3g} and does not grow")
 
     return measure
 

@@ -33,6 +33,7 @@ from trl import GRPOTrainer, ModelConfig
 
 from ..config import AdaptiveGRPOConfig
 from ..hooks import GRPOCallback, RolloutBatch
+from ..host.engine import engine_for_cpu, one_engine
 from ..host.processes import leave
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .flags import FlagParser
@@ -136,7 +137,8 @@ class Check:
         if self.is_main and not model_args.model_name_or_path:
             tokenizer = tiny_tokenizer(["<eos>", *map(chr, range(32, 127))])
             tokenizer.save_pretrained(self.source)
-            tiny_model(tokenizer, max_position_embeddings=2048).save_pretrained(self.source)
+            # Heads of 32: vLLM on a CPU has kernels for no smaller ones.
+            tiny_model(tokenizer, hidden_size=128, max_position_embeddings=2048).save_pretrained(self.source)
         PartialState().wait_for_everyone()
         self.init = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
 
@@ -193,8 +195,9 @@ def run(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> 
     """Run the checks, and return the exit code: 1 where one failed."""
     logging.disable_progress_bar()
     check = Check(options, args, model_args)
-    for name in options.checks:
-        getattr(check, name)()
+    with engine_for_cpu(args), one_engine():
+        for name in options.checks:
+            getattr(check, name)()
     if check.is_main:
         print(f"{check.failed} failed" if check.failed else "all ok")
     leave()
@@ -220,6 +223,7 @@ def main(flags: Sequence[str] | None = None) -> int:
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        vllm_gpu_memory_utilization=0.3 if torch.cuda.is_available() else 0.1,
     )
     return run(*parser.parse(flags))
 

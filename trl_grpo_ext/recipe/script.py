@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import AdaptiveGRPOConfig
+from ..host.engine import engine_for_cpu
 from ..host.processes import leave
 from ..host.sources import resolve_model
 from ..observe.evaluation import HeldOutCallback
@@ -118,8 +119,10 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
 def recipe_parser(arguments: type, script: str, **options: Any) -> FlagParser:
     """The parser of a recipe; `options` as in [`~argparse.ArgumentParser`]."""
     parser = FlagParser((arguments, AdaptiveGRPOConfig, ModelConfig), config_of(script), **options)
-    # Without a GPU: TRL trains in bfloat16 by default, which most CPUs only emulate, and there is no memory to pin.
-    parser.set_defaults_with_config(bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available())
+    if not torch.cuda.is_available():
+        # TRL trains in bfloat16 by default, which most CPUs only emulate; there is no memory to pin; and the share of
+        # vLLM is one of the machine's memory.
+        parser.set_defaults_with_config(bf16=False, dataloader_pin_memory=False, vllm_gpu_memory_utilization=0.1)
     return parser
 
 
@@ -185,16 +188,17 @@ def make_trainer(
     whole = as_one_reward(rewards, training_args.reward_weights)
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
-    trainer = AdaptiveGRPOTrainer(
-        model=source.path,
-        reward_funcs=rewards,
-        args=training_args,
-        train_dataset=prompts["train"],
-        eval_dataset=prompts["test"],
-        callbacks=[] if training_args.evaluates_held_out else [HeldOutCallback(batch_size=BATCH_SIZE)],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    with engine_for_cpu(training_args):
+        trainer = AdaptiveGRPOTrainer(
+            model=source.path,
+            reward_funcs=rewards,
+            args=training_args,
+            train_dataset=prompts["train"],
+            eval_dataset=prompts["test"],
+            callbacks=[] if training_args.evaluates_held_out else [HeldOutCallback(batch_size=BATCH_SIZE)],
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
     if source.path != model_args.model_name_or_path:
         set_base_model(trainer, model_args.model_name_or_path)
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
