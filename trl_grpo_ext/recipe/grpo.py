@@ -101,8 +101,8 @@ def parsed_by(parser: FlagParser, flags: Sequence[str] | None) -> list[Any]:
     return parsed
 
 
-def train(parser: FlagParser, parsed: Sequence[Any], trainer: type[AdaptiveGRPOTrainer] = ScriptTrainer) -> None:
-    """Run TRL's script with its four dataclasses, and a trainer of this class."""
+def train(parser: FlagParser, parsed: Sequence[Any], trainer: type[AdaptiveGRPOTrainer] | None = None) -> None:
+    """Run TRL's script with its four dataclasses, and a trainer of this class, by default [`ScriptTrainer`]."""
     script_args, training_args, *others = parsed
     with parser.in_one_line():
         check(script_args, training_args, *others)
@@ -122,12 +122,12 @@ def train(parser: FlagParser, parsed: Sequence[Any], trainer: type[AdaptiveGRPOT
 
 
 @contextmanager
-def trainer_of_ours(trainer: type[AdaptiveGRPOTrainer] = ScriptTrainer) -> Iterator[None]:
+def trainer_of_ours(trainer: type[AdaptiveGRPOTrainer] | None = None) -> Iterator[None]:
     """TRL's script, which imports its trainer when it is called, gets ours."""
     if "GRPOTrainer" not in stock.main.__code__.co_names or hasattr(stock, "GRPOTrainer"):
         raise ImportError(f"trl_grpo_ext cannot pass its trainer to the GRPO script of TRL {trl.__version__}")
     theirs = trl.GRPOTrainer
-    trl.GRPOTrainer = trainer
+    trl.GRPOTrainer = trainer or ScriptTrainer
     try:
         yield
     finally:
