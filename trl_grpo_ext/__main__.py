@@ -12,7 +12,8 @@ PROG = "trl-grpo-ext"
 COMMANDS = {
     "grpo": ("trl_grpo_ext.recipe.grpo:main", "train as `trl grpo` does: its flags and YAML, and all of this package"),
     "recipe": ("trl_grpo_ext.recipe.shipped:main", "list the recipes, run one, or copy one to change it"),
-    "check": ("trl_grpo_ext.recipe.check:main", "does the package work on this machine, with this launcher?"),
+    "check": ("trl_grpo_ext.recipe.run_check.command:main", "would this run learn, and what would it cost?"),
+    "machine": ("trl_grpo_ext.recipe.check:main", "does the package work on this machine, with this launcher?"),
     "report": ("trl_grpo_ext.observe.report.__main__:command", "write the report of a run, compare two, or list them"),
 }
 BESIDES = ("trl", "transformers", "accelerate", "torch")  # what `--version` names, too: an error report needs them

@@ -147,7 +147,7 @@ def test_one_letter_left_out_is_found(name, data):
 def test_the_check_of_the_machine_speaks_in_one_line_too(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         check.main(["--tolerence", "0.1"])
-    line = "trl-grpo-ext check: error: --tolerence is no option: did you mean --tolerance?\n"
+    line = "trl-grpo-ext machine: error: --tolerence is no option: did you mean --tolerance?\n"
     assert capsys.readouterr().err == line
     with pytest.raises(SystemExit, match=r"^2$"):
         check.main(["--checks", "stok"])

@@ -26,6 +26,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOTrainer, GRPOCallback, RewardClipCallback
 from trl_grpo_ext.credit.groups import group_advantages
+from trl_grpo_ext.trainer.trial import lengths_of, rounds
+from trl_grpo_ext.trainer.untouched import untouched
 
 EVERYTHING = {
     "group_size": "variance",
@@ -325,13 +327,14 @@ class Client:
     """Stands in for the vLLM server: answers `n` completions per prompt it is sent."""
 
     def __init__(self):
-        self.requests = []
+        self.requests, self.budgets = [], []
 
     def get_server_info(self):
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
     def generate(self, prompts, n, **kwargs):
         self.requests.append((prompts, n))
+        self.budgets.append(kwargs.get("max_tokens"))
         letters = make_tokenizer()("aeioubcdfg<|im_end|>")["input_ids"]
         completions = [[letters[i] for i in torch.randint(11, (4,)).tolist()] for _ in prompts for _ in range(n)]
         logprobs = [[[-2.0] for _ in completion] for completion in completions]
@@ -393,6 +396,19 @@ def test_vllm_gets_one_prompt_per_row_when_groups_are_ragged(mode, vllm, model_p
         if batch.discarded is None:
             expected = [f"say {letters[p]}" for p in batch.prompt_index[batch.group_ids].tolist()]
             assert [tokenizer.decode(ids) for ids in prompts for _ in range(n)] == expected
+
+
+def test_a_trial_asks_vllm_for_each_row_and_for_longer_answers(vllm, make_trainer):
+    trainer = make_trainer(reward_funcs=count_vowels, use_vllm=True, vllm_mode="server")
+    with untouched(trainer):
+        (first,) = rounds(trainer, num_prompts=2, num_answers=4)
+        lengths = lengths_of(trainer, ["say a", "say b"], budget=24)
+    assert [(len(prompts), n) for prompts, n in vllm.requests] == [(8, 1), (2, 1)]
+    assert vllm.budgets == [6, 24]
+    assert len(first.answers) == 8
+    assert len(lengths) == 2
+    assert trainer.vllm_generation.max_completion_length == 6
+    assert trainer._last_loaded_step == -1
 
 
 def test_a_fixed_group_keeps_vllms_shared_prompts(vllm, train):

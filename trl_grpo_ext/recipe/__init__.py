@@ -8,6 +8,7 @@ A recipe is a dataclass of arguments, a reward and one call: [`parse_arguments`]
 - `evaluation`: held-out results before and after, as a table in the terminal. `rivals`: what they are held against, the
   question repeated and stock TRL. `harmlessness`: the flags that choose who judges it.
 - `cold_start`: supervised steps before a training. To add a step of this kind, return the folder of a model.
+- `run_check/`: would a run learn, and what would it cost? To add a finding, see `run_check/findings.py`.
 - `check`: does the package work on this machine? `accelerate launch -m trl_grpo_ext.recipe.check`.
 - `tiny`: a model and a tokenizer that are made in a moment, for the check, the studies and the tests.
 - `data/`: the shipped prompts, with a page about each set.

@@ -207,7 +207,7 @@ def run(options: Options, args: AdaptiveGRPOConfig, model_args: ModelConfig) -> 
 def main(flags: Sequence[str] | None = None) -> int:
     """Run the checks that the flags name; by default, those of the command line."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    prog = None if flags is None else "trl-grpo-ext check"  # as a command of the console
+    prog = None if flags is None else "trl-grpo-ext machine"  # as a command of the console
     parser = FlagParser((Options, AdaptiveGRPOConfig, ModelConfig), prog=prog)
     parser.set_defaults_with_config(
         output_dir="unused",

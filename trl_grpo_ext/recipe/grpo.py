@@ -70,9 +70,9 @@ class ScriptTrainer(AdaptiveGRPOTrainer):
         super().end()
 
 
-def make_parser(prog: str | None = None) -> FlagParser:
-    """The parser of TRL's script, with the options of this package."""
-    kinds = (GRPOScriptArguments, AdaptiveGRPOConfig, ModelConfig, DatasetMixtureConfig)
+def make_parser(prog: str | None = None, *further: type) -> FlagParser:
+    """The parser of TRL's script, with the options of this package, and of `further` dataclasses."""
+    kinds = (GRPOScriptArguments, AdaptiveGRPOConfig, ModelConfig, DatasetMixtureConfig, *further)
     return FlagParser(kinds, prog=prog, epilog=EPILOG)
 
 
@@ -88,13 +88,24 @@ def main(flags: Sequence[str] | None = None) -> int:
 def run(flags: Sequence[str] | None = None) -> int:
     """Train in this process, by TRL's script."""
     parser = make_parser("trl-grpo-ext grpo")
+    train(parser, parsed_by(parser, flags))
+    return 0
+
+
+def parsed_by(parser: FlagParser, flags: Sequence[str] | None) -> list[Any]:
+    """What a parser makes of the flags of a script that the launcher has started."""
     # A YAML file may hold options of the launcher, which has read them.
     parsed, _, of_line = parser.parse_with_others(flags, launcher_flags())
     if of_line:
-        parser.error(f"{of_line[0]} is for the launcher: write it before -m, or start with trl-grpo-ext grpo")
+        parser.error(f"{of_line[0]} is for the launcher: write it before -m, or start with {parser.prog}")
+    return parsed
+
+
+def train(parser: FlagParser, parsed: Sequence[Any], trainer: type[AdaptiveGRPOTrainer] | None = None) -> None:
+    """Run TRL's script with its four dataclasses, and a trainer of this class, by default [`ScriptTrainer`]."""
     script_args, training_args, *others = parsed
     with parser.in_one_line():
-        check(*parsed)
+        check(script_args, training_args, *others)
         rewards = rewards_of(script_args, import_reward)
     made = ModuleType(MADE)
     for index, reward in enumerate(rewards):
@@ -104,20 +115,19 @@ def run(flags: Sequence[str] | None = None) -> int:
     script_args.reward_funcs = [
         f"{MADE}.reward_{index}" if isinstance(reward, Reward) else reward for index, reward in enumerate(rewards)
     ]
-    with trainer_of_ours():
+    with trainer_of_ours(trainer):
         stock.main(script_args, training_args, *others)
     if torch.distributed.is_initialized():  # where the script did not end what it began
         leave()
-    return 0
 
 
 @contextmanager
-def trainer_of_ours() -> Iterator[None]:
+def trainer_of_ours(trainer: type[AdaptiveGRPOTrainer] | None = None) -> Iterator[None]:
     """TRL's script, which imports its trainer when it is called, gets ours."""
     if "GRPOTrainer" not in stock.main.__code__.co_names or hasattr(stock, "GRPOTrainer"):
         raise ImportError(f"trl_grpo_ext cannot pass its trainer to the GRPO script of TRL {trl.__version__}")
     theirs = trl.GRPOTrainer
-    trl.GRPOTrainer = ScriptTrainer
+    trl.GRPOTrainer = trainer or ScriptTrainer
     try:
         yield
     finally:
