@@ -1,7 +1,8 @@
 """Alarms of vLLM in real runs: stand-ins with other log-probabilities, ratios at their cap, or old weights."""
 
 import pytest
-from rollout_helpers import TrueVLLM, make_trainer, use_vllm
+from kit import trainer_of
+from rollout_helpers import TrueVLLM, length_of_text, make_conversations, use_vllm
 from transformers import AutoModelForCausalLM
 
 ENGINES = {
@@ -20,7 +21,8 @@ def test_an_alarm_names_what_ails_the_engine(name, model_path, tmp_path, monkeyp
     mode = "sequence_mask" if name == "sampling_ratios" else "token_truncate"
     options = {"monitor": True, "max_steps": 40, "vllm_importance_sampling_mode": mode}
     options |= {"learning_rate": 3e-4, "lr_scheduler_type": "constant"}
-    trainer = make_trainer(model_path, tmp_path, **options)
+    options |= {"per_device_train_batch_size": 16}
+    trainer = trainer_of(model_path, make_conversations(), tmp_path, length_of_text, **options)
     use_vllm(trainer, monkeypatch, ENGINES[name](trainer, model_path))
     trainer.train()
     raised = {

@@ -319,6 +319,8 @@ def check_held_out(
             f"num_generations_eval={num_samples} greedy answers to a prompt are all equal: set num_generations_eval=1, "
             "or eval_temperature above 0"
         )
+    if not isinstance(pass_at, list | tuple):
+        raise ValueError(f"eval_pass_at={pass_at!r} is no list: write [{pass_at}]")
     wrong = [k for k in pass_at if not 1 <= k <= num_samples]
     if wrong:
         raise ValueError(

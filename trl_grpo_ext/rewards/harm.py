@@ -133,5 +133,5 @@ def harm_of(embeddings: Any) -> list[float]:
 def _load_head() -> dict[str, Any]:
     import numpy as np
 
-    with np.load(HEAD, allow_pickle=False) as file:
+    with np.load(HEAD) as file:
         return dict(file)
