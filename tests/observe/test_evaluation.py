@@ -629,3 +629,37 @@ def test_a_reward_model_is_asked_with_its_tokenizer():
     trainer.reward_funcs, trainer.reward_processing_classes = [as_reward(count_vowels) - Length()], [None]
     trainer.reward_func_names, trainer.reward_weights = ["x"], torch.tensor([1.0])
     assert reward_of(trainer) is trainer.reward_funcs[0]
+
+
+# Tasks
+
+
+@pytest.mark.training
+def test_each_task_is_measured_and_may_choose_the_best(model_path, tmp_path):
+    tasks = ["vowel" if letter in "aeiou" else "other" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    dataset = make_letters().add_column("task", tasks)
+    options = {"task_column": "task", "eval_metrics": ["Length"], "max_steps": 2}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "tasks/vowel/reward"}
+    options |= {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    trainer = trainer_of(model_path, tmp_path, dataset, eval_dataset=dataset, **options)
+    trainer.train()
+    first, *_, last = evaluations_of(trainer)
+    held_out = held_out_of(trainer)
+    for task in ("vowel", "other"):
+        rows = [row for row, own in enumerate(tasks) if own == task]
+        mine = [held_out.before.per_prompt("total")[row] for row in rows]
+        assert first[f"eval_tasks/{task}/reward"] == pytest.approx(sum(mine) / len(mine))
+        names = ("reward", "reward/gain", "length", "length/gain", "mean_length", "clipped_ratio")
+        assert {f"eval_tasks/{task}/{name}" for name in names} <= {*last}
+        assert last[f"eval_tasks/{task}/mean_length"] == last[f"eval_tasks/{task}/length"]  # both in tokens
+    scores = {entry["step"]: entry["eval_tasks/vowel/reward"] for entry in evaluations_of(trainer) if entry["step"]}
+    assert trainer.state.best_metric == pytest.approx(max(scores.values()))
+
+
+def test_held_out_prompts_need_their_task(model_path, tmp_path):
+    dataset = make_letters().add_column("task", ["a"] * 26)
+    with pytest.raises(ValueError, match="eval_dataset has no column 'task', which task_column names"):
+        trainer_of(model_path, tmp_path, dataset, task_column="task", eval_metrics=["reward"])
+    options = {"task_column": "task", "metric_for_best_model": "tasks/b/reward", "eval_metrics": ["reward"]}
+    with pytest.raises(ValueError, match="did you mean 'tasks/a/reward'"):
+        trainer_of(model_path, tmp_path, dataset, eval_dataset=dataset, **options)

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_grpo_ext.observe.held_out import HeldOut
+from trl_grpo_ext.observe.measures import values_of_tasks
 from trl_grpo_ext.observe.paired import FEW_PROMPTS, NOISE, Difference, num_since_best, paired, pass_at_k
 
 numbers = st.floats(-1e3, 1e3)
@@ -103,3 +105,25 @@ def test_values_since_the_best(drawn):
         waited = 0 if value > best else waited + 1
         best = max(best, value)
     assert num_since_best(drawn) == waited
+
+
+# Tasks
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=60)
+)
+def test_what_is_told_of_a_task_is_what_its_own_prompts_tell(rows):
+    tasks = [task for task, _, _ in rows]
+    asked = [f"q{number}" for number in range(len(rows))]
+    start, now = (HeldOut(asked, asked, {"total": [row[side] for row in rows]}) for side in (1, 2))
+    found = values_of_tasks(now, start, tasks, [])
+    for task in ("a", "b"):
+        own = [number for number, other in enumerate(tasks) if other == task]
+        assert (f"tasks/{task}/reward" in found) == bool(own)
+        if own:
+            mine = paired(*({n: held_out.scores["total"][n] for n in own} for held_out in (start, now)))
+            assert found[f"tasks/{task}/reward"] == pytest.approx(sum(rows[n][2] for n in own) / len(own))
+            assert found[f"tasks/{task}/reward/gain"] == pytest.approx(mine.mean)
+            assert (f"tasks/{task}/reward/gain_low" in found) == (len(own) >= 20)
+    assert not [name for name in found if "None" in name]

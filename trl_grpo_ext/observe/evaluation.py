@@ -19,9 +19,10 @@ from ..hooks.ground import HookedTrainer
 from ..host.checkpoints import step_of
 from ..host.processes import gather_values
 from ..host.state import check_state
+from ..plan.tasks import tasks_of
 from .effect import has_finite_weights
 from .held_out import TOTAL, HeldOut, evaluate_held_out, reward_of
-from .measures import REWARD, check_known, check_prompts, metrics_of, names_of, rows_of, values_of
+from .measures import REWARD, check_known, check_prompts, metrics_of, names_of, rows_of, values_of, values_of_tasks
 from .paired import FEW_PROMPTS, Difference, num_since_best, paired
 from .record import HeldOutRecord
 from .tables import log_table
@@ -98,8 +99,9 @@ class HeldOutCallback(GRPOCallback):
         self.parts = [leaf.name for leaf in self.reward.leaves()]
         self.metrics = metrics_of(self.given, self.reward.leaves())
         self.best_metric = (args.metric_for_best_model or REWARD).removeprefix("eval_")
-        sizes = {prefix: len(dataset) for prefix, dataset in self._datasets().items()}
-        self._check_options(args, sizes)
+        datasets = self._datasets()
+        tasks = {task for dataset in datasets.values() for task in self._tasks(dataset) or ()}
+        self._check_options(args, {prefix: len(dataset) for prefix, dataset in datasets.items()}, tasks - {None})
         self._forget()
         evaluate = trainer.evaluate
 
@@ -130,13 +132,21 @@ class HeldOutCallback(GRPOCallback):
         found = (
             {f"eval_{name}": part for name, part in given.items()} if isinstance(given, Mapping) else {"eval": given}
         )
+        column = self.trainer.args.task_column
         for prefix, dataset in found.items():
-            check_prompts(dataset, f"eval_dataset[{prefix[5:]!r}]" if isinstance(given, Mapping) else "eval_dataset")
+            place = f"eval_dataset[{prefix[5:]!r}]" if isinstance(given, Mapping) else "eval_dataset"
+            check_prompts(dataset, place)
+            if column is not None and column not in dataset.column_names:
+                raise ValueError(
+                    f"{place} has no column {column!r}, which task_column names, only {dataset.column_names}: add it, "
+                    "so that held-out answers are told apart, too"
+                )
         return found
 
-    def _check_options(self, args: AdaptiveGRPOConfig, sizes: dict[str, int]) -> None:
+    def _check_options(self, args: AdaptiveGRPOConfig, sizes: dict[str, int], tasks: set[Any]) -> None:
         if args.metric_for_best_model is not None:
             names = names_of(self.parts, [*self.metrics], self.pass_at, min(sizes.values()) >= FEW_PROMPTS)
+            names += [f"tasks/{task}/{name}" for task in sorted(tasks) for name in (REWARD, *self.metrics)]
             check_known(args.metric_for_best_model, [f"{prefix}_{name}" for prefix in sizes for name in names])
         if self.patience is None:
             return
@@ -268,6 +278,9 @@ class HeldOutCallback(GRPOCallback):
         result = self.answers_to(dataset)
         differences = self._take(result, prefix) if is_own else {}
         logged = values_of(result, differences, self.parts, [*self.metrics], self.pass_at, self.pass_threshold)
+        if (tasks := self._tasks(dataset)) is not None:
+            start = self.starts.get(prefix) if is_own else None
+            logged |= values_of_tasks(result, start, tasks, [*self.metrics])
         metrics = {f"{prefix}_{name}": value for name, value in logged.items()}
         metrics |= speed_metrics(prefix, started, num_samples=len(dataset))
         self._log(result, metrics, prefix)
@@ -277,6 +290,11 @@ class HeldOutCallback(GRPOCallback):
         state, control = trainer.state, trainer.control
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, state, control, metrics)
         return metrics
+
+    def _tasks(self, dataset: Dataset) -> list[str | None] | None:
+        """The task of each row, where the run has several."""
+        column = self.trainer.args.task_column
+        return None if column is None else tasks_of(dataset.select_columns(column), column)
 
     def answers_to(self, dataset: Dataset) -> HeldOut:
         """The held-out answers to the prompts of a dataset, with their scores."""

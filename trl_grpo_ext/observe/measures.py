@@ -12,7 +12,7 @@ from ..rewards import Reward, as_reward, parse_reward
 from ..rewards.algebra import Leaf
 from ..rewards.parsing import import_reward
 from .held_out import TOTAL, HeldOut
-from .paired import FEW_PROMPTS, Difference, pass_at_k
+from .paired import FEW_PROMPTS, Difference, paired, pass_at_k
 
 REWARD = "reward"  # the name of the total among the metrics
 
@@ -160,6 +160,50 @@ def values_of(
         found["completions/clipped_ratio"] = sum(result.is_cut) / len(result.is_cut)
     failed = (result.failed or {}).items()
     found |= {f"failed/{REWARD if name == TOTAL else name}": float(count) for name, count in failed if count}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def values_of_tasks(
+    result: HeldOut, start: HeldOut | None, tasks: Sequence[str | None], metrics: Sequence[str]
+) -> dict[str, float]:
+    """
+    What is logged of each task, after the prefix `eval_`; only what has a value.
+
+    Args:
+        result ([`HeldOut`]):
+            The evaluation.
+        start ([`HeldOut`], *optional*):
+            That of the same prompts at the start.
+        tasks (`Sequence[str | None]`):
+            The task of each dataset row.
+        metrics (`Sequence[str]`):
+            Names of further metrics.
+
+    Example:
+
+    ```python
+    >>> result = HeldOut(["p", "q"], ["a", "b"], {"total": [1.0, 0.0]})
+    >>> start = HeldOut(["p", "q"], ["", ""], {"total": [0.5, 0.0]})
+    >>> values_of_tasks(result, start, ["math", "chat"], [])["tasks/math/reward/gain"]
+    0.5
+
+    ```
+    """
+    found: dict[str, float] = {}
+    for task in sorted({task for task in tasks if task is not None}):
+        rows = {row for row, own in enumerate(tasks) if own == task}
+        for name, score in {REWARD: TOTAL, **{metric: metric for metric in metrics}}.items():
+            now = {row: value for row, value in result.per_prompt(score).items() if row in rows}
+            if now:
+                found[f"tasks/{task}/{name}"] = sum(now.values()) / len(now)
+            if start is not None and score in start.scores:
+                gain = paired(start.per_prompt(score), now)
+                ends = {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
+                found |= {f"tasks/{task}/{name}/{end}": value for end, value in ends.items() if value is not None}
+        places = [place for place, (row, _) in enumerate(result.keys) if row in rows]
+        if places and result.lengths and result.is_cut:
+            found[f"tasks/{task}/mean_length"] = sum(result.lengths[place] for place in places) / len(places)
+            found[f"tasks/{task}/clipped_ratio"] = sum(result.is_cut[place] for place in places) / len(places)
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
