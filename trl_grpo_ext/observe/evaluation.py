@@ -62,7 +62,7 @@ class HeldOutCallback(GRPOCallback):
 
     Raises:
         `ValueError`: for an `eval_dataset` that is missing, empty or a stream, for metrics that nobody knows, and for
-        options that cannot work together.
+            options that cannot work together.
     """
 
     is_unique = True
