@@ -258,6 +258,19 @@ CASES: dict[str, Case] = {
     "rollout_func": Case(RAGGED, given=lambda path: {"rollout_func": own_rollout}),
 }
 
+ON_TWO_PROCESSES = [
+    "nothing",
+    "ragged",
+    "ragged, replaced",
+    "multi_turn, shared",
+    "multi_turn, independent",
+    "hierarchical",
+    "shared prompts, skipped rows, ragged, replaced",
+    "evaluation, multi_turn",
+    "lora, ragged",
+    "efficient",
+]
+
 
 def options_of(case: Case, is_greedy: bool = False) -> dict[str, Any]:
     """The options of a short run with vLLM in the process of the trainer."""
@@ -335,6 +348,9 @@ def train_on_a_process(
         for name in names:
             # A conversation of three turns, four times, lies on one process.
             options = {"per_device_train_batch_size": 12 if "multi_turn" in name else 8}
-            options |= {} if server is None else of_server(server)
-            found[name] = [train(name, path, f"{out}/{name}", greedy, **options) for greedy in (False, True)]
+            found[name] = []
+            for is_greedy in (False, True):
+                # A port for each trainer: the one before may still hold its own.
+                options |= {} if server is None else of_server(server)
+                found[name].append(train(name, path, f"{out}/{name}", is_greedy, **options))
     return found

@@ -19,9 +19,13 @@ import torch.distributed as dist
 LIMIT = timedelta(seconds=300)  # a machine with more tests than cores is slow
 
 
-def join(port: int, rank: int, size: int) -> Any:
-    """The group of the trainer, which is 0, and the workers of the server."""
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, LIMIT, wait_for_workers=False)
+def meet(port: int, rank: int, size: int) -> Any:
+    """The store of the trainer, which is 0, and the workers of the server."""
+    return dist.TCPStore("127.0.0.1", port, size, rank == 0, LIMIT, wait_for_workers=False)
+
+
+def join(store: Any, rank: int, size: int) -> Any:
+    """Their group. Returns when all have joined."""
     return dist.ProcessGroupGloo(store, rank, size, LIMIT)
 
 
@@ -51,7 +55,8 @@ def register() -> None:
         init_info_cls = Group
 
         def init_transfer_engine(self, init_info: Group) -> None:
-            self.model_update_group = join(init_info.port, 1 + self.parallel_config.rank, init_info.size)
+            rank = 1 + self.parallel_config.rank
+            self.model_update_group = join(meet(init_info.port, rank, init_info.size), rank, init_info.size)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             self.receive_weights(self.parse_update_info(update_info))
@@ -73,11 +78,12 @@ def use_gloo() -> None:
 
     def init_communicator(self: Any, device: Any = 0) -> None:
         size = self.get_world_size() + 1
+        store = meet(self.group_port, 0, size)  # before the server waits for it: a port that is taken fails here
         with ThreadPoolExecutor(1) as other:
             group = {"port": self.group_port, "size": size}
             url = f"{self.base_url}/init_weight_transfer_engine"
             asked = other.submit(self._post, url, json={"init_info": group})
-            self.communicator = join(self.group_port, 0, size)
+            self.communicator = join(store, 0, size)
             asked.result()
 
     def update_named_params(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from engine_cases import CASES, check, free_port, of_server, train
+from engine_cases import CASES, ON_TWO_PROCESSES, check, free_port, of_server, train, train_on_a_process
 from gloo_transfer import metadata, use_gloo
-from kit import PYTHONPATH
+from kit import PYTHONPATH, launch
 
 COMMAND = "-m vllm.entrypoints.cli.main serve {model} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
 OPTIONS = ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1", "--weight-transfer-config"]
@@ -48,3 +48,17 @@ def test_what_is_sampled_is_what_the_policy_scores(name, is_greedy, server, engi
         pytest.skip("without the correction, TRL keeps no log-probabilities of vLLM")
     use_gloo()
     check(name, train(name, engine_model, tmp_path, is_greedy, **of_server(server)), is_greedy)
+
+
+@pytest.fixture(scope="module")
+def found(server, engine_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "out"
+    return launch(engine_model, out, train_on_a_process, processes=2, names=ON_TWO_PROCESSES, server=server)
+
+
+@pytest.mark.parametrize("is_greedy", [False, True], ids=["sampled", "greedy"])
+@pytest.mark.parametrize("name", ON_TWO_PROCESSES)
+def test_each_of_two_processes_gets_its_own_rows(name, is_greedy, found):
+    """Only the first process asks the server, for the rows of both."""
+    for process in found:
+        check(name, process[name][is_greedy], is_greedy)
