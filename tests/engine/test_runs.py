@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engine_cases import RAGGED, REPLACED, SHARED, chats, conversations, sometimes, texts, vowels
+from engine_cases import RAGGED, REPLACED, SHARED, chats, conversations, free_port, sometimes, texts, vowels
 from kit import config_kwargs, launch, logs_of, weights_of
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
@@ -14,6 +14,14 @@ from trl_grpo_ext.recipe.check import main
 DATA = {"texts": texts, "chats": chats, "conversations": conversations}
 REWARDS = {"vowels": vowels, "sometimes": sometimes}
 TIMES = ("time", "runtime", "per_second", "num_tokens")
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch):
+    """Trainers of this process leave their place in its environment, and hold its port: a run gets none of both."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
 
 def run(model_path: str, out: str, stock: bool, data: str, reward: str, adapter: bool, resume: str | None, **options):
