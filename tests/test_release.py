@@ -94,7 +94,7 @@ def test_an_index_page_shows_links_that_work_there(built):
     links = {name: re.findall(r'(?:href|src)="([^"]+)"', page) for name, page in pages.items()}
     assert len(links["there"]) > 20
     for here, there in zip(links["here"], links["there"], strict=True):
-        kind = "raw" if here.endswith(".svg") else "blob"
+        kind = "raw" if here.endswith((".svg", ".png")) else "blob"
         assert there == (here if here.startswith(("http", "#")) else f"{urls['Source']}/{kind}/main/{here}")
     code = [re.findall(r"<pre>.*?</pre>", page, flags=re.DOTALL) for page in pages.values()]
     assert code[0] == code[1] != []

@@ -481,7 +481,7 @@ def test_a_metric_without_a_value_is_left_out_and_never_the_best(model_path, tmp
         ({"eval_dataset": {"a": make_letters(), "b": make_letters().select([])}}, r"eval_dataset\['b'\] has no rows"),
         ({"eval_dataset": make_letters().to_iterable_dataset()}, "eval_dataset is a IterableDataset.*asked again"),
         ({"eval_dataset": make_letters().rename_column("prompt", "q")}, "no column 'prompt', only"),
-        ({"eval_metrics": ["Lenght()"]}, "did you mean 'Length'"),
+        ({"eval_metrics": ["Lenght()"]}, "did you mean Length"),
         ({"eval_metrics": ["rewrd"]}, "or did you mean 'reward', which the training rewards"),
         ({"eval_metrics": ["Length", "Length('words')"]}, "'length' is measured already: give this one another"),
         ({"metric_for_best_model": "loss"}, "held-out answers have no loss"),

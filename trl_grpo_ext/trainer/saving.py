@@ -153,7 +153,7 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         asked = None if after is None or not after.questions else after.questions[0]
         text = path.read_text(encoding="utf-8")
         text = card.completed(text, sections, name, asked, self.args.max_completion_length)
-        checkpoints.write_whole(path, lambda file: file.write(text.encode()))
+        path.write_text(text, encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:
