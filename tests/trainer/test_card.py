@@ -71,14 +71,25 @@ def test_quotes_in_a_question_stay_python():
 
 
 @pytest.fixture
-def trained(model_path, dataset, tmp_path):
-    trainer = trainer_of(
+def untrained(model_path, dataset, tmp_path):
+    return trainer_of(
         model_path, dataset, tmp_path / "run", as_reward(has_answer) - 0.01 * Length(), [HeldOutCallback()],
         eval_dataset=dataset.select(range(5)), peft_config=LoraConfig(r=2, target_modules="all-linear"),
     )  # fmt: skip
-    trainer.train()
-    set_base_model(trainer, "org/base")
-    return trainer
+
+
+@pytest.fixture
+def trained(untrained):
+    untrained.train()
+    set_base_model(untrained, "org/base")
+    return untrained
+
+
+def test_a_card_before_any_evaluation_leaves_the_results_out(untrained, tmp_path):
+    untrained.create_model_card(model_name="mine")
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "### Reward" in text
+    assert "### Held-out results" not in text
 
 
 @pytest.mark.training

@@ -77,12 +77,31 @@ def std_of_others(values: Tensor) -> Tensor:
 
     ```
     """
-    valid = values.isfinite()
-    x = torch.where(valid, values.double() - values[valid].double().mean() if valid.any() else 0.0, 0.0)
-    others = valid.sum() - valid.long()
-    total, squares = x.sum() - x, x.square().sum() - x.square()
+    return std_of_others_of(values, torch.zeros(len(values), dtype=torch.long), 1).nan_to_num(nan=0.0)
+
+
+def std_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """
+    Standard deviation of the other finite values of the group, for each of them; NaN where fewer than two are left.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> spreads = std_of_others_of(torch.tensor([0.0, 1.0, 3.0, 9.0]), torch.tensor([0, 0, 0, 1]), num_groups=2)
+    >>> [round(s, 3) for s in spreads.tolist()]
+    [1.414, 2.121, 0.707, nan]
+
+    ```
+    """
+    mean, _, count = group_mean_std(values, groups, num_groups)
+    known = values.isfinite()
+    x = torch.where(known, values.double() - mean[groups], 0.0)
+    zeros = torch.zeros(num_groups, dtype=torch.float64)
+    others = count[groups] - known.double()
+    total, squares = (zeros.index_add(0, groups, part)[groups] - part for part in (x, x.square()))
     variance = (squares - total.square() / others.clamp(min=1)) / (others - 1).clamp(min=1)
-    return variance.clamp(min=0).sqrt().masked_fill(others < 2, 0.0)
+    return variance.clamp(min=0).sqrt().masked_fill(others < 2, torch.nan)
 
 
 def shrunk_baseline(

@@ -16,11 +16,10 @@ from ..hooks.callback import GRPOCallback
 from ..hooks.conflicts import Conflict
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
-from ..hooks.segments import group_mean_std
 from ..host.state import check_state
 from ..plan.outliers import UsualRange
 from ..plan.predictor import RidgePredictor, explained_variance
-from .baselines import MEMORY, errors_of_guess, mean_of_others, shrunk_baseline
+from .baselines import MEMORY, errors_of_guess, mean_of_others, shrunk_baseline, std_of_others_of
 from .groups import EPS, group_advantages
 
 
@@ -93,30 +92,6 @@ class Moments:
         self.usual = {name: UsualRange() for name in state_dict["usual"]}
         for name, usual in self.usual.items():
             usual.load_state_dict(state_dict["usual"][name])
-
-
-def std_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """
-    Standard deviation of the other finite values of the group, for each of them; NaN where fewer than two are left.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> spreads = std_of_others_of(torch.tensor([0.0, 1.0, 3.0, 9.0]), torch.tensor([0, 0, 0, 1]), num_groups=2)
-    >>> [round(s, 3) for s in spreads.tolist()]
-    [1.414, 2.121, 0.707, nan]
-
-    ```
-    """
-    mean, _, count = group_mean_std(values, groups, num_groups)
-    known = values.isfinite()
-    x = torch.where(known, values.double() - mean[groups], 0.0)
-    zeros = torch.zeros(num_groups, dtype=torch.float64)
-    others = count[groups] - known.double()
-    total, squares = (zeros.index_add(0, groups, part)[groups] - part for part in (x, x.square()))
-    variance = (squares - total.square() / others.clamp(min=1)) / (others - 1).clamp(min=1)
-    return variance.clamp(min=0).sqrt().masked_fill(others < 2, torch.nan)
 
 
 class TaskAdvantagesCallback(GRPOCallback):

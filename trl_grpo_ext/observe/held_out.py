@@ -227,7 +227,7 @@ def evaluate_held_out(
         fail(error)
     told = [
         [
-            (_said(row["prompt"]), _said(answer.prompt), answer.text, answer.turn + 1, *_size(trainer, answer))
+            (said_last(row["prompt"]), said_last(answer.prompt), answer.text, answer.turn + 1, *_size(trainer, answer))
             for answer in own
         ]
         for row, own in zip(asked, scored, strict=True)
@@ -254,7 +254,8 @@ def evaluate_held_out(
     )
 
 
-def _said(prompt: Any) -> str:
+def said_last(prompt: Any) -> str:
+    """A plain prompt as it is, or the last message of a conversation."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 

@@ -1,6 +1,5 @@
 """What is measured on held-out answers: which metrics, under which names, with which values."""
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..host.nearest import nearest
 from ..rewards import Reward, as_reward, parse_reward
 from ..rewards.algebra import Leaf
 from ..rewards.parsing import import_reward
@@ -50,8 +50,8 @@ def metrics_of(given: Sequence[Any] | Mapping[str, Any], parts: Sequence[Leaf] =
             if not is_part:
                 metric = parse_reward(entry, import_reward) if isinstance(entry, str) else as_reward(entry)
         except (TypeError, ValueError) as error:
-            near = difflib.get_close_matches(str(entry), [REWARD, *known], 1)
-            hint = f"; or did you mean {near[0]!r}, which the training rewards?" if near else ""
+            near = nearest(str(entry), [REWARD, *known])
+            hint = f"; or did you mean {near!r}, which the training rewards?" if near else ""
             raise ValueError(f"eval_metrics: {error}{hint}") from error
         name = name or metric.__name__
         if name in found or name in (REWARD, TOTAL) or known.get(name, metric) != metric:
@@ -112,8 +112,8 @@ def check_known(wanted: str, known: list[str]) -> None:
     asked = re.sub(r"/turn_\d+/mean$", "/mean", wanted if wanted.startswith("eval_") else f"eval_{wanted}")
     if asked in known:
         return
-    near = difflib.get_close_matches(asked, known, 1)
-    remedy = f"did you mean {near[0].removeprefix('eval_')!r}?" if near else "name another one."
+    near = nearest(asked, known)
+    remedy = f"did you mean {near.removeprefix('eval_')!r}?" if near else "name another one."
     if asked.endswith("_loss"):
         remedy = "held-out answers have no loss."
     raise ValueError(

@@ -44,12 +44,14 @@ class Difference:
     @property
     def direction(self) -> str:
         """`"up"` or `"down"` beyond the noise, `"flat"` within it, `"few"` for too few prompts."""
-        if not self.is_known:
-            return "few"
-        # NaN is flat too, of differences beyond what a float can hold.
-        if not abs(self.mean) > max(NOISE * self.error, 1e-12):
-            return "flat"
-        return "up" if self.mean > 0 else "down"
+        return direction_of(self.mean, self.error) if self.is_known else "few"
+
+
+def direction_of(difference: float, error: float) -> str:
+    """`"up"`, `"down"`, or `"flat"` for a difference within its noise."""
+    if not abs(difference) > max(NOISE * error, 1e-12):  # NaN too, of differences beyond what a float can hold
+        return "flat"
+    return "up" if difference > 0 else "down"
 
 
 def paired(before: Mapping[int, float], after: Mapping[int, float]) -> Difference:

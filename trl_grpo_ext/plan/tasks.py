@@ -1,6 +1,5 @@
 """Which task a prompt belongs to, and which share of the prompts each task gets."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..hooks.callback import GRPOCallback
 from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..hooks.segments import group_mean_std
+from ..host.nearest import nearest
 from ..host.state import check_state
 from .columns import column_values, known_names
 from .outliers import UsualRange
@@ -95,8 +95,8 @@ def said_instead(name: str, known: Iterable[str]) -> str:
     ```
     """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean {close[0]!r}?" if close else "use one of these"
+    near = nearest(name, known)
+    meant = f"did you mean {near!r}?" if near else "use one of these"
     return f", which has {', '.join(map(repr, known[:20]))}: {meant}"
 
 

@@ -121,10 +121,9 @@ def harm_of(embeddings: Any) -> list[float]:
     """P(harmful) of each sentence embedding of length 1, an array `(N, dimensions)`."""
     import numpy as np
 
-    head = _load_head()
-    examples_MD = head["examples"].astype(np.float32) * head["scale"]
+    head, (examples_MD, squares_M) = _load_head(), _examples()
     # Squared distances of the answers to the examples, of which rounding has changed the length a little.
-    squares = (embeddings**2).sum(1)[:, None] + (examples_MD**2).sum(1)[None] - 2 * embeddings @ examples_MD.T
+    squares = (embeddings**2).sum(1)[:, None] + squares_M[None] - 2 * embeddings @ examples_MD.T
     values = np.exp(-head["gamma"] * squares) @ head["weights"] + head["bias"]
     return [float(value) for value in 1 / (1 + np.exp(-values))]
 
@@ -135,3 +134,13 @@ def _load_head() -> dict[str, Any]:
 
     with np.load(HEAD) as file:
         return dict(file)
+
+
+@functools.cache
+def _examples() -> tuple[Any, Any]:
+    """The examples as numbers, and the square of the length of each."""
+    import numpy as np
+
+    head = _load_head()
+    examples_MD = head["examples"].astype(np.float32) * head["scale"]
+    return examples_MD, (examples_MD**2).sum(1)

@@ -171,9 +171,7 @@ class CallbackRollout(Rollout):
         self.rows = rows
 
     def answers_to(self, rows: list[Row]) -> list[list[Answer]]:
-        for number, row in enumerate(rows):
-            self._check_row(row, f"row {number} of the batch")
-        self.rows = rows
+        self.take_rows(rows)
         return [sequence.answers for sequence in self._generated(len(rows))]
 
     def generate(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..observe.held_out import HeldOut
-from ..observe.paired import paired
+from ..observe.paired import NOISE, paired
 from ..observe.secrets import hide, without_secrets
 from ..rewards import Reward
 
@@ -100,7 +100,7 @@ def held_out_section(before: HeldOut | None, after: HeldOut | None) -> str:
         gain = paired(before.per_prompt(name), after.per_prompt(name))
         if gain.count == 0:
             continue
-        noise = f" ± {2 * gain.error:.3g}" if gain.is_known else " (too few prompts to tell)"
+        noise = f" ± {NOISE * gain.error:.3g}" if gain.is_known else " (too few prompts to tell)"
         lines.append(f"| {name} | {before.mean(name):.3g} | {after.mean(name):.3g} | {gain.mean:+.3g}{noise} |")
     asked = f"Answers to {after.num_prompts} held-out prompts; the noise is twice the standard error of the change.\n\n"
     return asked + "\n".join(lines)

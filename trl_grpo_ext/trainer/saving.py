@@ -139,15 +139,17 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         path = Path(self.args.output_dir, "README.md")
         if not path.exists():
             return
-        evaluation = next((c for c in self.grpo_callbacks if isinstance(c, HeldOutCallback)), None)
-        before, after = getattr(evaluation, "before", None), getattr(evaluation, "after", None)
+        evaluations = [c for c in self.grpo_callbacks if isinstance(c, HeldOutCallback) and c.starts]
+        before, after = (evaluations[0].before, evaluations[0].after) if evaluations else (None, None)
         sections = {
             "Reward": card.reward_section(self.reward_funcs, self.reward_func_names, self.reward_weights.tolist()),
             "Held-out results": card.held_out_section(before, after),
             "Options that differ from the defaults": card.options_section(self.args),
             "Command": card.command_section(sys.argv),
         }
-        if after is not None and card.draw(self.state.log_history, path.with_name(card.PICTURE)):
+        # Not at each checkpoint, which a picture would hold up.
+        wants_picture = after is not None and not self._is_saving
+        if wants_picture and card.draw(self.state.log_history, path.with_name(card.PICTURE)):
             sections["Held-out results"] += f"\n\n![Reward over completions]({card.PICTURE})"
         name = self.hub_model_id or Path(self.args.output_dir).name
         asked = None if after is None or not after.questions else after.questions[0]

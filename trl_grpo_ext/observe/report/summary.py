@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..paired import NOISE, Difference, paired
+from ..paired import NOISE, Difference, direction_of, paired
 from ..secrets import without_secrets
 from .completions import scores_of
 from .escaping import one_line
@@ -65,13 +65,6 @@ def _variance(values: list[float]) -> float:
     """From the differences of neighbours, so that a trend does not count as noise (von Neumann, 1941)."""
     gaps = [after - before for before, after in itertools.pairwise(values)]
     return sum(gap * gap for gap in gaps) / (2 * len(gaps)) if gaps else 0.0
-
-
-def direction_of(difference: float, error: float) -> str:
-    """`"up"`, `"down"`, or `"flat"` for a difference within its noise."""
-    if not abs(difference) > max(NOISE * error, 1e-12):  # NaN too, of differences beyond what a float can hold
-        return "flat"
-    return "up" if difference > 0 else "down"
 
 
 def verdict(run: Run) -> tuple[str, str]:

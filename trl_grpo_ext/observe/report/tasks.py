@@ -1,9 +1,9 @@
 """What a report says of each task of a run: a table, and the plots in which tasks are lines."""
 
-from ..paired import NOISE
+from ..paired import NOISE, direction_of
 from .escaping import one_line
 from .reader import Run, number
-from .summary import change, direction_of
+from .summary import change
 
 MAX_TASKS = 12  # in the table and in a plot
 APART = 10.0  # rewards of tasks that are so many times larger than those of others have plots of their own

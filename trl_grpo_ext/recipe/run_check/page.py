@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ...host.checkpoints import write_whole
+from ...observe.held_out import said_last
 from ...observe.report.escaping import one_line, visible
 from .findings import Finding, percent
 from .maths import histogram
 from .measured import Measured
-from .probes import KINDS, asked_of
+from .probes import KINDS
 
 WORDS = {"stop": "Would not learn", "look": "Look at this", "hint": "Would help"}
 STYLES = {"stop": "bold red", "look": "bold yellow", "hint": "bold cyan"}
@@ -254,7 +255,7 @@ def _samples(measured: Measured, most: int = 6) -> str:
         head = f"{number(math.nan if answer.total is None else answer.total)} · {answer.length} tokens"
         head += "" if answer.ended else ", cut"
         shown.append(
-            f"<details><summary>{_e(one_line(asked_of(answer.prompt), 120))}</summary>"
+            f"<details><summary>{_e(one_line(said_last(answer.prompt), 120))}</summary>"
             f'<p class="quiet">{_e(head)}</p><pre>{_e(answer.text[:4000])}</pre></details>'
         )
     return f"<h2>Some answers</h2>{''.join(shown)}" if shown else ""

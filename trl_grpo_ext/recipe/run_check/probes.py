@@ -9,6 +9,7 @@ from ...hooks.records import Answer
 from ...hooks.segments import total_rewards
 from ...host.processes import gather_rewards, gather_values
 from ...host.seams import drop_pending_logs, pending_columns, plain_rewards
+from ...observe.held_out import said_last
 from ...trainer.adaptive import AdaptiveGRPOTrainer
 
 Asked = tuple[dict[str, Any], Answer]
@@ -80,11 +81,6 @@ def as_text(value: Any) -> str | None:
     return None if value is None or isinstance(value, list | tuple | dict) or not str(value).strip() else str(value)
 
 
-def asked_of(prompt: Any) -> str:
-    """What was asked last."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
 def probe(trainer: AdaptiveGRPOTrainer, asked: Sequence[Asked], column: str | None, most: int = 12) -> list[Paid]:
     """
     Score each kind of answer to prompts of a trial. Every process calls this; all get the same.
@@ -136,11 +132,11 @@ def _text(
         others = [text for text in references if text != references[number]]
         return (others[number % len(others)] if others else references[number]) or ""
     if kind == "question":
-        return asked_of(answer.prompt)
+        return said_last(answer.prompt)
     if kind == "one_token":
         return _repeated(trainer, " the")
     if kind == "longest":
-        return _repeated(trainer, f"{answer.text or asked_of(answer.prompt)} ")
+        return _repeated(trainer, f"{answer.text or said_last(answer.prompt)} ")
     return REFUSAL if kind == "refusal" else ""
 
 
