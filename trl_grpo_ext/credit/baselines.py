@@ -339,7 +339,4 @@ class BaselineCallback(GRPOCallback):
         self.usual.load_state_dict(state_dict["usual"])
         if "predictor" in state_dict:
             check_state(state_dict, predictor=dict)
-            sum_x = state_dict["predictor"].get("sum_x")
-            check_state(state_dict["predictor"], sum_x=Tensor)
-            self.predictor = RidgePredictor(sum_x.numel(), self.forget)
-            self.predictor.load_state_dict(state_dict["predictor"])
+            self.predictor = RidgePredictor.from_state(state_dict["predictor"], self.forget)

@@ -111,6 +111,14 @@ class RidgePredictor:
         weights = [vectors @ (rotated / (eigenvalues.clamp(min=0) + ridge / self.count)) for ridge in RIDGES]
         return (features.double() - mean_x) / scale, torch.stack([*weights, torch.zeros_like(target)]), mean_y
 
+    @classmethod
+    def from_state(cls, state_dict: dict[str, Any], forget: float) -> "RidgePredictor":
+        """A predictor as wide as the one whose `state_dict` a checkpoint holds; `ValueError` where it holds none."""
+        check_state(state_dict, sum_x=Tensor)
+        predictor = cls(state_dict["sum_x"].numel(), forget)
+        predictor.load_state_dict(state_dict)
+        return predictor
+
     def state_dict(self) -> dict[str, Any]:
         sums = {"sum_x": self._sum_x, "sum_y": self._sum_y, "sum_xx": self._sum_xx, "sum_xy": self._sum_xy}
         return {"count": self.count, "errors": self.errors, **sums, "usual": self.usual.state_dict()}
