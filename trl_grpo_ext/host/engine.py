@@ -1,14 +1,13 @@
 """vLLM beside the training on a machine without a GPU, for which neither TRL nor vLLM has the settings."""
 
 import os
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from trl.generation import vllm_generation
+
+from .sampling import keep_random_numbers
 
 ONEDNN = "_supports_onednn"  # vLLM's switch for packed weights of linear layers
 
@@ -89,18 +88,14 @@ def one_engine() -> Iterator[None]:
         yield
         return
     start = vllm_generation.LLM
-    made: list[Any] = []
+    made: list[tuple[Any, Callable[[], None]]] = []
 
     def once(**options: Any) -> Any:
         if not made:
-            engine = start(**options)
-            states = (random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all())
-            made.extend([engine, *states])
-        random.setstate(made[1])
-        np.random.set_state(made[2])
-        torch.set_rng_state(made[3])
-        torch.cuda.set_rng_state_all(made[4])
-        return made[0]
+            made.append((start(**options), keep_random_numbers()))
+        engine, put_back = made[0]
+        put_back()
+        return engine
 
     try:
         vllm_generation.LLM = once

@@ -2,13 +2,44 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import set_seed
+
+
+def keep_random_numbers() -> Callable[[], None]:
+    """
+    Note where the generators of Python, NumPy and torch stand, on all devices. What is returned puts them back there.
+
+    Example:
+
+    ```python
+    >>> put_back = keep_random_numbers()
+    >>> drawn = random.random()
+    >>> put_back()
+    >>> random.random() == drawn
+    True
+
+    ```
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices: list[tuple[int, torch.Tensor]] = []
+    if torch.accelerator.is_available():
+        module: Any = torch.get_device_module(torch.accelerator.current_accelerator())
+        devices = [(index, module.get_rng_state(index)) for index in range(torch.accelerator.device_count())]
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        for index, state in devices:
+            module.set_rng_state(state, index)
+
+    return put_back
 
 
 @contextmanager
@@ -27,17 +58,12 @@ def own_random_numbers(seed: int) -> Iterator[None]:
 
     ```
     """
-    python, numpy = random.getstate(), np.random.get_state()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    kind = "cuda" if device is None else device.type
-    count = 0 if device is None else torch.accelerator.device_count()
-    with torch.random.fork_rng(devices=range(count), device_type=kind):
+    put_back = keep_random_numbers()
+    try:
         set_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
+    finally:
+        put_back()
 
 
 @contextmanager

@@ -1,16 +1,15 @@
 """[`untouched`]: whatever a trainer is put through, it is as before afterwards."""
 
 import copy
-import random
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
+from ..host.sampling import keep_random_numbers
 from .adaptive import AdaptiveGRPOTrainer
 
 
@@ -43,8 +42,7 @@ def untouched(trainer: AdaptiveGRPOTrainer) -> Iterator[None]:
     states = [(callback, copy.deepcopy(callback.state_dict())) for callback in trainer.grpo_callbacks]
     owners = [trainer, trainer.state, trainer.control, trainer.rollout, trainer._shared_prefill]
     kept = [(owner, _kept(vars(owner))) for owner in [*owners, *trainer.grpo_callbacks]]
-    generators = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    put_generators_back = keep_random_numbers()
     is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     checkpoints = trainer.args.gradient_checkpointing and not is_on
     if checkpoints:  # as the trainer does when it begins
@@ -67,11 +65,7 @@ def untouched(trainer: AdaptiveGRPOTrainer) -> Iterator[None]:
                 callback.load_state_dict(state)
         if optimizer is not None:
             optimizer.load_state_dict(optimizer_state)
-        random.setstate(generators[0])
-        numpy.random.set_state(generators[1])
-        torch.set_rng_state(generators[2])
-        if on_gpu:
-            torch.cuda.set_rng_state_all(on_gpu)
+        put_generators_back()
 
 
 def _kept(value: Any) -> Any:
