@@ -7,9 +7,10 @@ import socket
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-with socket.socket() as free:  # TRL's choice of a port is the same in two processes that begin at once
+# TRL's choice of a port is the same in two processes that begin at once, and workers of tests inherit their starter's.
+with socket.socket() as free:
     free.bind(("", 0))
-    os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 import pytest
 from engine_cases import make_model
