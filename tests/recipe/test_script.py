@@ -1,7 +1,9 @@
 """The command line of recipes: configurations and checkpoints are found, or it is said where they were looked for."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from kit import ROOT, config_kwargs
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, parse_arguments
 from trl_grpo_ext.recipe.flags import flags_with_config
+from trl_grpo_ext.recipe.launch import use_all_cores
 from trl_grpo_ext.recipe.script import checkpoint_of
 
 CPU = ["--bf16", "false", "--use_cpu", "true"]
@@ -105,3 +108,38 @@ def test_every_recipe_has_a_configuration_and_help():
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"check"}
     assert {path.stem for path in (ROOT / "recipes" / "configs").glob("*.yaml")} == recipes
     assert all(field.metadata.get("help") for field in DataArguments.__dataclass_fields__.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("launcher", "threads"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 3),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "2"}, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),
+    ],
+)
+def test_a_single_launched_process_takes_all_cores(launcher, threads, monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 5}, raising=False)
+    use_all_cores()
+    assert taken == ([threads] if threads else [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_launcher_leaves_one_thread_unless_it_is_told(tmp_path):
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import torch\nfrom trl_grpo_ext.recipe.launch import use_all_cores\n"
+        "before = torch.get_num_threads()\nuse_all_cores()\nprint(before, torch.get_num_threads())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(script)]
+    output = subprocess.check_output(command, env=environment | {"PYTHONPATH": str(ROOT)}, text=True)
+    assert output.split() == ["1", str(len(os.sched_getaffinity(0)))]

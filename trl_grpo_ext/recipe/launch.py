@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from subprocess import CalledProcessError
 from typing import Any
 
+import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -19,6 +20,19 @@ EPILOG = "Flags of `accelerate launch`, such as --num_processes, and TRL's --acc
 def is_launched() -> bool:
     """Whether this process was started by `accelerate launch` or `torchrun`."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+
+
+def use_all_cores() -> None:
+    """
+    Give a single process on a CPU a thread for each core that it may run on.
+
+    Where nothing else is said, `accelerate launch` leaves one thread to each process. Without the launcher, or with
+    several processes or a GPU, the threads stay as they are; so `OMP_NUM_THREADS=1 python recipes/helpful.py` keeps to
+    one core.
+    """
+    is_alone = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if is_alone and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def launcher_flags() -> list[str]:

@@ -28,6 +28,7 @@ from ..trainer.adaptive import AdaptiveGRPOTrainer
 from .datasets import load_prompts
 from .evaluation import print_comparison
 from .flags import FlagParser, config_of
+from .launch import use_all_cores
 from .layouts import LAYOUTS
 from .rivals import REPEATED, STOCK, print_rivals, repeat_question, stock_args, train_stock, what_features_did
 
@@ -94,7 +95,8 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     """
     The arguments of a recipe, from `configs/<recipe>.yaml` beside the script or `--config`, and the command line.
 
-    What is wrong with them ends the process in one line, with status 2.
+    What is wrong with them ends the process in one line, with status 2. On a CPU, a recipe that the launcher starts on
+    one process takes all cores from here on.
 
     Args:
         arguments (`type`):
@@ -114,6 +116,7 @@ def parse_arguments(arguments: type, script: str) -> tuple[Any, AdaptiveGRPOConf
     parsed: tuple[Any, AdaptiveGRPOConfig, ModelConfig] = parser.parse()
     with parser.in_one_line():
         check_parsed(parsed)
+    use_all_cores()
     return parsed
 
 
