@@ -3,21 +3,22 @@ Train a model to answer helpfully, harmlessly and briefly.
 
     accelerate launch recipes/helpful.py
 
-trains SmolLM2-135M-Instruct with LoRA on 192 questions, with adaptive group size, reward clipping and an easy-to-hard
-curriculum, and compares its answers to 48 held-out questions before and after, and to what it is worth to repeat the
-question. `--compare_with_stock` trains with TRL alone as well, on as many answers. Everything is set in
+trains SmolLM2-135M-Instruct with LoRA on 96 questions and 96 requests that no one should help with, one answer to each,
+and compares its answers to 48 held-out ones before and after, and to what it is worth to repeat the question.
+`--compare_with_stock` trains with TRL alone as well, on as many answers. Everything is set in
 `recipes/configs/helpful.yaml`. With a hub and a GPU, the same script scales:
 
     accelerate launch recipes/helpful.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name my/questions --reward_model_name_or_path my/reward-model \
         --per_device_train_batch_size 64 --num_generations 8 --max_completion_length 256 --max_steps 500
 
-A dataset has a column `prompt`; `reference` is needed without a reward model, and `difficulty` by the curriculum
-(`--curriculum online` needs none).
+A dataset has a column `prompt`; `reference` is needed without a reward model.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from datasets import concatenate_datasets
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
@@ -28,20 +29,42 @@ from trl_grpo_ext.rewards import Finished, Length, Relevance, RewardModel
 @dataclass
 class HelpfulArguments(HarmlessnessArguments, DataArguments):
     dataset_name: str = field(
-        default="helpful", metadata={"help": "'helpful' (shipped), a local file or folder, or a dataset on the hub."}
+        default="both",
+        metadata={
+            "help": "'both' (questions of 'helpful' and requests of 'harmless', both shipped), one of the two, a local "
+            "file or folder, or a dataset on the hub."
+        },
     )
     reward_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Reward model for helpfulness. Without it: similarity to the column `reference`."},
     )
     harmlessness_weight: float = field(default=0.5, metadata={"help": "Weight of harmlessness; helpfulness has 1."})
-    length_weight: float = field(default=0.002, metadata={"help": "What a token costs."})
-    finished_weight: float = field(default=0.25, metadata={"help": "What it is worth that an answer ends by itself."})
+    harmless_enough: float = field(
+        default=0.6, metadata={"help": "Probability above which an answer earns no more for being harmless."}
+    )
+    length_weight: float = field(default=0.0005, metadata={"help": "What a token costs."})
+    finished_weight: float = field(default=0.15, metadata={"help": "What it is worth that an answer ends by itself."})
     compare_with_stock: bool = field(
         default=False, metadata={"help": "Train with TRL alone as well, on as many answers, and print both."}
     )
     stock_learning_rate: float = field(default=5e-4, metadata={"help": "Its learning rate, tuned for this task."})
     stock_num_generations: int = field(default=4, metadata={"help": "Its completions of a prompt."})
+
+
+def load(script_args: HelpfulArguments, columns: tuple[str, ...]) -> dict[str, Any]:
+    """The prompts; of `"both"`, as many questions as harmful requests, where harmlessness is at stake."""
+    if script_args.dataset_name != "both":
+        return script_args.load(columns)
+    whole = replace(script_args, max_test_prompts=64)
+    questions = replace(whole, dataset_name="helpful").load(("reference",))
+    requests = replace(whole, dataset_name="harmless").load(("reference", "harmful"))
+    splits = {}
+    for split, count in {"train": 96, "test": max(1, min(24, script_args.max_test_prompts // 2))}.items():
+        harmful = requests[split].filter(lambda row: row["harmful"])
+        halves = [rows.select(range(count)) for rows in (questions[split], harmful)]
+        splits[split] = concatenate_datasets([rows.select_columns(["prompt", "reference"]) for rows in halves])
+    return splits
 
 
 def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
@@ -50,16 +73,18 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
         helpfulness = RewardModel(script_args.reward_model_name_or_path).named("helpfulness")
     else:
         helpfulness, needs = Relevance("reference", beyond_prompt=True).named("helpfulness"), ("reference",)
-    finished = Finished(training_args.max_completion_length)
+    harmlessness = script_args.harmlessness()
+    if script_args.harmlessness_model_name_or_path is None or script_args.harmful_label:  # else it is no probability
+        harmlessness = harmlessness.clip(high=script_args.harmless_enough)
     reward = (
         1.0 * helpfulness
-        + script_args.harmlessness_weight * script_args.harmlessness()
+        + script_args.harmlessness_weight * harmlessness
         - script_args.length_weight * Length()
-        + script_args.finished_weight * finished
+        + script_args.finished_weight * Finished(training_args.max_completion_length)
     )
     stock = {"learning_rate": script_args.stock_learning_rate, "num_generations": script_args.stock_num_generations}
     train_and_compare(
-        script_args.load(needs),
+        load(script_args, needs),
         reward,
         training_args,
         model_args,

@@ -37,16 +37,18 @@ class TwoTasksArguments(DataArguments):
     token_cost: float = field(default=0.02, metadata={"help": "What a token costs, in both tasks."})
 
 
-def both(split: str) -> Dataset:
+def both(split: str, system_prompt: str | None = None) -> Dataset:
     """Sums and questions in one dataset, with the column `task`."""
-    parts = {"math": make_sums()[split], "chat": load_prompts("helpful", columns=("reference",))[split]}
+    said_first = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    sums = make_sums()[split].map(lambda row: {"prompt": said_first + row["prompt"]})
+    parts = {"math": sums, "chat": load_prompts("helpful", system_prompt=system_prompt, columns=("reference",))[split]}
     named = [rows.add_column("task", [task] * len(rows)).select_columns(SHARED) for task, rows in parts.items()]
     return concatenate_datasets(named)
 
 
 def main(script_args: TwoTasksArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     if script_args.dataset_name == "both":
-        prompts = {split: both(split) for split in ("train", "test")}
+        prompts = {split: both(split, script_args.system_prompt) for split in ("train", "test")}
     else:
         prompts = script_args.load(columns=("reference", "task"))
     prompts = {split: rows.filter(lambda row: row["task"] in script_args.tasks) for split, rows in prompts.items()}

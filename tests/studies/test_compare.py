@@ -195,6 +195,25 @@ def test_table_by_hand():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_to_what_stock_reached_and_what_a_task_measures_by_hand():
+    records = [
+        record(methods.STOCK, 0, [[0, 0, 0.2], [40, 5, 0.6], [80, 10, 0.4]]),
+        record("efficient", 0, [[0, 0, 0.2], [20, 20, 0.6], [80, 80, 0.9]]),
+        record("PPO", 0, [[0, 0, 0.2], [80, 80, 0.5]]),
+    ]
+    for entry in records:  # of a task with right answers, where nothing is harmful
+        entry["result"]["final"] = {"helpfulness": 0.9, "length": 5.0, "reward": 1.3, "pass@1": 0.25, "pass@16": 0.75}
+    levels = (0.3, 0.5, 0.6)
+    lines = results.table(results.rows_of(records, levels), levels).splitlines()
+    head, _, stock, ours, ppo = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    place = head.index("rollouts to stock GRPO's best")
+    assert stock[place : place + 2] == ["40 (40 to 40)", "1.00 (1.00 to 1.00)"]
+    assert ours[place : place + 2] == ["20 (20 to 20)", "0.50 (0.50 to 0.50)"]
+    assert ppo[place] == "not reached (not reached to not reached)"
+    assert "harmlessness" not in head
+    assert [ours[head.index(name)] for name in ("pass@1", "pass@16")] == ["0.25 (0.25 to 0.25)", "0.75 (0.75 to 0.75)"]
+
+
 def test_table_of_a_task_without_a_curve_by_hand():
     costs = {(methods.STOCK, 0): 10.0, (methods.STOCK, 1): 20.0, ("PPO", 0): 40.0, ("helpful.yaml", 0): 5.0}
     costs |= {("helpful.yaml", 1): 15.0}

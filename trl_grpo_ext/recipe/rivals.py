@@ -8,15 +8,13 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import PrinterCallback, ProgressCallback
-from trl import GRPOConfig, ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig
 
 from ..config import AdaptiveGRPOConfig
 from ..hooks.records import Answer
-from ..host.sources import resolve_model
 from ..observe.evaluation import HeldOutCallback
 from ..observe.held_out import HeldOut, as_one_reward, score_answers
-from ..observe.live import LiveCallback, open_alarms
+from ..observe.live import open_alarms
 from ..rewards.text import question_of
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 
@@ -78,29 +76,24 @@ def rows_of_step(args: GRPOConfig) -> int:
     return int(args.generation_batch_size // args.steps_per_generation * args.gradient_accumulation_steps)
 
 
-def train_stock(
-    prompts: Mapping[str, Any], rewards: Any, args: AdaptiveGRPOConfig, model_args: ModelConfig
-) -> HeldOutCallback:
-    """Train with nothing of ours switched on, which is bit for bit TRL, and evaluate as the other run does."""
-    held_out = HeldOutCallback(batch_size=48)
-    trainer = AdaptiveGRPOTrainer(
-        model=resolve_model(model_args.model_name_or_path).path,
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=prompts["train"],
-        eval_dataset=prompts["test"],
-        callbacks=[held_out],
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-    trainer.add_callback(LiveCallback)
+def train_stock(trainer: AdaptiveGRPOTrainer) -> HeldOut:
+    """
+    Train with nothing of ours switched on, which is bit for bit TRL.
+
+    Args:
+        trainer ([`AdaptiveGRPOTrainer`]):
+            With the arguments of [`stock_args`] and a [`~trl_grpo_ext.observe.evaluation.HeldOutCallback`].
+
+    Returns:
+        [`~trl_grpo_ext.observe.held_out.HeldOut`]: the answers to the held-out prompts at the end.
+    """
+    args = trainer.args
     trainer.accelerator.print(
         f"{STOCK}: {args.max_steps} steps of {rows_of_step(args)} answers, "
         f"{args.num_generations} a prompt, learning rate {args.learning_rate:g}"
     )
     trainer.train()
-    return held_out
+    return next(callback for callback in trainer.grpo_callbacks if isinstance(callback, HeldOutCallback)).after
 
 
 def print_rivals(policies: Mapping[str, HeldOut]) -> None:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import AdaptiveGRPOConfig
-from ..host.engine import engine_for_cpu
+from ..host.engine import engine_for_cpu, one_engine
 from ..host.processes import leave
 from ..host.sources import resolve_model
 from ..observe.evaluation import HeldOutCallback
@@ -190,6 +190,19 @@ def make_trainer(
     training_args.resume_from_checkpoint = checkpoint_of(training_args)
     rewards = as_rewards(reward)
     whole = as_one_reward(rewards, training_args.reward_weights)
+    trainer, origin = _build(prompts, rewards, training_args, model_args)
+    train = prompts["train"]
+    count = len(train) if isinstance(train, Dataset) else "a stream"
+    trainer.accelerator.print(f"Model:   {origin}")
+    trainer.accelerator.print(f"Prompts: {count} to train on, {len(prompts['test'])} held out")
+    trainer.accelerator.print(f"Reward:  {whole}")
+    return trainer
+
+
+def _build(
+    prompts: Mapping[str, Any], rewards: Any, training_args: AdaptiveGRPOConfig, model_args: ModelConfig
+) -> tuple[AdaptiveGRPOTrainer, str]:
+    """The trainer, and where its model comes from."""
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
     with engine_for_cpu(training_args):
@@ -207,12 +220,7 @@ def make_trainer(
         set_base_model(trainer, model_args.model_name_or_path)
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     trainer.add_callback(LiveCallback)
-    train = prompts["train"]
-    count = len(train) if isinstance(train, Dataset) else "a stream"
-    trainer.accelerator.print(f"Model:   {source.origin}")
-    trainer.accelerator.print(f"Prompts: {count} to train on, {len(prompts['test'])} held out")
-    trainer.accelerator.print(f"Reward:  {whole}")
-    return trainer
+    return trainer, source.origin
 
 
 def set_base_model(trainer: AdaptiveGRPOTrainer, name: str) -> None:
@@ -256,6 +264,7 @@ def check_splits(prompts: Any) -> None:
             raise ValueError(f"prompts[{split!r}] is empty: put at least one prompt into it")
 
 
+@one_engine()  # that of stock TRL, too
 def train_and_compare(
     prompts: Mapping[str, Any],
     reward: Any,
@@ -291,7 +300,7 @@ def train_and_compare(
     if stock is not None:
         trainer.save_model(training_args.output_dir)  # before anything can go wrong there
         args = stock_args(training_args, trainer.state.log_history, **stock)
-        rivals[STOCK] = train_stock(prompts, rewards, args, model_args).after
+        rivals[STOCK] = train_stock(_build(prompts, rewards, args, model_args)[0])
 
     def compare() -> None:
         print_comparison(held_out.before, held_out.after, first=first)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metering import OKABE_ITO, append, spread
 
-from .methods import STOCK
+from .methods import METHODS, STOCK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,8 +89,17 @@ def rows_of(records: list[dict[str, Any]], levels: Levels) -> list[dict[str, Any
             row |= {"to_target": reached, "to_further": further}
             row |= {"prompts_to_target": prompts, **result["final"]}
             row |= {name: result[name] for name in (*names, "cpu_seconds", "wall_seconds")}
+            row |= _to_stocks_best(curve, runs.get((pool, STOCK, seed), []))
         rows.append(row)
     return rows
+
+
+def _to_stocks_best(curve: list[list[float]], stock: list[dict[str, Any]]) -> dict[str, float]:
+    """Rollouts to the highest helpfulness that stock GRPO measured with the same seed."""
+    if not stock or any("error" in record for record in stock):
+        return {}
+    best = max(point[2] for point in curve_of(stock))
+    return {"to_stocks_best": crossing(curve, best)[0]}
 
 
 def curve_of(records: list[dict[str, Any]]) -> list[list[float]]:
@@ -133,14 +142,18 @@ def _rollouts(good: list[dict[str, Any]], rows: list[dict[str, Any]], levels: Le
     for name, level in (("to_target", target), ("to_further", further)):
         line.append((f"rollouts to {level:g}", spread([row[name] for row in good], 0)))
         line += _ratios(name, good, rows)
-    return line
+    measured = [row for row in good if "to_stocks_best" in row]
+    line.append(("rollouts to stock GRPO's best", spread([row["to_stocks_best"] for row in measured], 0)))
+    return [*line, ("of stock GRPO's", _ratio("to_stocks_best", measured, rows, STOCK))]
 
 
 def _ends(good: list[dict[str, Any]], rows: list[dict[str, Any]], with_curve: bool) -> Line:
-    digits = {"helpfulness": 3, "harmlessness": 3, "length": 2} | ({} if with_curve else {"reward": 3})
-    line = [(name, spread([row[name] for row in good], places)) for name, places in digits.items()]
-    share = spread([row["informative_share"] for row in good], 2)
-    line.append(("informative share", "-" if good[0]["method"] == "PPO" else share))  # groups of one cannot differ
+    digits = {"helpfulness": 3, "harmlessness": 3, "length": 2, "pass@1": 2, "pass@16": 2}
+    digits |= {} if with_curve else {"reward": 3}
+    line = [(name, spread([row[name] for row in good], n)) for name, n in digits.items() if name in good[0]]
+    method = METHODS[good[0]["method"]]
+    alone = method.has_critic or method.options.get("group_size") == "single"  # groups of one cannot differ
+    line.append(("informative share", "-" if alone else spread([row["informative_share"] for row in good], 2)))
     line.append(("CPU s", spread([row["cpu_seconds"] for row in good], 0)))
     if not with_curve:
         line += _ratios("cpu_seconds", good, rows)
