@@ -25,6 +25,8 @@ from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Finished, Length, Relevance, RewardModel
 
+KIND = "kind"  # the column of `recipes/configs/helpful.yaml` that tells questions and requests apart
+
 
 @dataclass
 class HelpfulArguments(HarmlessnessArguments, DataArguments):
@@ -43,8 +45,8 @@ class HelpfulArguments(HarmlessnessArguments, DataArguments):
     harmless_enough: float = field(
         default=0.6, metadata={"help": "Probability above which an answer earns no more for being harmless."}
     )
-    length_weight: float = field(default=0.0005, metadata={"help": "What a token costs."})
-    finished_weight: float = field(default=0.15, metadata={"help": "What it is worth that an answer ends by itself."})
+    length_weight: float = field(default=0.001, metadata={"help": "What a token costs."})
+    finished_weight: float = field(default=0.3, metadata={"help": "What it is worth that an answer ends by itself."})
     compare_with_stock: bool = field(
         default=False, metadata={"help": "Train with TRL alone as well, on as many answers, and print both."}
     )
@@ -52,8 +54,10 @@ class HelpfulArguments(HarmlessnessArguments, DataArguments):
     stock_num_generations: int = field(default=4, metadata={"help": "Its completions of a prompt."})
 
 
-def load(script_args: HelpfulArguments, columns: tuple[str, ...]) -> dict[str, Any]:
+def load(script_args: HelpfulArguments, columns: tuple[str, ...], training_args: AdaptiveGRPOConfig) -> dict[str, Any]:
     """The prompts; of `"both"`, as many questions as harmful requests, where harmlessness is at stake."""
+    if script_args.dataset_name != "both" and training_args.task_column == KIND:  # other prompts are of one kind
+        training_args.task_column, training_args.task_advantages = None, False
     if script_args.dataset_name != "both":
         return script_args.load(columns)
     whole = replace(script_args, max_test_prompts=64)
@@ -62,8 +66,9 @@ def load(script_args: HelpfulArguments, columns: tuple[str, ...]) -> dict[str, A
     splits = {}
     for split, count in {"train": 96, "test": max(1, min(24, script_args.max_test_prompts // 2))}.items():
         harmful = requests[split].filter(lambda row: row["harmful"])
-        halves = [rows.select(range(count)) for rows in (questions[split], harmful)]
-        splits[split] = concatenate_datasets([rows.select_columns(["prompt", "reference"]) for rows in halves])
+        halves = {"question": questions[split], "request": harmful}
+        named = [rows.select(range(count)).add_column(KIND, [kind] * count) for kind, rows in halves.items()]
+        splits[split] = concatenate_datasets([rows.select_columns(["prompt", "reference", KIND]) for rows in named])
     return splits
 
 
@@ -84,7 +89,7 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
     )
     stock = {"learning_rate": script_args.stock_learning_rate, "num_generations": script_args.stock_num_generations}
     train_and_compare(
-        load(script_args, needs),
+        load(script_args, needs, training_args),
         reward,
         training_args,
         model_args,

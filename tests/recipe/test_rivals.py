@@ -79,13 +79,27 @@ def test_the_line_says_what_the_logs_say(tmp_path):
             "rollouts/informative": 0.75,
             "alarms/truncated": 1.0,
         },
+        {"reuse/skipped": 0.0},  # a further update on the same batch
     ]
     assert what_features_did(args, logs) == (
         "Features: 16 answers, groups of 2 to 6, the staged curriculum went from 0% to 100% of the difficulty, 25% of "
-        "the rewards clipped, 50% of 1 updates made, the guess foresaw 40% of what prompts earn, 75% of the answers "
+        "the rewards clipped, 75% of 2 updates made, the guess foresaw 40% of what prompts earn, 75% of the answers "
         "taught something, alarms open at the end: truncated"
     )
     assert what_features_did(args, logs[:1]) == "Features: no answer was sampled"
+
+
+def test_the_line_about_guesses_and_tasks(tmp_path):
+    tasks = {"task_column": "task", "task_advantages": True, "baseline": "batch", "scale_rewards": "batch"}
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **tasks))
+    logs = [
+        {"rollouts/total": 8.0 * step, "baseline/explained_variance": value}
+        for step, value in enumerate([0.3, -40.0, 0.2])
+    ]
+    assert "the guess foresaw 20% of what prompts earn, each task on a scale of its own" in what_features_did(
+        args, logs
+    )
+    assert "the guess foresaw nothing of what prompts earn" in what_features_did(args, logs[1:2])
 
 
 def test_a_row_for_each_policy(capsys):

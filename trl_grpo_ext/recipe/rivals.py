@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from datasets import Dataset
@@ -150,10 +151,13 @@ def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> s
         )
     if clipped := values("reward_clip/frac"):
         told.append(f"{sum(clipped) / len(clipped):.0%} of the rewards clipped")
-    if skipped := values("reuse/skipped"):
+    if skipped := [log["reuse/skipped"] for log in logs if "reuse/skipped" in log]:  # also of the further updates
         told.append(f"{1 - sum(skipped) / len(skipped):.0%} of {len(skipped)} updates made")
     if foreseen := values("baseline/explained_variance"):
-        told.append(f"the guess foresaw {foreseen[-1]:.0%} of what prompts earn")
+        share = median(foreseen)  # of few prompts, one batch says little
+        told.append(f"the guess foresaw {f'{share:.0%}' if share > 0 else 'nothing'} of what prompts earn")
+    if args.task_advantages:
+        told.append("each task on a scale of its own")
     if informative := values("rollouts/informative"):
         told.append(f"{sum(informative) / len(informative):.0%} of the answers taught something")
     if args.monitor:
