@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,32 @@ def test_recipes_run(name, flags, parts, model_path, tmp_path, monkeypatch, caps
     assert f"report of the run to {tmp_path / 'report.html'}" in printed
     assert (tmp_path / "report.html").exists()
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_flagship_has_as_many_requests_as_questions(monkeypatch, tmp_path):
+    helpful = recipe("helpful", monkeypatch)
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, task_column="kind"))
+    splits = helpful.load(helpful.HelpfulArguments(system_prompt="Be brief."), (), args)
+    assert {split: Counter(rows["kind"]) for split, rows in splits.items()} == {
+        "train": {"question": 96, "request": 96},
+        "test": {"question": 24, "request": 24},
+    }
+    assert all(row["prompt"][0] == {"role": "system", "content": "Be brief."} for row in splits["train"])
+    assert all(row["reference"] for split in splits.values() for row in split)
+    assert not {str(p) for p in splits["test"]["prompt"]} & {str(p) for p in splits["train"]["prompt"]}
+    assert args.task_column == "kind"
+    few = helpful.load(helpful.HelpfulArguments(max_test_prompts=6), (), args)
+    assert Counter(few["test"]["kind"]) == {"question": 3, "request": 3}
+
+
+@pytest.mark.parametrize(("column", "left"), [("kind", None), ("difficulty", "difficulty")])
+def test_the_flagship_takes_prompts_of_one_kind(column, left, monkeypatch, tmp_path):
+    helpful = recipe("helpful", monkeypatch)
+    tasks = {"task_column": column, "task_advantages": True, "baseline": "batch", "scale_rewards": "batch"}
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **tasks))
+    prompts = helpful.load(helpful.HelpfulArguments(dataset_name="helpful"), ("reference",), args)
+    assert len(prompts["train"]) == 192
+    assert (args.task_column, args.task_advantages) == (left, left is not None)
 
 
 def test_the_recipe_of_the_docs_runs_in_an_empty_folder(model_path, tmp_path):
