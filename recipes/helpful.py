@@ -4,8 +4,9 @@ Train a model to answer helpfully, harmlessly and briefly.
     accelerate launch recipes/helpful.py
 
 trains SmolLM2-135M-Instruct with LoRA on 96 questions and on 96 requests that no one should help with. Then it compares
-answers to 48 held-out ones before and after, and with what it is worth to repeat the question. `--compare_with_stock` trains with TRL alone as well, on as many answers. Everything is set in
-`recipes/configs/helpful.yaml`. With a hub and a GPU, the same script scales:
+answers to 48 held-out ones before and after, and with what it is worth to repeat the question. `--compare_with_stock`
+trains with TRL alone as well, on as many answers. Everything is set in `recipes/configs/helpful.yaml`. With a hub and a
+GPU, the same script scales:
 
     accelerate launch recipes/helpful.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name my/questions --reward_model_name_or_path my/reward-model \
