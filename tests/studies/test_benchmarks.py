@@ -2,13 +2,16 @@
 
 import csv
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import metering
 import mixed_pool
 import pytest
+import shares
 import skills
 import torch
 
@@ -149,3 +152,28 @@ def test_compute_smoke(tmp_path):
     assert errors[0] < 1e-5
     assert (folder / "compute.png").stat().st_size > 10_000
     assert "| prompt 64 | on |" in (folder / "table.md").read_text()
+
+
+@pytest.mark.training
+def test_shares_smoke():
+    command = [sys.executable, "recipes/studies/shares.py", "--smoke", "--steps", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    stock, ours = (line for line in result.stdout.splitlines() if "s a step" in line)
+    assert "trl_grpo_ext" not in stock
+    for line in (stock, ours):
+        told = dict(re.findall(r"(\w+) ([\d.]+)%", line))
+        assert sum(map(float, told.values())) == pytest.approx(100, abs=0.5)
+        assert {"torch", "transformers", "trl"} <= set(told)
+    assert "trl_grpo_ext" in ours
+
+
+def test_time_belongs_to_the_package_that_calls(monkeypatch):
+    assert shares.owner("/x/site-packages/trl/trainer/a.py") == "trl"
+    assert shares.owner("/x/trl_grpo_ext/compute/a.py") == "trl_grpo_ext"
+    assert shares.owner("/x/lib/python3/json/a.py") == "other"
+    ours, theirs, builtin = ("/x/trl_grpo_ext/a.py", 1, "f"), ("/x/trl/b.py", 1, "g"), ("~", 0, "<mul>")
+    called = {ours: (1, 1, 3.0, 3.0), theirs: (1, 1, 1.0, 1.0)}
+    entries = {ours: (1, 1, 2.0, 5.0, {}), theirs: (1, 1, 2.0, 3.0, {}), builtin: (2, 2, 4.0, 4.0, called)}
+    monkeypatch.setattr(shares.pstats, "Stats", lambda profile: SimpleNamespace(stats=entries))
+    assert shares.shares(None) == pytest.approx({"trl_grpo_ext": 5 / 8, "trl": 3 / 8})
