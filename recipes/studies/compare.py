@@ -58,6 +58,7 @@ class Options:
     target: float = field(default=0.8, metadata={"help": "Held-out helpfulness to count up to."})
     further: float = field(default=0.9, metadata={"help": "One more to count up to."})
     eval_every: int = field(default=128, metadata={"help": "Rollouts between two evaluations of the tiny task."})
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM beside the training, not DPO and RLOO."})
     workers: int = field(default=1, metadata={"help": "Trainings at a time, each on one thread."})
     output_dir: str = field(default="runs/compare", metadata={"help": "Where the results go."})
     smoke: bool = field(default=False, metadata={"help": "One seed, one pool and a budget of 2 steps."})
@@ -68,6 +69,10 @@ class Options:
             raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown: use one of {', '.join(map(repr, TASKS))}")
+        if self.use_vllm and self.task == "tiny":
+            raise ValueError("use_vllm=True needs a model whose heads vLLM knows: use another task than 'tiny'")
+        if self.use_vllm and {"DPO", "RLOO"} & set(self.methods):
+            raise ValueError("use_vllm=True is not for DPO and RLOO, which sample without it here: leave them out")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} runs nothing: use at least 1")
         if self.smoke:
@@ -96,6 +101,8 @@ def make_cell(
     names = ("task", "rows", "num_generations", "pool_size", "held_out", "warm_start", "eval_every")
     cell = {"method": method, "pool": pool, "seed": seed, "learning_rate": learning_rate}
     cell["rollouts"] = options.rollouts if rollouts is None else rollouts
+    if options.use_vllm:
+        cell["use_vllm"] = True
     return cell | {name: getattr(options, name) for name in names} | {"options": METHODS[method].options}
 
 

@@ -388,3 +388,15 @@ def test_smoke(tmp_path):
     assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + len(rows)
     for plot in ("compare.png", "compare_rollouts.png"):
         assert (tmp_path / plot).stat().st_size > 10_000
+
+
+def test_vllm_is_another_cell_and_not_for_all(tmp_path):
+    flags = ("--methods", methods.STOCK, "--use_vllm", "true")
+    plain, sampled = (parse(*given, config="compare_arithmetic.yaml") for given in ((), flags))
+    cells = [compare.make_cell(options, methods.STOCK, "sums", 0, 1e-3) for options in (plain, sampled)]
+    assert "use_vllm" not in cells[0]
+    assert len({Cells(tmp_path, dict).path(cell) for cell in cells}) == 2
+    with pytest.raises(ValueError, match="use_vllm=True needs a model whose heads vLLM knows"):
+        parse("--use_vllm", "true")
+    with pytest.raises(ValueError, match="use_vllm=True is not for DPO and RLOO"):
+        parse("--use_vllm", "true", "--methods", "RLOO", config="compare_smollm2.yaml")

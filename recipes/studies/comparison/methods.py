@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
 from trl_grpo_ext.config import EFFICIENT
+from trl_grpo_ext.host.engine import engine_for_cpu
 
 from .sampling import ask, sample
 
@@ -42,6 +43,7 @@ PAIRS = {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
 HELPFUL |= {"share_prompts": True, "skip_zero_advantage": True}
+VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1}
 # Of RLOO, TRL's default is a KL of 0.05; without one, all but DPO optimise the same objective.
 METHODS = {
     "PPO": Method(has_critic=True),
@@ -136,18 +138,19 @@ def _online(
         per_device_train_batch_size=cell["rows"],
         max_completion_length=task.max_completion_length,
         max_steps=cell["rollouts"] // cell["rows"] * method.options.get("num_iterations", 1),
-        **{"num_generations": cell["num_generations"], **method.options},
+        **{"num_generations": cell["num_generations"], **method.options, **(VLLM if cell.get("use_vllm") else {})},
     )
     critic = CriticBaseline() if method.has_critic else None
-    trainer = method.trainer(
-        model=task.policy(),
-        reward_funcs=meter,
-        args=args,
-        train_dataset=task.dataset(cell["pool"]),
-        processing_class=task.tokenizer,
-        callbacks=[evaluator, *([critic] if critic else [])],
-        peft_config=task.peft_config,
-    )
+    with engine_for_cpu(args):
+        trainer = method.trainer(
+            model=task.policy(),
+            reward_funcs=meter,
+            args=args,
+            train_dataset=task.dataset(cell["pool"]),
+            processing_class=task.tokenizer,
+            callbacks=[evaluator, *([critic] if critic else [])],
+            peft_config=task.peft_config,
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer, critic
