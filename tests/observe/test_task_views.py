@@ -1,5 +1,7 @@
 """What alarms, report and live view say of the tasks of a run."""
 
+import json
+
 from fabricated import fabricate, with_tasks
 
 from trl_grpo_ext.observe.alarms import AlarmDetector, make_alarms
@@ -59,6 +61,22 @@ def test_tasks_have_a_table_and_plots(tmp_path):
     assert panels["Completion length by task"] == ["math", "chat", "code/hard"]
     assert not [title for title in panels if title.startswith("tasks/")]
     assert task_table(read_run(fabricate(tmp_path / "other"))) == []
+
+
+def test_a_step_without_a_task_counts_in_its_share(tmp_path):
+    run = with_tasks(fabricate(tmp_path / "run", steps=40), math=0.4, chat=0.5)
+    path = run / "monitor" / "metrics.jsonl"
+    lines = []
+    for number, line in enumerate(path.read_text().splitlines()):
+        entry = json.loads(line)
+        entry |= {"tasks/math/share": 0.25, "tasks/chat/share": 0.75}
+        if number % 2:  # all completions are of one task, and nothing is logged of the other
+            entry = {name: value for name, value in entry.items() if not name.startswith("tasks/math/")}
+            entry["tasks/chat/share"] = 1.0
+        lines.append(json.dumps(entry) + "\n")
+    path.write_text("".join(lines))
+    shares = {row[0]: row[HEADS.index("Share")] for row in task_table(read_run(run))}
+    assert shares == {"math": "12%", "chat": "88%"}
 
 
 def test_a_task_with_a_hostile_name_or_few_logs_is_only_text(tmp_path):

@@ -32,7 +32,7 @@ def task_table(run: Run) -> list[list[str]]:
     rows = []
     for task in task_names(run):
         rewards = _values(run, task, "reward")
-        row = [one_line(task, 60), _lately(run, task, "share", percent=True)]
+        row = [one_line(task, 60), _shown(_shares(run, task), percent=True)]
         if len(rewards) < 4:
             row += ["-", number(rewards[-1]) if rewards else "-", "too early to say"]
         else:
@@ -75,7 +75,18 @@ def _values(run: Run, task: str, metric: str) -> list[float]:
 
 def _lately(run: Run, task: str, metric: str, percent: bool = False) -> str:
     """Mean over the last tenth of the logs that hold the task."""
-    values = _values(run, task, metric)
+    return _shown(_values(run, task, metric), percent)
+
+
+def _shares(run: Run, task: str) -> list[float]:
+    """Its share in each log that holds any task: 0 where it had no completion, since nothing is logged of it then."""
+    own = run.column(f"tasks/{task}/share")
+    all_of_them = zip(*(run.column(f"tasks/{name}/share") for name in task_names(run)), strict=True)
+    rows = zip(own, all_of_them, strict=True)
+    return [value or 0.0 for value, row in rows if any(share is not None for share in row)]
+
+
+def _shown(values: list[float], percent: bool = False) -> str:
     if not values:
         return "-"
     last = change(values)[1]
