@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from kit import ROOT, config_kwargs
+from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
-from trl_grpo_ext.recipe import DataArguments, parse_arguments
+from trl_grpo_ext.recipe import DataArguments, parse_arguments, script
 from trl_grpo_ext.recipe.flags import flags_with_config
 from trl_grpo_ext.recipe.launch import use_all_cores
 from trl_grpo_ext.recipe.script import checkpoint_of
@@ -143,3 +145,17 @@ def test_the_launcher_leaves_one_thread_unless_it_is_told(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script)]
     output = subprocess.check_output(command, env=environment | {"PYTHONPATH": str(ROOT)}, text=True)
     assert output.split() == ["1", str(len(os.sched_getaffinity(0)))]
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_a_recipe_that_merges_adapters_samples_with_vllm(use_vllm, model_path, tmp_path, monkeypatch):
+    """TRL hands vLLM merged weights anyway, and the trainer refuses both."""
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, merge_adapter=True, use_vllm=use_vllm))
+    built = []
+    monkeypatch.setattr(script, "AdaptiveGRPOTrainer", lambda args, **rest: built.append(args) or 1 / 0)
+    rows = Dataset.from_dict({"prompt": ["a", "b"]})
+    with pytest.raises(ZeroDivisionError):
+        script.make_trainer(
+            {"train": rows, "test": rows}, lambda **call: [0.0], args, ModelConfig(model_name_or_path=model_path)
+        )
+    assert built[0].merge_adapter is not use_vllm

@@ -205,6 +205,8 @@ def _build(
     """The trainer, and where its model comes from."""
     source = resolve_model(model_args.model_name_or_path)
     training_args.model_init_kwargs = init_kwargs(training_args, model_args)
+    if training_args.use_vllm:
+        training_args.merge_adapter = False  # which recipes set, and TRL hands vLLM merged weights anyway
     with engine_for_cpu(training_args):
         trainer = AdaptiveGRPOTrainer(
             model=source.path,
