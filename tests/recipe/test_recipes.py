@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.training
 def test_helpful_runs_as_the_readme_says(tmp_path):
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(ROOT / "recipes" / "helpful.py")]
-    short = ["--max_steps", "5", "--max_test_prompts", "8", "--per_device_train_batch_size", "8"]
+    short = ["--max_steps", "5", "--max_test_prompts", "8"]
     # The model comes from the package index or the cache, never from a hub.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     result = subprocess.run(
