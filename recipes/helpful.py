@@ -18,11 +18,11 @@ A dataset has a column `prompt`; `reference` is needed without a reward model.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import concatenate_datasets
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe.datasets import in_one
 from trl_grpo_ext.rewards import Finished, Length, Relevance, RewardModel
 
 KIND = "kind"  # the column of `recipes/configs/helpful.yaml` that tells questions and requests apart
@@ -67,8 +67,10 @@ def load(script_args: HelpfulArguments, columns: tuple[str, ...], training_args:
     for split, count in {"train": 96, "test": max(1, min(24, script_args.max_test_prompts // 2))}.items():
         harmful = requests[split].filter(lambda row: row["harmful"])
         halves = {"question": questions[split], "request": harmful}
-        named = [rows.select(range(count)).add_column(KIND, [kind] * count) for kind, rows in halves.items()]
-        splits[split] = concatenate_datasets([rows.select_columns(["prompt", "reference", KIND]) for rows in named])
+        kept = {
+            name: rows.select(range(count)).select_columns(["prompt", "reference"]) for name, rows in halves.items()
+        }
+        splits[split] = in_one(kept, KIND)
     return splits
 
 

@@ -17,14 +17,13 @@ With data of your own, a dataset needs columns `prompt`, `reference` and `task`.
 from dataclasses import dataclass, field
 
 from arithmetic import correct, make_sums
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, load_prompts, parse_arguments, train_and_compare
+from trl_grpo_ext.recipe.datasets import in_one
 from trl_grpo_ext.rewards import Length, Relevance, as_reward, by_task
-
-SHARED = ["prompt", "reference", "task"]
 
 
 @dataclass
@@ -42,8 +41,7 @@ def both(split: str, system_prompt: str | None = None) -> Dataset:
     said_first = [{"role": "system", "content": system_prompt}] if system_prompt else []
     sums = make_sums()[split].map(lambda row: {"prompt": said_first + row["prompt"]})
     parts = {"math": sums, "chat": load_prompts("helpful", system_prompt=system_prompt, columns=("reference",))[split]}
-    named = [rows.add_column("task", [task] * len(rows)).select_columns(SHARED) for task, rows in parts.items()]
-    return concatenate_datasets(named)
+    return in_one({task: rows.select_columns(["prompt", "reference"]) for task, rows in parts.items()}, "task")
 
 
 def main(script_args: TwoTasksArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:

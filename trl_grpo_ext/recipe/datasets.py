@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .layouts import HUB_LAYOUTS, LAYOUTS, Layout
 from .normal import as_text, is_blank, without_control
 from .reading import SHIPPED, Part, Place, Row, read
 
-__all__ = ["SHIPPED", "load_prompts"]
+__all__ = ["SHIPPED", "in_one", "load_prompts"]
 
 logger = logging.getLogger(__name__)
 
@@ -361,3 +361,19 @@ def _stream(
         "train": IterableDataset.from_generator(functools.partial(rows.stream, train, keys, start)),
         "test": Dataset.from_list(held_out),
     }
+
+
+def in_one(parts: Mapping[str, Dataset], column: str) -> Dataset:
+    """
+    Several sets in one, with a column that names the one that each row is of.
+
+    Example:
+
+    ```python
+    >>> parts = {"math": Dataset.from_dict({"prompt": ["1 + 1?"]}), "chat": Dataset.from_dict({"prompt": ["Hi", "Ho"]})}
+    >>> in_one(parts, "task")["task"][:]
+    ['math', 'chat', 'chat']
+
+    ```
+    """
+    return concatenate_datasets([rows.add_column(column, [name] * len(rows)) for name, rows in parts.items()])
