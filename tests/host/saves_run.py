@@ -3,6 +3,7 @@
 Errors are caught and written down, so that one launch can try all of them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -86,11 +87,11 @@ def outcome(act) -> dict:
     return {"error": None}
 
 
-def failing_save(model_path: str, out: str, part: str, rank: int) -> dict:
+def failing_save(model_path: str, out: str, part: str, rank: int, also: Sequence[TrainerCallback] = ()) -> dict:
     """The third save fails. Evaluations choose a best checkpoint, since transformers then waits amid the save."""
     breaks = Breaks(part, rank, step=3)
     best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward"}
-    trainer = saving_trainer(model_path, out, [breaks], save_total_limit=2, per_device_eval_batch_size=4, **best)
+    trainer = saving_trainer(model_path, out, [breaks, *also], save_total_limit=2, per_device_eval_batch_size=4, **best)
     if part == "push":
         trainer.args.push_to_hub = True  # not before: a repository would be made
         trainer.push_to_hub = trainer._finish_current_push = lambda *args, **kwargs: None
@@ -101,6 +102,17 @@ def failing_save(model_path: str, out: str, part: str, rank: int) -> dict:
         breaks.undo()
         if part == "push":
             Trainer._push_from_checkpoint = before
+
+
+def failing_twice(model_path: str, out: str, rank: int) -> dict:
+    """The third save fails on process 0, and what to say of it fails on one of both."""
+    before = checkpoints.last_complete
+    look = Breaks("complete", rank, step=3)
+    look.where = (checkpoints, "last_complete")
+    try:
+        return failing_save(model_path, out, "rollouts file", 0, [look])
+    finally:
+        checkpoints.last_complete = before
 
 
 def failing_again(model_path: str, out: str, part: str, rank: int) -> dict:
@@ -155,6 +167,7 @@ def trained(model_path: str, out: str, resume: str | None = None) -> dict:
 def runs(model_path: str, out: str) -> dict:
     return {
         **{(part, rank): failing_save(model_path, f"{out}/{part} {rank}", part, rank) for part, rank in CASES},
+        **{("twice", rank): failing_twice(model_path, f"{out}/twice {rank}", rank) for rank in (0, 1)},
         "again": failing_again(model_path, f"{out}/again", "random file", 1),
         "damaged": damaged(model_path, f"{out}/damaged"),
         "whole": trained(model_path, f"{out}/whole"),

@@ -1,6 +1,8 @@
 """A killed training resumes from what was complete, and a save that fails leaves what was there."""
 
 import contextlib
+import io
+import itertools
 import json
 import os
 import re
@@ -217,6 +219,36 @@ def test_without_a_manifest_the_last_file_of_transformers_decides(tmp_path, stat
     assert why_incomplete(folder) == "it has no readable trainer_state.json, which is written last"
     (folder / "trainer_state.json").write_text('{"global_step": 3}')
     assert why_incomplete(folder) is None
+
+
+@pytest.mark.parametrize("contents", [("trainer_state.json", MANIFEST), ("trainer_state.json",), ("grpo_x.pt",), ()])
+@pytest.mark.parametrize("look", [last_complete, lambda run: reason_of(run / "checkpoint-3", OSError("no"))])
+def test_another_process_may_delete_a_checkpoint_while_this_one_looks(tmp_path, monkeypatch, contents, look):
+    """Between any two calls of the system. An error here would keep one process from the collective of all."""
+    calls = []
+
+    def deletes_first(call, when):
+        def called(*args, **kwargs):
+            calls.append(call)
+            if len(calls) == when:
+                with monkeypatch.context() as undone:
+                    undone.undo()
+                    shutil.rmtree(tmp_path / "checkpoint-3")
+            return call(*args, **kwargs)
+
+        return called
+
+    for when in itertools.count(1):
+        write_files(tmp_path / "checkpoint-3", dict.fromkeys(contents, b'{"complete": true, "files": {"a": 1}}'))
+        (tmp_path / "checkpoint-3").mkdir(exist_ok=True)
+        with monkeypatch.context() as patch:
+            calls.clear()
+            for module, name in ((os, "stat"), (os, "scandir"), (io, "open"), (shutil, "disk_usage")):
+                patch.setattr(module, name, deletes_first(getattr(module, name), when))
+            look(tmp_path)
+        if len(calls) < when:
+            break
+    assert when > 1
 
 
 def test_only_folders_with_a_step_count_as_checkpoints(tmp_path):

@@ -28,6 +28,16 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_leaves_no_checkpoint(
     assert last_complete(folder) == (folder / "checkpoint-2", [])
 
 
+def test_what_also_fails_after_a_failed_save_keeps_no_process_from_the_error(two):
+    _, ranks = two
+    for rank, remedy in enumerate(("no complete checkpoint was found, since", "the last complete checkpoint is")):
+        one, other = (outcomes["twice", rank]["error"] for outcomes in ranks)
+        assert one == other
+        assert one.startswith("CheckpointError: ")
+        assert "could not be written (process 0: OSError: [Errno 28] No space left" in one
+        assert f"): {remedy}" in one
+
+
 def test_a_failed_save_over_a_complete_checkpoint_leaves_none(two):
     out, ranks = two
     assert len({outcomes["again"]["error"] for outcomes in ranks}) == 1

@@ -163,10 +163,8 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether this package began to write the checkpoint, so that it must have a manifest."""
-    if any(folder.glob(OURS)):
-        return True
-    try:
-        return OUR_OPTIONS in (folder / OPTIONS).read_bytes()
+    try:  # another process may delete it right now
+        return any(folder.glob(OURS)) or OUR_OPTIONS in (folder / OPTIONS).read_bytes()
     except OSError:
         return False
 
@@ -240,9 +238,11 @@ def check_complete(folder: str | os.PathLike[str]) -> None:
 
 def reason_of(folder: str | os.PathLike[str], error: Exception) -> str:
     """Why a checkpoint could not be written: the first line of an error, and how full the disk is."""
-    folder = Path(folder)
-    place = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    free = 0 if place is None else shutil.disk_usage(place).free
+    free = 0
+    for place in (Path(folder), *Path(folder).parents):
+        with contextlib.suppress(OSError):  # it is not there, or another process deletes it right now
+            free = shutil.disk_usage(place).free
+            break
     disk = "the disk is full" if free < 2**20 else f"{free / 1e6:.0f} MB are free there"
     first_line = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first_line}; {disk}"

@@ -108,10 +108,13 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
 
     def _save_failed(self, folder: str, error: Exception) -> checkpoints.CheckpointError:
         """The same error for every process, once what is there of the checkpoint is deleted."""
-        if self.args.should_save:
-            checkpoints.discard(folder)
-        last, _ = checkpoints.last_complete(os.path.dirname(folder))
-        remedy = "there is no complete checkpoint" if last is None else f"the last complete checkpoint is {last}"
+        try:
+            if self.args.should_save:
+                checkpoints.discard(folder)
+            last, _ = checkpoints.last_complete(os.path.dirname(folder))
+            remedy = "there is no complete checkpoint" if last is None else f"the last complete checkpoint is {last}"
+        except OSError as unreadable:  # every process must come to the gather
+            remedy = f"no complete checkpoint was found, since the folder of the run cannot be read: {unreadable}"
         own = None if isinstance(error, OtherProcessError) else checkpoints.reason_of(folder, error)
         found = gather_values((own, remedy))
         rank, reason = next((rank, reason) for rank, (reason, _) in enumerate(found) if reason is not None)
