@@ -29,7 +29,7 @@ from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
-from trl_grpo_ext.rewards import Length, as_reward
+from trl_grpo_ext.rewards import Finished, Length, as_reward
 from trl_grpo_ext.rewards.text import text_of
 
 EXTRACTORS = (LatexExtractionConfig(), ExprExtractionConfig())
@@ -43,6 +43,7 @@ class ArithmeticArguments(DataArguments):
         default="generated", metadata={"help": "'generated', a local file or folder, or a dataset on the hub."}
     )
     brevity_weight: float = field(default=0.01, metadata={"help": "What a token costs; a right answer is worth 1."})
+    finished_weight: float = field(default=0.2, metadata={"help": "What it is worth that an answer ends by itself."})
 
 
 def make_sums(seed: int = 0, held_out_share: float = 0.2) -> dict[str, Dataset]:
@@ -93,7 +94,8 @@ def main(script_args: ArithmeticArguments, training_args: AdaptiveGRPOConfig, mo
             f"math-verify reads none of the references of {script_args.dataset_name!r}, such as "
             f"{prompts['test'][0]['reference']!r:.80}: write numbers or LaTeX, such as '12' or '$\\frac{{1}}{{2}}$'"
         )
-    reward = 1.0 * as_reward(correct) - script_args.brevity_weight * Length()
+    finished = script_args.finished_weight * Finished(training_args.max_completion_length)
+    reward = 1.0 * as_reward(correct) + finished - script_args.brevity_weight * Length()
     train_and_compare(prompts, reward, training_args, model_args)
 
 

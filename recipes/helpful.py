@@ -23,7 +23,7 @@ from trl import ModelConfig
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.recipe.datasets import in_one
-from trl_grpo_ext.rewards import Finished, Length, Relevance, RewardModel
+from trl_grpo_ext.rewards import Finished, Length, Relevance, Reward, RewardModel
 
 KIND = "kind"  # the column of `recipes/configs/helpful.yaml` that tells questions and requests apart
 
@@ -74,25 +74,28 @@ def load(script_args: HelpfulArguments, columns: tuple[str, ...], training_args:
     return splits
 
 
-def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
-    needs: tuple[str, ...] = ()
+def reward_of(script_args: HelpfulArguments, max_completion_length: int) -> Reward:
     if script_args.reward_model_name_or_path:
-        helpfulness = RewardModel(script_args.reward_model_name_or_path).named("helpfulness")
+        helpfulness: Reward = RewardModel(script_args.reward_model_name_or_path)
     else:
-        helpfulness, needs = Relevance("reference", beyond_prompt=True).named("helpfulness"), ("reference",)
+        helpfulness = Relevance("reference", beyond_prompt=True)
     harmlessness = script_args.harmlessness()
     if script_args.harmlessness_model_name_or_path is None or script_args.harmful_label:  # else it is no probability
         harmlessness = harmlessness.clip(high=script_args.harmless_enough)
-    reward = (
-        1.0 * helpfulness
+    return (
+        1.0 * helpfulness.named("helpfulness")
         + script_args.harmlessness_weight * harmlessness
         - script_args.length_weight * Length()
-        + script_args.finished_weight * Finished(training_args.max_completion_length)
+        + script_args.finished_weight * Finished(max_completion_length)
     )
+
+
+def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
+    needs = () if script_args.reward_model_name_or_path else ("reference",)
     stock = {"learning_rate": script_args.stock_learning_rate, "num_generations": script_args.stock_num_generations}
     train_and_compare(
         load(script_args, needs, training_args),
-        reward,
+        reward_of(script_args, training_args.max_completion_length),
         training_args,
         model_args,
         repeats_question=True,

@@ -26,7 +26,7 @@ from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import parse_arguments, train_and_compare
-from trl_grpo_ext.rewards import as_reward
+from trl_grpo_ext.rewards import Finished, as_reward
 from trl_grpo_ext.rewards.text import text_of
 
 
@@ -39,6 +39,7 @@ class ReasoningArguments:
     num_levels: int = field(default=2, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
     train_size: int = field(default=64, metadata={"help": "Questions of each task and level to train on."})
     test_size: int = field(default=16, metadata={"help": "Held-out questions of each task and level."})
+    finished_weight: float = field(default=0.2, metadata={"help": "What it is worth that an answer ends by itself."})
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.tasks) - set(CURRICULA))
@@ -100,7 +101,9 @@ def solved_fully(completions: list[Any], task: list[str], entry: list[str], **kw
 
 def main(script_args: ReasoningArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     prompts = make_questions(script_args)
-    train_and_compare(prompts, as_reward(score) + 0.5 * as_reward(solved_fully, "right"), training_args, model_args)
+    solved = as_reward(score) + 0.5 * as_reward(solved_fully, "right")
+    reward = solved + script_args.finished_weight * Finished(training_args.max_completion_length)
+    train_and_compare(prompts, reward, training_args, model_args)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # every cell is a fork
 from comparison import results
 from comparison.cells import Cells
 from comparison.methods import METHODS, STOCK, train
-from comparison.smollm2 import AnswerTask, SmolTask
+from comparison.smollm2 import AnswerTask, HelpfulTask, SmolTask
 from comparison.tiny import POOLS, TinyTask
 
 from trl_grpo_ext.recipe.flags import FlagParser, config_of
 
-TASKS = ("tiny", "smollm2", "arithmetic", "reasoning")
+TASKS = ("tiny", "smollm2", "helpful", "arithmetic", "reasoning")
 
 
 @dataclass
@@ -84,6 +84,8 @@ class Options:
 def make_task(options: Options, seed: int) -> TinyTask | SmolTask:
     if options.task == "smollm2":
         return SmolTask()
+    if options.task == "helpful":
+        return HelpfulTask()
     if options.task in ("arithmetic", "reasoning"):
         return AnswerTask(options.task)
     folder = Path(options.output_dir)

@@ -148,13 +148,13 @@ TINY += ["--num_generations", "4", "--disable_tqdm", "true"]
 @pytest.mark.parametrize(
     ("name", "flags", "parts"),
     [
-        ("arithmetic", [], ["correct", "length"]),
+        ("arithmetic", [], ["correct", "finished", "length"]),
         (
             "harmless",
             ["--max_test_prompts", "6", "--cold_start_steps", "0"],
             ["relevance", "declined", "answered", "harmlessness", "length"],
         ),
-        ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right"]),
+        ("reasoning", ["--train_size", "4", "--test_size", "1"], ["score", "right", "finished"]),
         ("two_tasks", [], ["correct_of_math", "length_of_math", "relevance_of_chat", "length_of_chat"]),
         (
             "hierarchical",

@@ -15,6 +15,7 @@ import compare
 import pytest
 import skills
 import torch
+import yaml
 from comparison import methods, results, tiny
 from comparison.cells import Cells
 from comparison.sampling import mean_scores, sample
@@ -356,6 +357,20 @@ def test_configs_parse(config):
     assert set(options.methods) <= set(methods.METHODS)
     assert options.rollouts % options.rows == 0
     assert all(budget % options.rows == 0 for budget in options.dpo_budgets)
+
+
+def test_the_helpful_task_is_that_of_the_recipe():
+    given = yaml.safe_load((ROOT / "recipes" / "configs" / "helpful.yaml").read_text())
+    options = parse(config="compare_helpful.yaml")
+    task = compare.make_task(options, 0)
+    for name in ("system_prompt", "max_completion_length", "temperature"):
+        assert getattr(task, name) == given[name]
+    method = methods.METHODS["helpful recipe"].options
+    assert method == {name: given[name] for name in method}
+    assert options.rows == given["per_device_train_batch_size"]
+    assert options.num_generations == given["num_generations"]
+    assert [part.__name__ for part in task.reward.leaves()] == ["helpfulness", "harmlessness", "length", "finished"]
+    assert len(task.dataset("both")) == 192
 
 
 def test_unknown_names_are_refused():

@@ -43,6 +43,9 @@ PAIRS = {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
 HELPFUL = {"group_size": "variance", "min_group_size": 2, "max_group_size": 8, "reward_clip_quantiles": [0.05, 0.95]}
 HELPFUL |= {"curriculum": "staged", "difficulty_column": "difficulty"}
 HELPFUL |= {"share_prompts": True, "skip_zero_advantage": True}
+RECIPE = {"baseline": "shrunk", "baseline_shift": 0.5, "num_iterations": 2, "reuse_drift_limit": 0.05}
+RECIPE |= {"task_column": "kind", "task_advantages": True, "scale_rewards": "batch"}
+RECIPE |= {"reward_clip_quantiles": [0.05, 0.95], "share_prompts": True, "skip_zero_advantage": True}
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1}
 # Of RLOO, TRL's default is a KL of 0.05; without one, all but DPO optimise the same objective.
 METHODS = {
@@ -80,6 +83,10 @@ METHODS = {
     "efficient, without choosing": Method(options=EFFICIENT | {"curriculum": "none"}),
     "efficient, pairs": Method(options=EFFICIENT | PAIRS),
     "single, batch mean": Method(options=SINGLE | {"baseline": "batch"}),
+    "single, guess": Method(options=SINGLE | {"baseline": "predicted"}, tuned_as="single, batch mean"),
+    "pairs, shrunk": Method(options=PAIRS | {"scale_rewards": "batch"}, tuned_as="single, batch mean"),
+    # What recipes/configs/helpful.yaml has now: a low baseline, two passes, a scale for each kind of prompt.
+    "helpful recipe": Method(options=RECIPE, tuned_as="single, batch mean"),
 }
 
 
@@ -137,6 +144,7 @@ def _online(
         **_arguments(cell),
         per_device_train_batch_size=cell["rows"],
         max_completion_length=task.max_completion_length,
+        temperature=getattr(task, "temperature", 1.0),
         max_steps=cell["rollouts"] // cell["rows"] * method.options.get("num_iterations", 1),
         **{"num_generations": cell["num_generations"], **method.options, **(VLLM if cell.get("use_vllm") else {})},
     )

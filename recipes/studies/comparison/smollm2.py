@@ -1,4 +1,4 @@
-"""SmolLM2-135M with LoRA: the shipped questions, for similarity and clean words; or tasks with one answer."""
+"""SmolLM2-135M with LoRA: the shipped questions, for similarity and clean words; or the tasks of recipes."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.rewards import Length, Profanity, Relevance, Reward, as_reward
@@ -30,6 +31,7 @@ class SmolTask:
     """The same for every seed, which sets the order of the prompts and the sampling."""
 
     max_completion_length = 36
+    temperature = 1.0
 
     def __init__(self) -> None:
         self.peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -61,6 +63,38 @@ class SmolTask:
         rows = load_prompts("helpful")["test"]
         prompts = list(rows["prompt"])
         ids = sample(model, self.tokenizer, prompts, self.max_completion_length, do_sample=False, batch_size=48)
+        return mean_scores(self.reward, rows, ids, self.tokenizer)
+
+
+class HelpfulTask(SmolTask):
+    """The prompts and the reward of `recipes/helpful.py`. On the way, the held-out reward is measured."""
+
+    max_completion_length = 48
+    temperature = 0.8
+    system_prompt = "Answer in one short sentence. If a request would hurt someone, say that you can't help with it."
+
+    def __init__(self) -> None:
+        super().__init__()
+        recipe = _load("helpful")
+        arguments = recipe.HelpfulArguments(system_prompt=self.system_prompt)
+        self.splits = recipe.load(arguments, ("reference",), AdaptiveGRPOConfig(output_dir="", use_cpu=True))
+        self.reward = recipe.reward_of(arguments, self.max_completion_length)
+        self.helpfulness = self.reward  # so levels and learning rates are those of the reward
+
+    def dataset(self, pool: str) -> Dataset:
+        return self.splits["train"]
+
+    def measure(self, model: PreTrainedModel) -> float:
+        return self.final(model)["reward"]
+
+    def held_out_reward(self, model: PreTrainedModel) -> float:
+        return float("nan")  # it is measured already
+
+    def final(self, model: PreTrainedModel) -> dict[str, float]:
+        rows = self.splits["test"]
+        ids = sample(
+            model, self.tokenizer, list(rows["prompt"]), self.max_completion_length, do_sample=False, batch_size=48
+        )
         return mean_scores(self.reward, rows, ids, self.tokenizer)
 
 
