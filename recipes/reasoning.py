@@ -39,7 +39,9 @@ class ReasoningArguments:
     num_levels: int = field(default=2, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
     train_size: int = field(default=64, metadata={"help": "Questions of each task and level to train on."})
     test_size: int = field(default=16, metadata={"help": "Held-out questions of each task and level."})
-    finished_weight: float = field(default=0.2, metadata={"help": "What it is worth that an answer ends by itself."})
+    finished_weight: float = field(
+        default=0.5, metadata={"help": "What it is worth, beyond its score, that a right answer also ends by itself."}
+    )
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.tasks) - set(CURRICULA))
@@ -101,8 +103,9 @@ def solved_fully(completions: list[Any], task: list[str], entry: list[str], **kw
 
 def main(script_args: ReasoningArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     prompts = make_questions(script_args)
-    solved = as_reward(score) + 0.5 * as_reward(solved_fully, "right")
-    reward = solved + script_args.finished_weight * Finished(training_args.max_completion_length)
+    # An ending alone pays nothing: the model would learn to stop before it has said anything.
+    right_and_finished = as_reward(solved_fully, "right") * Finished(training_args.max_completion_length)
+    reward = as_reward(score) + script_args.finished_weight * right_and_finished
     train_and_compare(prompts, reward, training_args, model_args)
 
 

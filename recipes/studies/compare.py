@@ -29,13 +29,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # every cell is a fork
 
 from comparison import results
 from comparison.cells import Cells
+from comparison.drop import DropTask
 from comparison.methods import METHODS, STOCK, train
 from comparison.smollm2 import AnswerTask, HelpfulTask, SmolTask
 from comparison.tiny import POOLS, TinyTask
 
 from trl_grpo_ext.recipe.flags import FlagParser, config_of
 
-TASKS = ("tiny", "smollm2", "helpful", "arithmetic", "reasoning")
+TASKS = ("tiny", "drop", "smollm2", "helpful", "arithmetic", "reasoning")
 
 
 @dataclass
@@ -69,8 +70,8 @@ class Options:
             raise ValueError(f"methods names {unknown[0]!r}: use some of {', '.join(METHODS)}")
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown: use one of {', '.join(map(repr, TASKS))}")
-        if self.use_vllm and self.task == "tiny":
-            raise ValueError("use_vllm=True needs a model whose heads vLLM knows: use another task than 'tiny'")
+        if self.use_vllm and self.task in ("tiny", "drop"):
+            raise ValueError(f"use_vllm=True needs a model whose heads vLLM knows: use another task than {self.task!r}")
         if self.use_vllm and {"DPO", "RLOO"} & set(self.methods):
             raise ValueError("use_vllm=True is not for DPO and RLOO, which sample without it here: leave them out")
         if self.workers < 1:
@@ -88,8 +89,8 @@ def make_task(options: Options, seed: int) -> TinyTask | SmolTask:
         return HelpfulTask()
     if options.task in ("arithmetic", "reasoning"):
         return AnswerTask(options.task)
-    folder = Path(options.output_dir)
-    return TinyTask(seed, folder, options.pool_size, options.held_out, options.warm_start)
+    kind = {"tiny": TinyTask, "drop": DropTask}[options.task]
+    return kind(seed, Path(options.output_dir), options.pool_size, options.held_out, options.warm_start)
 
 
 def work(cell: dict[str, Any], options: Options) -> dict[str, Any]:

@@ -18,8 +18,9 @@ import torch
 import yaml
 from comparison import methods, results, tiny
 from comparison.cells import Cells
-from comparison.sampling import mean_scores, sample
+from comparison.sampling import entropy, mean_scores, sample
 from datasets import Dataset
+from kit import make_model, make_tokenizer
 from metering import Meter
 from trl import TrlParser
 
@@ -357,6 +358,35 @@ def test_configs_parse(config):
     assert set(options.methods) <= set(methods.METHODS)
     assert options.rollouts % options.rows == 0
     assert all(budget % options.rows == 0 for budget in options.dpo_budgets)
+
+
+def test_entropy_is_that_of_the_tokens_of_the_completions():
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer).eval()
+    prompts = [[{"role": "user", "content": text}] for text in ("a", "abc def")]
+    ids = [[5, 6, 7], [8]]
+    each = []
+    for prompt, completion in zip(prompts, ids, strict=True):
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        logits = model(input_ids=torch.tensor([asked + completion])).logits[0, len(asked) - 1 : -1]
+        each += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    assert entropy(model, tokenizer, prompts, ids) == pytest.approx(sum(each) / 4, rel=1e-4)
+
+
+def test_the_task_that_no_setting_was_chosen_on(tmp_path):
+    options = parse("--pool_size", "300", "--held_out", "20", "--warm_start", "1", config="compare_drop.yaml")
+    options.output_dir = str(tmp_path)
+    task = compare.make_task(options, 10)
+    rows = task.dataset("drop")
+    assert len(set(rows["prompt"])) == 300
+    assert not set(rows["prompt"]) & {example.prompt for example in task.held_out_examples}
+    for prompt, answer in zip(rows["prompt"], rows["answer"], strict=True):
+        assert answer == "".join(letter for letter in prompt[2:-1] if letter not in "aeiou")
+    chance = task.measure(task.policy())
+    assert 0 <= chance < 1
+    ids = [task.tokenizer(example.answer)["input_ids"] for example in task.held_out_examples]
+    scores = mean_scores(task.reward, skills.as_dataset(task.held_out_examples), ids, task.tokenizer)
+    assert (scores["helpfulness"], scores["is_near"]) == (1.0, 1.0)
 
 
 def test_the_helpful_task_is_that_of_the_recipe():

@@ -16,6 +16,7 @@ from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
 from trl_grpo_ext.config import EFFICIENT
 from trl_grpo_ext.host.engine import engine_for_cpu
 
+from .replay import ReplayTrainer
 from .sampling import ask, sample
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ METHODS = {
     "efficient, batch mean": Method(options=EFFICIENT | {"baseline": "batch"}),
     "efficient, without choosing": Method(options=EFFICIENT | {"curriculum": "none"}),
     "efficient, pairs": Method(options=EFFICIENT | PAIRS),
+    # Two passes over a batch, and one over each of the two before it; with another limit, twice as far from them.
+    "efficient, replay": Method(ReplayTrainer, options=EFFICIENT),
+    "efficient, replay, drift 0.2": Method(ReplayTrainer, options=EFFICIENT | {"reuse_drift_limit": 0.2}),
+    "efficient, four passes and replay": Method(ReplayTrainer, options=EFFICIENT | {"num_iterations": 6}),
     "single, batch mean": Method(options=SINGLE | {"baseline": "batch"}),
     "single, guess": Method(options=SINGLE | {"baseline": "predicted"}, tuned_as="single, batch mean"),
     "pairs, shrunk": Method(options=PAIRS | {"scale_rewards": "batch"}, tuned_as="single, batch mean"),

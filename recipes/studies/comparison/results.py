@@ -149,6 +149,7 @@ def _rollouts(good: list[dict[str, Any]], rows: list[dict[str, Any]], levels: Le
 
 def _ends(good: list[dict[str, Any]], rows: list[dict[str, Any]], with_curve: bool) -> Line:
     digits = {"helpfulness": 3, "harmlessness": 3, "length": 2, "pass@1": 2, "pass@16": 2}
+    digits |= {"never right before": 2, "right by now": 2, "entropy": 3}
     digits |= {} if with_curve else {"reward": 3}
     line = [(name, spread([row[name] for row in good], n)) for name, n in digits.items() if name in good[0]]
     method = METHODS[good[0]["method"]]

@@ -53,6 +53,30 @@ def sample(
     return completions
 
 
+@torch.no_grad()
+def entropy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], ids: list[list[int]]
+) -> float:
+    """Mean entropy, in nats, of the distributions that the tokens of some completions were drawn from."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(prompts), 32):
+        asked = tokenizer.apply_chat_template(prompts[start : start + 32], add_generation_prompt=True, return_dict=True)
+        pairs = list(zip(asked["input_ids"], ids[start : start + 32], strict=True))
+        width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+        rows = torch.tensor([[tokenizer.pad_token_id] * (width - len(p) - len(c)) + p + c for p, c in pairs])
+        mask = torch.tensor([[0] * (width - len(p) - len(c)) + [1] * len(p + c) for p, c in pairs])
+        longest = max(len(completion) for _, completion in pairs)
+        logits = model(input_ids=rows, attention_mask=mask, logits_to_keep=longest + 1).logits[:, :-1].float()
+        probabilities = logits.log_softmax(-1)
+        each = -(probabilities.exp() * probabilities).sum(-1)
+        kept = torch.tensor([[0.0] * (longest - len(c)) + [1.0] * len(c) for _, c in pairs])
+        total, count = total + float((each * kept).sum()), count + int(kept.sum())
+    model.train(was_training)
+    return total / count
+
+
 def ask(
     reward: Callable[..., list[float]], rows: Dataset, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[float]:

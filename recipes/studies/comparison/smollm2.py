@@ -17,7 +17,7 @@ from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.rewards import Length, Profanity, Relevance, Reward, as_reward
 
-from .sampling import ask, mean_scores, sample
+from .sampling import ask, entropy, mean_scores, sample
 
 RECIPES = Path(__file__).parents[2]
 
@@ -103,7 +103,8 @@ class AnswerTask(SmolTask):
     A recipe whose answers are right or wrong, such as `recipes/arithmetic.py`, with its reward.
 
     What is measured on the way is the share of held-out prompts whose greedy answer is right. At the end, 16 samples to
-    each say how much of that was there before: `pass@1`, `pass@16`.
+    each say how much of that was there before: `pass@1`, `pass@16`, the share of prompts of which no sample of the
+    untrained model was right, the share of those of which one is right by now, and the entropy of a token.
     """
 
     max_completion_length = 12
@@ -121,6 +122,8 @@ class AnswerTask(SmolTask):
             right = self.recipe.solved_fully
             self.reward = as_reward(self.recipe.score) + 0.5 * as_reward(right, "right")
         self.helpfulness = as_reward(right).named("helpfulness")
+        rows = self.splits["test"]
+        self.repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
 
     def dataset(self, pool: str) -> Dataset:
         return self.splits["train"]
@@ -132,14 +135,25 @@ class AnswerTask(SmolTask):
         return float("nan")  # the greedy answers say enough
 
     def final(self, model: PreTrainedModel) -> dict[str, float]:
-        rows = self.splits["test"]
-        repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
+        before, _ = self._samples(self.policy())
+        now, ids = self._samples(model)
+        never = ~before.any(1)
+        return self._scores(model, self.splits["test"], do_sample=False) | {
+            "pass@1": now.float().mean().item(),
+            "pass@16": now.any(1).float().mean().item(),
+            "never right before": never.float().mean().item(),
+            "right by now": now[never].any(1).float().mean().item(),
+            "entropy": entropy(model, self.tokenizer, list(self.repeated["prompt"]), ids),
+        }
+
+    def _samples(self, model: PreTrainedModel) -> tuple[torch.Tensor, list[list[int]]]:
+        """Whether each of 16 samples to each held-out prompt is right, and the samples."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            ids = sample(model, self.tokenizer, list(repeated["prompt"]), self.max_completion_length, batch_size=256)
-        is_right = torch.tensor(ask(self.helpfulness, repeated, ids, self.tokenizer)).view(len(rows), -1) == 1
-        counts = {"pass@1": is_right.float().mean().item(), "pass@16": is_right.any(1).float().mean().item()}
-        return self._scores(model, rows, do_sample=False) | counts
+            prompts = list(self.repeated["prompt"])
+            ids = sample(model, self.tokenizer, prompts, self.max_completion_length, batch_size=256)
+        is_right = torch.tensor(ask(self.helpfulness, self.repeated, ids, self.tokenizer)) == 1
+        return is_right.view(-1, self.num_samples), ids
 
     def _scores(self, model: PreTrainedModel, rows: Dataset, do_sample: bool) -> dict[str, float]:
         prompts = list(rows["prompt"])
