@@ -89,7 +89,7 @@ def make_task(options: Options, seed: int) -> TinyTask | SmolTask:
         return HelpfulTask()
     if options.task in ("arithmetic", "reasoning"):
         return AnswerTask(options.task)
-    kind = {"tiny": TinyTask, "drop": DropTask}[options.task]
+    kind: type[TinyTask] = DropTask if options.task == "drop" else TinyTask
     return kind(seed, Path(options.output_dir), options.pool_size, options.held_out, options.warm_start)
 
 
