@@ -39,6 +39,9 @@ class ReasoningArguments:
     num_levels: int = field(default=2, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
     train_size: int = field(default=64, metadata={"help": "Questions of each task and level to train on."})
     test_size: int = field(default=16, metadata={"help": "Held-out questions of each task and level."})
+    num_examples: int = field(
+        default=1, metadata={"help": "Solved questions of the task's easiest level, shown before each question."}
+    )
     finished_weight: float = field(
         default=0.5, metadata={"help": "What it is worth, beyond its score, that a right answer also ends by itself."}
     )
@@ -52,6 +55,8 @@ class ReasoningArguments:
         for name in ("num_levels", "train_size", "test_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} leaves nothing: pass at least 1")
+        if self.num_examples < 0:
+            raise ValueError(f"num_examples={self.num_examples} must be at least 0, which shows none")
 
 
 def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Dataset]:
@@ -59,25 +64,38 @@ def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Da
     splits: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
     for task in arguments.tasks:
         known: set[str] = set()
+        examples: list[dict[str, str]] = []
         for level in range(arguments.num_levels):
             knobs = create_curriculum(task)
             knobs.set_global_level(level)
             wanted = {"test": arguments.test_size, "train": arguments.train_size}
             # Easy levels of some tasks have few different questions: more are made than are needed.
-            size = 4 * sum(wanted.values())
+            size = 4 * (sum(wanted.values()) + arguments.num_examples)
             entries = iter(
                 create_dataset(task, **vars(knobs.generate_configuration({"seed": seed + level, "size": size})))
             )
+            unknown = (entry for entry in entries if entry["question"] not in known)
+            while len(examples) < 2 * arguments.num_examples:
+                examples += solved(next(unknown))
+                known.add(examples[-2]["content"])
             for split, count in wanted.items():
-                for entry in (entry for entry in entries if entry["question"] not in known):
+                for entry in unknown:
                     known.add(entry["question"])
-                    prompt = [{"role": "user", "content": entry["question"]}]
+                    prompt = [*examples, {"role": "user", "content": entry["question"]}]
                     row = {"prompt": prompt, "task": task, "difficulty": level, "reference": entry["answer"]}
                     splits[split].append({**row, "entry": json.dumps(entry, default=str)})
                     count -= 1
                     if not count:
                         break
     return {split: Dataset.from_list(rows) for split, rows in splits.items()}
+
+
+def solved(entry: dict[str, Any]) -> list[dict[str, str]]:
+    """A question and its answer; of an equation, as the whole equation, which a small model completes more easily."""
+    question, answer = entry["question"], str(entry["answer"])
+    if question.endswith("="):
+        answer = f"{question.rpartition(': ')[2]} {answer}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def final_answer(text: str) -> str:

@@ -363,7 +363,7 @@ def test_questions_of_reasoning_gym(monkeypatch):
     assert {row["difficulty"] for row in rows} == {0, 1, 2}
     easy, hard = (
         {
-            len(re.findall(r"\d", row["prompt"][0]["content"]))
+            len(re.findall(r"\d", row["prompt"][-1]["content"]))
             for row in rows
             if row["task"] == "chain_sum" and row["difficulty"] == level
         }
@@ -371,6 +371,11 @@ def test_questions_of_reasoning_gym(monkeypatch):
     )
     assert easy == {2}  # two numbers of one digit
     assert max(hard) > 4
+    # One solved question of the task, which is none of the others.
+    for task, shown in {"chain_sum": r"\d [+-] \d = -?\d+", "letter_counting": r"\d+"}.items():
+        ((question, answer),) = {tuple(m["content"] for m in row["prompt"][:-1]) for row in rows if row["task"] == task}
+        assert question not in {row["prompt"][-1]["content"] for row in rows}
+        assert re.fullmatch(shown, answer)
     columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
     right = answers(*(row["reference"] for row in rows))
     tagged = answers(*(f"So: <answer> {row['reference']} </answer>." for row in rows))
@@ -388,6 +393,8 @@ def test_options_of_the_reasoning_recipe_are_checked(monkeypatch):
         reasoning.ReasoningArguments(tasks=["chess"])
     with pytest.raises(ValueError, match="num_levels=0 leaves nothing"):
         reasoning.ReasoningArguments(num_levels=0)
+    with pytest.raises(ValueError, match="num_examples=-1 must be at least 0"):
+        reasoning.ReasoningArguments(num_examples=-1)
 
 
 def test_held_out_answers_are_greedy_and_leave_training_alone(model_path, conversational, tmp_path, capsys):

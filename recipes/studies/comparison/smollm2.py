@@ -118,7 +118,7 @@ class AnswerTask(SmolTask):
             right: Callable[..., list[Any]] = self.recipe.correct
             self.reward = 1.0 * as_reward(right) - 0.01 * Length()
         else:
-            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments())
+            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments(num_examples=0))
             right = self.recipe.solved_fully
             self.reward = as_reward(self.recipe.score) + 0.5 * as_reward(right, "right")
         self.helpfulness = as_reward(right).named("helpfulness")
