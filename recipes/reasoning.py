@@ -14,6 +14,7 @@ held-out questions before and after. Everything is set in
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,9 +76,9 @@ def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Da
                 create_dataset(task, **vars(knobs.generate_configuration({"seed": seed + level, "size": size})))
             )
             unknown = (entry for entry in entries if entry["question"] not in known)
-            while len(examples) < 2 * arguments.num_examples:
-                examples += solved(next(unknown))
-                known.add(examples[-2]["content"])
+            for entry in itertools.islice(unknown, arguments.num_examples if level == 0 else 0):
+                known.add(entry["question"])
+                examples += solved(entry)
             for split, count in wanted.items():
                 for entry in unknown:
                     known.add(entry["question"])

@@ -1,6 +1,7 @@
 """Three string skills, and a tiny model with a warm start that leaves one of them half learnt."""
 
 import copy
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,12 +64,19 @@ def make_examples(
     rng = random.Random(seed)
     found: dict[str, Example] = {}
     for skill, count in counts.items():
-        wanted = len(found) + count
-        while len(found) < wanted:
-            example = make_example(skill, rng, noisy)
-            if example.prompt not in exclude:
-                found.setdefault(example.prompt, example)
+        collect(found, count, functools.partial(make_example, skill, rng, noisy), exclude)
     return rng.sample(list(found.values()), len(found))
+
+
+def collect(
+    found: dict[str, Example], count: int, make: Callable[[], Example], exclude: frozenset[str] = frozenset()
+) -> None:
+    """Add `count` examples, by their prompts, that are neither in `found` nor in `exclude`."""
+    wanted = len(found) + count
+    while len(found) < wanted:
+        example = make()
+        if example.prompt not in exclude:
+            found.setdefault(example.prompt, example)
 
 
 def as_dataset(examples: list[Example]) -> Dataset:

@@ -40,6 +40,7 @@ PARTS = {
 # Where the writer of a file is the main process, the other one has no part that could fail.
 OF_MAIN = {"begin", "scheduler file", "trainer state", "state of a callback", "callbacks file", "complete"}
 LATER = {"push": (Trainer, "_push_from_checkpoint"), "delete": (checkpoints, "delete_old")}
+AFTERWARDS = {"look": (checkpoints, "last_complete")}  # which is asked what to say of a failed save
 CASES = [(part, rank) for part in PARTS for rank in ((0,) if part in OF_MAIN else (0, 1))]
 CASES += [(part, 0) for part in LATER]
 
@@ -48,7 +49,7 @@ class Breaks(TrainerCallback):
     """From a step on, a part fails on one process."""
 
     def __init__(self, part: str, rank: int, step: int):
-        self.where, self.rank, self.step = (PARTS | LATER)[part], rank, step
+        self.where, self.rank, self.step = (PARTS | LATER | AFTERWARDS)[part], rank, step
         self.undo = lambda: None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -106,13 +107,11 @@ def failing_save(model_path: str, out: str, part: str, rank: int, also: Sequence
 
 def failing_twice(model_path: str, out: str, rank: int) -> dict:
     """The third save fails on process 0, and what to say of it fails on one of both."""
-    before = checkpoints.last_complete
-    look = Breaks("complete", rank, step=3)
-    look.where = (checkpoints, "last_complete")
+    look = Breaks("look", rank, step=3)
     try:
         return failing_save(model_path, out, "rollouts file", 0, [look])
     finally:
-        checkpoints.last_complete = before
+        look.undo()
 
 
 def failing_again(model_path: str, out: str, part: str, rank: int) -> dict:

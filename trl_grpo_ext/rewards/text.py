@@ -80,11 +80,12 @@ class Relevance(Leaf):
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **kwargs: Any
     ) -> list[float | None]:
         needed = [self.column, *([self.beyond_prompt] if isinstance(self.beyond_prompt, str) else [])]
-        for column in [column for column in needed if column not in kwargs]:
+        missing = next((column for column in needed if column not in kwargs), None)
+        if missing is not None:
             columns = sorted(name for name, value in kwargs.items() if isinstance(value, list))
             raise CallError(
-                f"reward {self.name!r}: the dataset has no column {column!r}, only {columns}: pass "
-                f"{type(self).__name__}({'<column>' if column == self.column else 'beyond_prompt=<column>'})"
+                f"reward {self.name!r}: the dataset has no column {missing!r}, only {columns}: pass "
+                f"{type(self).__name__}({'<column>' if missing == self.column else 'beyond_prompt=<column>'})"
             )
         references = ["" if reference is None else _reference_text(reference) for reference in kwargs[self.column]]
         texts = [text_of(completion) for completion in completions]

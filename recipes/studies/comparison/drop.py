@@ -25,11 +25,6 @@ SIZE = 6  # letters of a word
 DROPPED, KEPT = 0.65, 0.95  # how often a demonstration leaves out a vowel, and keeps a consonant
 
 
-def is_right(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
-    """1 for the answer and nothing else; 0 otherwise."""
-    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
-
-
 def is_near(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
     """How much of two strings is the same, from 0 to 1."""
     return [difflib.SequenceMatcher(None, c, a).ratio() for c, a in zip(completions, answer, strict=True)]
@@ -60,10 +55,7 @@ def make_examples(count: int, seed: int, exclude: frozenset[str] = frozenset()) 
     """Distinct examples whose prompts are not in `exclude`."""
     rng = random.Random(seed)
     found: dict[str, skills.Example] = {}
-    while len(found) < count:
-        example = make_example(rng)
-        if example.prompt not in exclude:
-            found.setdefault(example.prompt, example)
+    skills.collect(found, count, lambda: make_example(rng), exclude)
     return list(found.values())
 
 
@@ -72,7 +64,7 @@ class DropTask(TinyTask):
     """One seed of the task."""
 
     max_completion_length: int = SIZE + 3
-    helpfulness: Reward = field(default_factory=lambda: as_reward(is_right).named("helpfulness"))
+    helpfulness: Reward = field(default_factory=lambda: as_reward(skills.is_right).named("helpfulness"))
 
     @cached_property
     def reward(self) -> Reward:

@@ -149,7 +149,7 @@ def _online(
         **_arguments(cell),
         per_device_train_batch_size=cell["rows"],
         max_completion_length=task.max_completion_length,
-        temperature=getattr(task, "temperature", 1.0),
+        temperature=task.temperature,
         max_steps=cell["rollouts"] // cell["rows"] * method.options.get("num_iterations", 1),
         **{"num_generations": cell["num_generations"], **method.options, **(VLLM if cell.get("use_vllm") else {})},
     )

@@ -58,15 +58,35 @@ class SmolTask:
 
     held_out_reward = measure
 
+    def held_out(self) -> Dataset:
+        return load_prompts("helpful")["test"]
+
+    def greedy(self, model: PreTrainedModel) -> list[list[int]]:
+        """Token ids of a greedy answer to each held-out prompt."""
+        prompts = list(self.held_out()["prompt"])
+        return sample(model, self.tokenizer, prompts, self.max_completion_length, do_sample=False, batch_size=48)
+
     def final(self, model: PreTrainedModel) -> dict[str, float]:
-        """Mean scores of greedy answers to the held-out questions."""
-        rows = load_prompts("helpful")["test"]
-        prompts = list(rows["prompt"])
-        ids = sample(model, self.tokenizer, prompts, self.max_completion_length, do_sample=False, batch_size=48)
-        return mean_scores(self.reward, rows, ids, self.tokenizer)
+        """Mean scores of greedy answers to the held-out prompts."""
+        return mean_scores(self.reward, self.held_out(), self.greedy(model), self.tokenizer)
 
 
-class HelpfulTask(SmolTask):
+class RecipeTask(SmolTask):
+    """The prompts of a recipe. `measure` is of greedy answers, which say enough on the way."""
+
+    splits: dict[str, Dataset]
+
+    def dataset(self, pool: str) -> Dataset:
+        return self.splits["train"]
+
+    def held_out(self) -> Dataset:
+        return self.splits["test"]
+
+    def held_out_reward(self, model: PreTrainedModel) -> float:
+        return float("nan")
+
+
+class HelpfulTask(RecipeTask):
     """The prompts and the reward of `recipes/helpful.py`. On the way, the held-out reward is measured."""
 
     max_completion_length = 48
@@ -81,24 +101,11 @@ class HelpfulTask(SmolTask):
         self.reward = recipe.reward_of(arguments, self.max_completion_length)
         self.helpfulness = self.reward  # so levels and learning rates are those of the reward
 
-    def dataset(self, pool: str) -> Dataset:
-        return self.splits["train"]
-
     def measure(self, model: PreTrainedModel) -> float:
         return self.final(model)["reward"]
 
-    def held_out_reward(self, model: PreTrainedModel) -> float:
-        return float("nan")  # it is measured already
 
-    def final(self, model: PreTrainedModel) -> dict[str, float]:
-        rows = self.splits["test"]
-        ids = sample(
-            model, self.tokenizer, list(rows["prompt"]), self.max_completion_length, do_sample=False, batch_size=48
-        )
-        return mean_scores(self.reward, rows, ids, self.tokenizer)
-
-
-class AnswerTask(SmolTask):
+class AnswerTask(RecipeTask):
     """
     A recipe whose answers are right or wrong, such as `recipes/arithmetic.py`, with its reward.
 
@@ -122,23 +129,17 @@ class AnswerTask(SmolTask):
             right = self.recipe.solved_fully
             self.reward = as_reward(self.recipe.score) + 0.5 * as_reward(right, "right")
         self.helpfulness = as_reward(right).named("helpfulness")
-        rows = self.splits["test"]
+        rows = self.held_out()
         self.repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
 
-    def dataset(self, pool: str) -> Dataset:
-        return self.splits["train"]
-
     def measure(self, model: PreTrainedModel) -> float:
-        return self._scores(model, self.splits["test"], do_sample=False)["helpfulness"]
-
-    def held_out_reward(self, model: PreTrainedModel) -> float:
-        return float("nan")  # the greedy answers say enough
+        return self._scores(model)["helpfulness"]
 
     def final(self, model: PreTrainedModel) -> dict[str, float]:
         before, _ = self._samples(self.policy())
         now, ids = self._samples(model)
         never = ~before.any(1)
-        return self._scores(model, self.splits["test"], do_sample=False) | {
+        return self._scores(model) | {
             "pass@1": now.float().mean().item(),
             "pass@16": now.any(1).float().mean().item(),
             "never right before": never.float().mean().item(),
@@ -155,9 +156,8 @@ class AnswerTask(SmolTask):
         is_right = torch.tensor(ask(self.helpfulness, self.repeated, ids, self.tokenizer)) == 1
         return is_right.view(-1, self.num_samples), ids
 
-    def _scores(self, model: PreTrainedModel, rows: Dataset, do_sample: bool) -> dict[str, float]:
-        prompts = list(rows["prompt"])
-        ids = sample(model, self.tokenizer, prompts, self.max_completion_length, do_sample=do_sample, batch_size=48)
+    def _scores(self, model: PreTrainedModel) -> dict[str, float]:
+        rows, ids = self.held_out(), self.greedy(model)
         scores = mean_scores(self.reward, rows, ids, self.tokenizer)
         right = ask(self.helpfulness, rows, ids, self.tokenizer)
         return scores | {"helpfulness": sum(right) / len(right)}

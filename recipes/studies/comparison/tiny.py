@@ -54,6 +54,7 @@ class TinyTask:
     held_out: int
     warm_start: int
     max_completion_length: int = skills.HOPELESS + 6
+    temperature: float = 1.0
     peft_config: None = None
     helpfulness: Reward = field(default_factory=lambda: as_reward(is_helpful).named("helpfulness"))
 
