@@ -14,19 +14,19 @@ held-out questions before and after. Everything is set in
 """
 
 import functools
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from reasoning_gym.factory import CURRICULA, create_curriculum, create_dataset, get_score_answer_fn
+from reasoning_gym.factory import CURRICULA, get_score_answer_fn
 from reasoning_gym.utils import extract_answer
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import parse_arguments, train_and_compare
+from trl_grpo_ext.recipe.questions import draw_questions
 from trl_grpo_ext.rewards import Finished, as_reward
 from trl_grpo_ext.rewards.text import text_of
 
@@ -61,42 +61,8 @@ class ReasoningArguments:
 
 
 def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Dataset]:
-    """Distinct questions, the same for the same seed; `difficulty` is the level, `entry` what the verifier needs."""
-    splits: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
-    for task in arguments.tasks:
-        known: set[str] = set()
-        examples: list[dict[str, str]] = []
-        for level in range(arguments.num_levels):
-            knobs = create_curriculum(task)
-            knobs.set_global_level(level)
-            wanted = {"test": arguments.test_size, "train": arguments.train_size}
-            # Easy levels of some tasks have few different questions: more are made than are needed.
-            size = 4 * (sum(wanted.values()) + arguments.num_examples)
-            entries = iter(
-                create_dataset(task, **vars(knobs.generate_configuration({"seed": seed + level, "size": size})))
-            )
-            unknown = (entry for entry in entries if entry["question"] not in known)
-            for entry in itertools.islice(unknown, arguments.num_examples if level == 0 else 0):
-                known.add(entry["question"])
-                examples += solved(entry)
-            for split, count in wanted.items():
-                for entry in unknown:
-                    known.add(entry["question"])
-                    prompt = [*examples, {"role": "user", "content": entry["question"]}]
-                    row = {"prompt": prompt, "task": task, "difficulty": level, "reference": entry["answer"]}
-                    splits[split].append({**row, "entry": json.dumps(entry, default=str)})
-                    count -= 1
-                    if not count:
-                        break
-    return {split: Dataset.from_list(rows) for split, rows in splits.items()}
-
-
-def solved(entry: dict[str, Any]) -> list[dict[str, str]]:
-    """A question and its answer; of an equation, as the whole equation, which a small model completes more easily."""
-    question, answer = entry["question"], str(entry["answer"])
-    if question.endswith("="):
-        answer = f"{question.rpartition(': ')[2]} {answer}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    counts = {"test": arguments.test_size, "train": arguments.train_size}
+    return draw_questions(arguments.tasks, arguments.num_levels, counts, arguments.num_examples, seed)
 
 
 def final_answer(text: str) -> str:
