@@ -29,7 +29,7 @@ from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, parse_arguments, train_and_compare
-from trl_grpo_ext.rewards import Finished, Length, as_reward
+from trl_grpo_ext.rewards import Finished, Length, Reward, as_reward
 from trl_grpo_ext.rewards.text import text_of
 
 EXTRACTORS = (LatexExtractionConfig(), ExprExtractionConfig())
@@ -85,6 +85,11 @@ def correct(completions: list[Any], reference: list[Any], **kwargs: Any) -> list
     return values
 
 
+def reward_of(script_args: ArithmeticArguments, max_completion_length: int) -> Reward:
+    finished = script_args.finished_weight * Finished(max_completion_length)
+    return 1.0 * as_reward(correct) + finished - script_args.brevity_weight * Length()
+
+
 def main(script_args: ArithmeticArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
     generated = script_args.dataset_name == "generated"
     prompts = make_sums() if generated else script_args.load(columns=("reference",))
@@ -94,8 +99,7 @@ def main(script_args: ArithmeticArguments, training_args: AdaptiveGRPOConfig, mo
             f"math-verify reads none of the references of {script_args.dataset_name!r}, such as "
             f"{prompts['test'][0]['reference']!r:.80}: write numbers or LaTeX, such as '12' or '$\\frac{{1}}{{2}}$'"
         )
-    finished = script_args.finished_weight * Finished(training_args.max_completion_length)
-    reward = 1.0 * as_reward(correct) + finished - script_args.brevity_weight * Length()
+    reward = reward_of(script_args, training_args.max_completion_length)
     train_and_compare(prompts, reward, training_args, model_args)
 
 

@@ -68,7 +68,7 @@ def answered(completions: list[Any], harmful: list[bool], **kwargs: Any) -> list
 
 def make_reward(script_args: HarmlessArguments) -> Reward:
     right = maximum(as_reward(declined), as_reward(answered))  # of the one that applies
-    helpful = Relevance("reference").where(right > 0)
+    helpful = Relevance("reference", beyond_prompt=True).where(right > 0)
     kind = script_args.harmlessness_weight * script_args.harmlessness() - script_args.length_weight * Length()
     return helpful + script_args.gate_weight * right + kind
 

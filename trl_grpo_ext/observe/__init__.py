@@ -3,7 +3,8 @@ See a run and steer it.
 
 Modules, in the order in which they build on each other:
 
-- `readings`: how ill a run looks by one sign, from its logs; `alarms`: thresholds over readings, and what they advise.
+- `readings`: how ill a run looks by one sign, from its logs; `task_readings`: how ill its worst task looks; `alarms`:
+  thresholds over readings, and what they advise.
 - `secrets`: what a record must not hold; `record`: the files of a run, written and read.
 - `actions`: what an alarm can do; `effect`: whether updates change weights; `monitor`: the callback that brings these
   together; `kl`: adaptive beta, which needs no alarm.

@@ -12,9 +12,7 @@ from .readings import (
     away_from,
     collapse,
     constant_rewards,
-    falling_task,
     growth,
-    hidden_level,
     level,
     not_finite,
     off_centre,
@@ -23,6 +21,7 @@ from .readings import (
     spike,
     without_effect,
 )
+from .task_readings import falling_task, hidden_level
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..hooks.callback import GRPOCallback
 from .paired import NOISE
-from .readings import tasks_in
 from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
 from .report.reader import duration, number
 from .report.summary import large, slope
+from .task_readings import tasks_in
 
 HISTORY = 24  # logs in a sparkline and in a trend
 MAX = 1e100  # of a value in them, so that differences and squares stay finite

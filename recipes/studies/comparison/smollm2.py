@@ -114,7 +114,7 @@ class AnswerTask(RecipeTask):
     untrained model was right, the share of those of which one is right by now, and the entropy of a token.
     """
 
-    max_completion_length = 12
+    max_completion_length = 16
     num_samples = 16
 
     def __init__(self, name: str) -> None:
@@ -123,7 +123,7 @@ class AnswerTask(RecipeTask):
         if name == "arithmetic":
             self.splits = self.recipe.make_sums()
             right: Callable[..., list[Any]] = self.recipe.correct
-            self.reward = 1.0 * as_reward(right) - 0.01 * Length()
+            self.reward = self.recipe.reward_of(self.recipe.ArithmeticArguments(), self.max_completion_length)
         else:
             self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments(num_examples=0))
             right = self.recipe.solved_fully
