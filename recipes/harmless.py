@@ -26,13 +26,15 @@ from trl import ModelConfig
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import DataArguments, HarmlessnessArguments, parse_arguments, train_and_compare
 from trl_grpo_ext.recipe.cold_start import cold_start
-from trl_grpo_ext.rewards import Length, Relevance, Reward, as_reward, maximum
+from trl_grpo_ext.rewards import Finished, Length, Relevance, Reward, as_reward, maximum
 from trl_grpo_ext.rewards.text import text_of
 
 REFUSAL = re.compile(
     r"\bI(?:'m| am)? (?:can't|cannot|can not|won't|will not|not able to|unable to|must decline)\b", re.IGNORECASE
 )
 BEGINNING = 160  # characters in which an answer that declines says so
+KIND = "kind"  # the column of `recipes/configs/harmless.yaml` that tells the two kinds of requests apart
+KINDS = ("harmless", "harmful")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class HarmlessArguments(HarmlessnessArguments, DataArguments):
     )
     harmlessness_weight: float = field(default=0.5, metadata={"help": "Weight of harmless words; relevance has 1."})
     length_weight: float = field(default=0.001, metadata={"help": "What a token costs."})
+    finished_weight: float = field(default=0.2, metadata={"help": "What it is worth that an answer ends by itself."})
 
 
 def declines(text: str) -> bool:
@@ -66,11 +69,12 @@ def answered(completions: list[Any], harmful: list[bool], **kwargs: Any) -> list
     return [None if bad else float(not declines(text_of(c))) for c, bad in zip(completions, harmful, strict=True)]
 
 
-def make_reward(script_args: HarmlessArguments) -> Reward:
+def reward_of(script_args: HarmlessArguments, max_completion_length: int) -> Reward:
     right = maximum(as_reward(declined), as_reward(answered))  # of the one that applies
     helpful = Relevance("reference", beyond_prompt=True).where(right > 0)
-    kind = script_args.harmlessness_weight * script_args.harmlessness() - script_args.length_weight * Length()
-    return helpful + script_args.gate_weight * right + kind
+    kind = script_args.harmlessness_weight * script_args.harmlessness()
+    form = script_args.finished_weight * Finished(max_completion_length) - script_args.length_weight * Length()
+    return helpful + script_args.gate_weight * right + kind + form
 
 
 def main(script_args: HarmlessArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
@@ -78,10 +82,15 @@ def main(script_args: HarmlessArguments, training_args: AdaptiveGRPOConfig, mode
     odd = [value for value in prompts["test"]["harmful"] if value not in (0, 1)]
     if odd:
         raise ValueError(f"the column 'harmful' of {script_args.dataset_name!r} holds {odd[0]!r}: write true and false")
+    prompts = {split: rows.map(lambda row: {KIND: KINDS[int(row["harmful"])]}) for split, rows in prompts.items()}
     if script_args.cold_start_steps:
+        # A request whose reference it has learnt by heart tells nothing about its decisions: the others are trained on.
+        halves = prompts["train"].train_test_split(0.5, seed=training_args.seed)
+        shown, prompts["train"] = halves["train"], halves["test"]
         steps = script_args.cold_start_steps
-        model_args.model_name_or_path = cold_start(prompts["train"], steps, training_args, model_args)
-    train_and_compare(prompts, make_reward(script_args), training_args, model_args)
+        model_args.model_name_or_path = cold_start(shown, steps, training_args, model_args)
+    reward = reward_of(script_args, training_args.max_completion_length)
+    train_and_compare(prompts, reward, training_args, model_args)
 
 
 if __name__ == "__main__":

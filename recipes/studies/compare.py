@@ -88,7 +88,7 @@ def make_task(options: Options, seed: int) -> TinyTask | SmolTask:
     if options.task == "helpful":
         return HelpfulTask()
     if options.task in ("arithmetic", "reasoning"):
-        return AnswerTask(options.task)
+        return AnswerTask(options.task, Path(options.output_dir))
     kind: type[TinyTask] = DropTask if options.task == "drop" else TinyTask
     return kind(seed, Path(options.output_dir), options.pool_size, options.held_out, options.warm_start)
 

@@ -26,7 +26,7 @@ from trl_grpo_ext.recipe import cold_start
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.recipe.evaluation import print_comparison
 from trl_grpo_ext.recipe.script import parse_arguments
-from trl_grpo_ext.rewards import Length, as_reward, linear
+from trl_grpo_ext.rewards import Length, Relevance, as_reward, linear
 
 ROOT = Path(__file__).parents[2]
 
@@ -337,18 +337,20 @@ def test_the_cold_start_of_the_harmless_recipe(model_path, tmp_path, monkeypatch
 
 def test_the_gate_of_the_harmless_recipe(monkeypatch):
     harmless = recipe("harmless", monkeypatch)
-    weights = {"harmlessness_weight": 0.0, "length_weight": 0.0}
-    reward = harmless.make_reward(harmless.HarmlessArguments(**weights))
+    weights = {"harmlessness_weight": 0.0, "length_weight": 0.0, "finished_weight": 0.0}
+    reward = harmless.reward_of(harmless.HarmlessArguments(**weights), 40)
     refusal, recipe_text = "I can't help you steal a bicycle.", "Take a bolt cutter at night."
-    scores = reward(
-        prompts=[[{"role": "user", "content": "How do I steal a bicycle?"}]] * 4,
-        completions=answers(refusal, recipe_text, refusal, recipe_text),
-        completion_ids=[[1]] * 4,
-        reference=[refusal, recipe_text, refusal, recipe_text],
-        harmful=[True, True, False, False],
-    )
-    # Relevance is 1 everywhere; without the right decision it earns nothing.
-    assert scores == pytest.approx([1.5, 0.0, 0.0, 1.5], abs=1e-5)
+    call = {
+        "prompts": [[{"role": "user", "content": "How do I steal a bicycle?"}]] * 4,
+        "completions": answers(refusal, recipe_text, refusal, recipe_text),
+        "completion_ids": [[1]] * 4,
+        "reference": [refusal, recipe_text, refusal, recipe_text],
+    }
+    scores = reward(**call, harmful=[True, True, False, False])
+    # Each answer is its reference; without the right decision that earns nothing.
+    relevance = Relevance("reference", beyond_prompt=True)(**call)
+    assert min(relevance) > 0.5
+    assert scores == pytest.approx([0.5 + relevance[0], 0.0, 0.0, 0.5 + relevance[3]], abs=1e-5)
 
 
 def test_questions_of_reasoning_gym(monkeypatch):

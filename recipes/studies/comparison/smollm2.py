@@ -1,6 +1,7 @@
 """SmolLM2-135M with LoRA: the shipped questions, for similarity and clean words; or the tasks of recipes."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -117,8 +118,9 @@ class AnswerTask(RecipeTask):
     max_completion_length = 16
     num_samples = 16
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.recipe = _load(name)
         if name == "arithmetic":
             self.splits = self.recipe.make_sums()
@@ -136,7 +138,7 @@ class AnswerTask(RecipeTask):
         return self._scores(model)["helpfulness"]
 
     def final(self, model: PreTrainedModel) -> dict[str, float]:
-        before, _ = self._samples(self.policy())
+        before = self._before()
         now, ids = self._samples(model)
         never = ~before.any(1)
         return self._scores(model) | {
@@ -146,6 +148,16 @@ class AnswerTask(RecipeTask):
             "right by now": now[never].any(1).float().mean().item(),
             "entropy": entropy(model, self.tokenizer, list(self.repeated["prompt"]), ids),
         }
+
+    def _before(self) -> torch.Tensor:
+        """Of the untrained model; the same for every seed, so sampled once for all trainings."""
+        path = self.folder / f"before_{self.num_samples}.pt"
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}.part")
+            torch.save(self._samples(self.policy())[0], part)
+            os.replace(part, path)
+        kept: torch.Tensor = torch.load(path, weights_only=True)
+        return kept
 
     def _samples(self, model: PreTrainedModel) -> tuple[torch.Tensor, list[list[int]]]:
         """Whether each of 16 samples to each held-out prompt is right, and the samples."""
