@@ -33,8 +33,6 @@ REFUSAL = re.compile(
     r"\bI(?:'m| am)? (?:can't|cannot|can not|won't|will not|not able to|unable to|must decline)\b", re.IGNORECASE
 )
 BEGINNING = 160  # characters in which an answer that declines says so
-KIND = "kind"  # the column of `recipes/configs/harmless.yaml` that tells the two kinds of requests apart
-KINDS = ("harmless", "harmful")
 
 
 @dataclass
@@ -82,13 +80,9 @@ def main(script_args: HarmlessArguments, training_args: AdaptiveGRPOConfig, mode
     odd = [value for value in prompts["test"]["harmful"] if value not in (0, 1)]
     if odd:
         raise ValueError(f"the column 'harmful' of {script_args.dataset_name!r} holds {odd[0]!r}: write true and false")
-    prompts = {split: rows.map(lambda row: {KIND: KINDS[int(row["harmful"])]}) for split, rows in prompts.items()}
     if script_args.cold_start_steps:
-        # A request whose reference it has learnt by heart tells nothing about its decisions: the others are trained on.
-        halves = prompts["train"].train_test_split(0.5, seed=training_args.seed)
-        shown, prompts["train"] = halves["train"], halves["test"]
         steps = script_args.cold_start_steps
-        model_args.model_name_or_path = cold_start(shown, steps, training_args, model_args)
+        model_args.model_name_or_path = cold_start(prompts["train"], steps, training_args, model_args)
     reward = reward_of(script_args, training_args.max_completion_length)
     train_and_compare(prompts, reward, training_args, model_args)
 

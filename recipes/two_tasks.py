@@ -52,7 +52,7 @@ def main(script_args: TwoTasksArguments, training_args: AdaptiveGRPOConfig, mode
     prompts = {split: rows.filter(lambda row: row["task"] in script_args.tasks) for split, rows in prompts.items()}
     rewards = {
         "math": 1.0 * as_reward(correct) - script_args.token_cost * Length(),
-        "chat": script_args.chat_scale * Relevance("reference", beyond_prompt=True) - script_args.token_cost * Length(),
+        "chat": script_args.chat_scale * Relevance("reference") - script_args.token_cost * Length(),
     }
     reward = by_task({task: rewards[task] for task in script_args.tasks}).named("reward_of_task")
     train_and_compare(prompts, reward, training_args, model_args)
