@@ -117,23 +117,12 @@ def downside_of_others(values: Tensor) -> Tensor:
     ```python
     >>> import torch
     >>> rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    >>> [round(d, 3) for d in (downside_of_others(rewards)[-1], std_of_others(rewards)[-1])]
+    >>> [round(d, 3) for d in (downside_of_others(rewards)[-1].item(), std_of_others(rewards)[-1].item())]
     [0.283, 0.447]
 
     ```
     """
-    return downside_of_others_of(values, torch.zeros(len(values), dtype=torch.long), 1)
-
-
-def downside_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Downside deviation of the other finite values of the group, for each of them; 0 where fewer than two are left."""
-    found = torch.zeros(len(values), dtype=torch.float64)
-    for group in range(num_groups):  # few: tasks
-        found[groups == group] = _downside_of_others(values[groups == group].double())
-    return found
-
-
-def _downside_of_others(x: Tensor) -> Tensor:
+    x = values.double()
     known = x.isfinite()
     if not known.any():
         return torch.zeros_like(x)

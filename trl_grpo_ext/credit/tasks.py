@@ -19,21 +19,13 @@ from ..hooks.records import RolloutBatch
 from ..host.state import check_state
 from ..plan.outliers import UsualRange
 from ..plan.predictor import RidgePredictor, explained_variance
-from .baselines import (
-    MEMORY,
-    downside_of_others,
-    downside_of_others_of,
-    errors_of_guess,
-    mean_of_others,
-    shrunk_baseline,
-    std_of_others_of,
-)
+from .baselines import MEMORY, errors_of_guess, mean_of_others, shrunk_baseline, std_of_others_of
 from .groups import EPS, group_advantages
 
 
 class Moments:
     """
-    Mean and spread of values of each task, over the batches so far, of which the newest counts most.
+    Mean and standard deviation of values of each task, over the batches so far, of which the newest counts most.
 
     Values are held to their [`UsualRange`], so that one broken reward does not decide them.
 
@@ -56,7 +48,6 @@ class Moments:
     def __init__(self, forget: float):
         self.forget = forget
         self.of: dict[str, list[float]] = {}  # name -> count, mean, sum of squares around it
-        self.downsides: dict[str, float] = {}  # name -> running downside deviation
         self.usual: dict[str, UsualRange] = {}
 
     def add(self, names: list[str], tasks: Tensor, values: Tensor) -> None:
@@ -69,16 +60,12 @@ class Moments:
             new = usual.believed(new)
             if usual.is_spoilt():
                 self.of.pop(name, None)
-                self.downsides.pop(name, None)
             count, mean, squares = self.of.get(name, [0.0, 0.0, 0.0])
             count, squares = self.forget * count, self.forget * squares
             total = count + new.numel()
             gap = new.mean().item() - mean
             squares += (new - new.mean()).square().sum().item() + gap * gap * count * new.numel() / total
             self.of[name] = [total, mean + gap * new.numel() / total, squares]
-            downside = downside_of_others(torch.cat([new, new.new_full((1,), torch.nan)]))[-1].item()
-            before = self.downsides.get(name, downside)
-            self.downsides[name] = self.forget * before + (1 - self.forget) * downside
 
     def mean(self, names: list[str]) -> Tensor:
         """Means `(J,)`, NaN of tasks without values."""
@@ -91,24 +78,17 @@ class Moments:
             [(part[2] / (part[0] - 1)) ** 0.5 if part[0] >= 2 else torch.nan for part in found]
         ).double()
 
-    def downside(self, names: list[str]) -> Tensor:
-        """Downside deviations `(J,)`, NaN of tasks without values."""
-        return torch.tensor([self.downsides.get(name, torch.nan) for name in names]).double()
-
     def state_dict(self) -> dict[str, Any]:
         usual = {name: usual.state_dict() for name, usual in self.usual.items()}
-        of = {name: list(values) for name, values in self.of.items()}
-        return {"of": of, "downsides": dict(self.downsides), "usual": usual}
+        return {"of": {name: list(values) for name, values in self.of.items()}, "usual": usual}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, of=dict, downsides=dict, usual=dict)
-        check_state(state_dict["downsides"], **dict.fromkeys(state_dict["downsides"], float))
+        check_state(state_dict, of=dict, usual=dict)
         check_state(state_dict["of"], **dict.fromkeys(state_dict["of"], list))
         for name, values in state_dict["of"].items():
             if len(values) != 3 or not all(isinstance(value, float) and math.isfinite(value) for value in values):
                 raise ValueError(f"{name!r} is {values}: not a count, a mean and a sum of squares")
         self.of = {name: list(values) for name, values in state_dict["of"].items()}
-        self.downsides = dict(state_dict["downsides"])
         self.usual = {name: UsualRange() for name in state_dict["usual"]}
         for name, usual in self.usual.items():
             usual.load_state_dict(state_dict["usual"][name])
@@ -131,7 +111,7 @@ class TaskAdvantagesCallback(GRPOCallback):
         baseline (`str`, *optional*, defaults to `"group"`):
             One of those of the option `baseline`.
         shift (`float`, *optional*, defaults to `0.0`):
-            How far below, in the unit of [`BaselineCallback`], of the rewards of the task. Not for `"group"`.
+            How far below, in running standard deviations of the rewards of the task. Not for `"group"`.
         forget (`float`, *optional*, defaults to `0.9`):
             Weight of the past at each batch that holds the task.
     """
@@ -201,12 +181,9 @@ class TaskAdvantagesCallback(GRPOCallback):
         others = mean_of_others(rewards, tasks, count)
         others = torch.where(others.isnan(), mean, others)
         unit = torch.where(std.isnan(), std_of_others_of(rewards, tasks, count), std).nan_to_num(nan=0.0)
-        downside = self.rewards.downside(names)[tasks]
-        downside = torch.where(downside.isnan(), downside_of_others_of(rewards, tasks, count), downside)
-        below = self.shift * torch.minimum(unit, downside)
-        low = others - below
+        low = others - self.shift * unit
         if self.baseline == "leave_one_out":
-            return mean_of_others(rewards, batch.group_ids, batch.num_groups) - below
+            return mean_of_others(rewards, batch.group_ids, batch.num_groups) - self.shift * unit
         if self.baseline == "batch":
             return low
         features = batch.prompt_features
