@@ -71,8 +71,8 @@ class AdaptiveGRPOConfig(OptionRules):
         default=0.0,
         metadata={
             "help": (
-                "How far below its baseline a reward is compared, in standard deviations of the rewards, such as 0.5; "
-                "where most answers fail, in the smaller downside deviation. For every baseline but 'group'."
+                "How far below its baseline a reward is compared, in standard deviations of the rewards, such as 0.5. "
+                "For every baseline but 'group'."
             ),
         },
     )

@@ -104,40 +104,6 @@ def std_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     return variance.clamp(min=0).sqrt().masked_fill(others < 2, torch.nan)
 
 
-def downside_of_others(values: Tensor) -> Tensor:
-    """
-    Downside deviation of the other finite values, for each of them; 0 where there are fewer than two others.
-
-    The root of twice the mean squared distance of what lies below the mean: the standard deviation, if values spread as
-    far below their mean as above it. Where most values are low and few are high, it is smaller; where few are low, it
-    is larger.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    >>> [round(d, 3) for d in (downside_of_others(rewards)[-1].item(), std_of_others(rewards)[-1].item())]
-    [0.283, 0.447]
-
-    ```
-    """
-    x = values.double()
-    known = x.isfinite()
-    if not known.any():
-        return torch.zeros_like(x)
-    x = torch.where(known, x - x[known].mean(), 0.0)
-    ordered = x[known].sort().values
-    others = ordered.numel() - known.double()
-    mean = (ordered.sum() - x) / others.clamp(min=1)
-    start = ordered.new_zeros(1)
-    sums, squares = (torch.cat([start, part.cumsum(0)]) for part in (ordered, ordered.square()))
-    number = torch.searchsorted(ordered, mean)
-    below = number * mean.square() - 2 * mean * sums[number] + squares[number]
-    below = below - torch.where(known, (mean - x).clamp(min=0).square(), 0.0)  # its own part
-    return (2 * below.clamp(min=0) / (others - 1).clamp(min=1)).sqrt().masked_fill(others < 2, 0.0)
-
-
 def shrunk_baseline(
     rewards: Tensor, guess: Tensor, group_ids: Tensor, num_groups: int, within: float, between: float
 ) -> Tensor:
@@ -256,26 +222,24 @@ class BaselineCallback(GRPOCallback):
     Compare each reward with another baseline than the mean of its group.
 
     With `V(x)` the guess for a prompt from earlier batches, `m` the mean of the other rewards of the batch, `g` that of
-    the others of the group and `s` the smaller of a running standard deviation and a running downside deviation
-    ([`downside_of_others`]) of the rewards, the baseline is
+    the others of the group and `s` a running standard deviation of the rewards, the baseline is
 
     - `"leave_one_out"`: `g - shift * s` (RLOO, arXiv 2402.14740),
     - `"batch"`: `m - shift * s` (REINFORCE++, arXiv 2501.03262),
     - `"predicted"`: `min(V(x), m - shift * s)`,
     - `"shrunk"`: `"predicted"`, corrected by the others of the group as far as the guess was wrong in earlier batches.
 
-    A baseline below what a prompt earns pushes successes up and failures hardly down (AsymRE, arXiv 2506.20520). Where
-    most answers fail, half a standard deviation below the mean would push up failures too; the downside deviation is
-    smaller there. The guess is a [`RidgePredictor`] on the policy's hidden state at the end of the prompt,
-    `batch.prompt_features`. It learns from a batch only after it has guessed for it. Logs `baseline/mean`,
-    `baseline/reward_std` and, with a guess, `baseline/explained_variance`: the share of the variance of prompts'
-    rewards that the guess foresaw (1: all, 0: no more than the mean, below 0: worse).
+    A baseline below what a prompt earns pushes successes up and failures hardly down (AsymRE, arXiv 2506.20520). The
+    guess is a [`RidgePredictor`] on the policy's hidden state at the end of the prompt, `batch.prompt_features`. It
+    learns from a batch only after it has guessed for it. Logs `baseline/mean`, `baseline/reward_std` and, with a guess,
+    `baseline/explained_variance`: the share of the variance of prompts' rewards that the guess foresaw (1: all, 0: no
+    more than the mean, below 0: worse).
 
     Args:
         baseline (`str`, *optional*, defaults to `"batch"`):
             One of the above.
         shift (`float`, *optional*, defaults to `0.0`):
-            How far below, in units of `s`.
+            How far below, in running standard deviations of the rewards.
         forget (`float`, *optional*, defaults to `0.9`):
             Weight of the past at each batch, in the guess and in the running statistics.
     """
@@ -307,7 +271,7 @@ class BaselineCallback(GRPOCallback):
 
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.predictor: RidgePredictor | None = None  # as wide as the features, which the first batch shows
-        self.moments: dict[str, float] = {}  # running: std, downside, within, between
+        self.moments: dict[str, float] = {}  # running: std, within, between
         self.usual = UsualRange()
 
     def on_advantages(self, args: AdaptiveGRPOConfig, batch: RolloutBatch, **kwargs: Any) -> Tensor:
@@ -317,27 +281,21 @@ class BaselineCallback(GRPOCallback):
         if self.usual.is_spoilt():
             self.moments = {}
         others = mean_of_others(rewards, everywhere, 1)
-        below = self.shift * self._unit(rewards)
-        low = others - below
+        # The first batch has no past, so each completion takes the others of its own batch.
+        std = self.moments.get("std", std_of_others(rewards))
+        low = others - self.shift * std
         if self.baseline == "leave_one_out":
-            baseline = mean_of_others(rewards, batch.group_ids, batch.num_groups) - below
+            baseline = mean_of_others(rewards, batch.group_ids, batch.num_groups) - self.shift * std
         elif self.baseline == "batch":
             baseline = low
         else:
-            usual = mean_of_others(believed, everywhere, 1) - self.shift * self._unit(believed)
+            usual_std = self.moments.get("std", std_of_others(believed))
+            usual = mean_of_others(believed, everywhere, 1) - self.shift * usual_std
             baseline = self._guessed(batch, low, believed, usual)
-        with_none = torch.cat([believed, believed.new_full((1,), torch.nan)])  # of which all are others
-        self._remember("std", std_of_others(with_none)[-1].item())
-        self._remember("downside", downside_of_others(with_none)[-1].item())
+        self._remember("std", std_of_others(torch.cat([believed, believed.new_full((1,), torch.nan)]))[-1].item())
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
         return scaled_advantages(rewards, baseline, args.scale_rewards)
-
-    def _unit(self, rewards: Tensor) -> Tensor:
-        """Of the shift, for each reward `(N,)`: from earlier batches, and in the first one from its others."""
-        std = torch.as_tensor(self.moments.get("std", std_of_others(rewards)))
-        downside = torch.as_tensor(self.moments.get("downside", downside_of_others(rewards)))
-        return torch.minimum(std.double(), downside.double())
 
     def _guessed(self, batch: RolloutBatch, low: Tensor, believed: Tensor, usual: Tensor) -> Tensor:
         features = batch.prompt_features
@@ -375,7 +333,7 @@ class BaselineCallback(GRPOCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, moments=dict, usual=dict)
-        names = {"std", "downside", "within", "between"} & set(state_dict["moments"])
+        names = {"std", "within", "between"} & set(state_dict["moments"])
         check_state(state_dict["moments"], **dict.fromkeys(names, float))
         self.moments = {name: float(state_dict["moments"][name]) for name in names}
         self.usual.load_state_dict(state_dict["usual"])
