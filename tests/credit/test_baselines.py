@@ -72,11 +72,11 @@ def test_mean_and_spread_of_the_others_are_those_of_the_rest(groups):
 
 @given(rewards=st.lists(NUMBERS, min_size=3, max_size=8), change=NUMBERS)
 def test_the_shift_of_the_first_batch_does_not_read_its_own_reward(rewards, change):
-    baselines = []
+    args, baselines = SimpleNamespace(scale_rewards="none"), []
     for first in (rewards[0], rewards[0] + change):
-        callback = set_up(BaselineCallback("batch", shift=0.5), SimpleNamespace(scale_rewards="none"))
+        callback = set_up(BaselineCallback("batch", shift=0.5), args)
         batch = make_batch([first, *rewards[1:]], torch.zeros(len(rewards), 1))
-        advantage = callback.on_advantages(args=SimpleNamespace(scale_rewards="none"), batch=batch)[0]
+        advantage = callback.on_advantages(args=args, batch=batch)[0]
         baselines.append(batch.rewards[0].item() - advantage.item())
     assert baselines[0] == pytest.approx(baselines[1], abs=1e-4)
 

@@ -92,11 +92,15 @@ class Cells:
 
     def _keep(self, cell: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
         record = {"cell": cell, **outcome}
-        path = self.path(cell)
-        part = path.with_suffix(f".{os.getpid()}.part")  # another process may run the same cell
-        part.write_text(json.dumps(record, indent=1))
-        os.replace(part, path)
+        write_whole(self.path(cell), lambda part: part.write_text(json.dumps(record, indent=1)))
         return record
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """A file that is there with all its content or not at all, even if another process writes the same one."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    write(part)
+    os.replace(part, path)
 
 
 def _start(work: Work, cell: dict[str, Any]) -> tuple[Connection, BaseProcess]:

@@ -1,9 +1,8 @@
 """SmolLM2-135M with LoRA: the shipped questions, for similarity and clean words; or the tasks of recipes."""
 
+import functools
 import importlib.util
-import os
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +17,7 @@ from trl_grpo_ext.host.sources import resolve_model
 from trl_grpo_ext.recipe.datasets import load_prompts
 from trl_grpo_ext.rewards import Length, Profanity, Relevance, Reward, as_reward
 
+from .cells import write_whole
 from .sampling import ask, entropy, mean_scores, sample
 
 RECIPES = Path(__file__).parents[2]
@@ -39,11 +39,11 @@ class SmolTask:
         self.helpfulness: Reward = Relevance("reference").named("helpfulness")
         self.reward = 1.0 * self.helpfulness + 0.5 * as_reward(harmlessness) - 0.001 * Length()
 
-    @cached_property
+    @functools.cached_property
     def path(self) -> str:
         return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").path
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path)
 
@@ -120,7 +120,8 @@ class AnswerTask(RecipeTask):
 
     def __init__(self, name: str, folder: Path) -> None:
         super().__init__()
-        self.folder = folder
+        # Of another task, or with answers of another length, it would be another file.
+        self.before = folder / f"before_{name}_{self.max_completion_length}_{self.num_samples}.pt"
         self.recipe = _load(name)
         if name == "arithmetic":
             self.splits = self.recipe.make_sums()
@@ -150,13 +151,11 @@ class AnswerTask(RecipeTask):
         }
 
     def _before(self) -> torch.Tensor:
-        """Of the untrained model; the same for every seed, so sampled once for all trainings."""
-        path = self.folder / f"before_{self.num_samples}.pt"
-        if not path.exists():
-            part = path.with_suffix(f".{os.getpid()}.part")
-            torch.save(self._samples(self.policy())[0], part)
-            os.replace(part, path)
-        kept: torch.Tensor = torch.load(path, weights_only=True)
+        """Whether samples of the untrained model are right: the same for every seed, so drawn once for all."""
+        if not self.before.exists():
+            is_right, _ = self._samples(self.policy())
+            write_whole(self.before, functools.partial(torch.save, is_right))
+        kept: torch.Tensor = torch.load(self.before, weights_only=True)
         return kept
 
     def _samples(self, model: PreTrainedModel) -> tuple[torch.Tensor, list[list[int]]]:

@@ -1,11 +1,10 @@
 """The tiny task: answer right, without a forbidden word, briefly; a model of 86k parameters that half can."""
 
 import copy
-import os
+import functools
 import random
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from trl_grpo_ext.recipe.tiny import tiny_model
 from trl_grpo_ext.rewards import Length, Reward, as_reward
 
+from .cells import write_whole
 from .sampling import mean_scores, sample
 
 FORBIDDEN, FILLER = "!", "."
@@ -58,19 +58,19 @@ class TinyTask:
     peft_config: None = None
     helpfulness: Reward = field(default_factory=lambda: as_reward(is_helpful).named("helpfulness"))
 
-    @cached_property
+    @functools.cached_property
     def reward(self) -> Reward:
         return 1.0 * self.helpfulness + 0.5 * as_reward(is_harmless).named("harmlessness") - 0.01 * Length()
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return skills.make_tokenizer(FORBIDDEN + FILLER)
 
-    @cached_property
+    @functools.cached_property
     def held_out_examples(self) -> list[skills.Example]:
         return skills.make_examples({"translate": self.held_out}, seed=1_000_000 + self.seed)
 
-    @cached_property
+    @functools.cached_property
     def exclude(self) -> frozenset[str]:
         return frozenset(example.prompt for example in self.held_out_examples)
 
@@ -83,9 +83,7 @@ class TinyTask:
         model = tiny_model(self.tokenizer, self.seed)
         path = self.folder / f"warm_{self.seed}_{self.warm_start}_{self.held_out}.pt"
         if not path.exists():
-            part = path.with_suffix(f".{os.getpid()}.part")
-            torch.save(self._warm_started(model).state_dict(), part)
-            os.replace(part, path)
+            write_whole(path, functools.partial(torch.save, self._warm_started(model).state_dict()))
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
 
