@@ -43,6 +43,18 @@ def assert_ranks_agree(first: dict, second: dict) -> None:
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
 
 
+def test_ranks_leave_out_the_same_passes(model_path, tmp_path):
+    """... of which the third over each batch is not computed."""
+    options = {"num_iterations": 3, "reuse_drift_limit": 1e-9, "max_steps": 6, "flat_rank": 2}  # neither
+    first, second = launch(model_path, tmp_path / "out", train, **options)
+    assert_ranks_agree(first, second)
+    for rank in (first, second):
+        left_out = [entry["reuse/skipped"] for entry in rank["logs"] if "loss" in entry]
+        assert left_out == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+        gradients = [entry["grad_norm"] for entry in rank["logs"] if "loss" in entry]
+        assert [norm > 0 for norm in gradients] == [True, True, False, True, True, False]
+
+
 @pytest.mark.parametrize("dynamic_sampling_rounds", [0, 2])
 def test_ranks_agree_and_groups_straddle_them(model_path, tmp_path, dynamic_sampling_rounds):
     ranks = launch(

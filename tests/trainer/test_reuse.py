@@ -6,6 +6,7 @@ import pytest
 import torch
 from kit import count_vowels, have_same_weights, logs_of
 
+from trl_grpo_ext import AdaptiveGRPOTrainer
 from trl_grpo_ext.trainer.reuse import ReuseGuardCallback, squared_log_ratio
 
 
@@ -35,6 +36,42 @@ def test_beyond_the_limit_no_weight_moves_until_the_next_batch(passes):
     # The same weights as one pass over each of the same two batches, at the learning rates of those steps.
     states = guarded.optimizer.state_dict()["state"].values()
     assert {int(state["step"]) for state in states} == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        # Of the three passes over each batch, the second finds the drift, and the third is not computed.
+        ({}, [False, False, True] * 2),
+        # One update from two micro-batches.
+        ({"gradient_accumulation_steps": 2}, [False] * 4 + [True] * 2 + [False] * 4 + [True] * 2),
+        # Two updates a pass: the second one of the first pass is beyond the limit already.
+        ({"steps_per_generation": 2}, [False] * 3 + [True] * 3),
+        # A step that spans three batches is a part of several passes: all is computed.
+        ({"steps_per_generation": 1, "gradient_accumulation_steps": 9, "max_steps": 1}, [False] * 9),
+    ],
+)
+def test_what_can_change_nothing_is_not_computed(make_trainer, monkeypatch, options, left_out):
+    """... and weights and logs are those of a run that computes all of it."""
+
+    def run() -> tuple[AdaptiveGRPOTrainer, list[bool]]:
+        trainer = make_trainer(
+            reward_funcs=count_vowels, **{"max_steps": 6, "num_iterations": 3, "reuse_drift_limit": 1e-9} | options
+        )
+        computed, seen = trainer._compute_loss, []
+        monkeypatch.setattr(trainer, "_compute_loss", lambda *args: seen.append(trainer._step) or computed(*args))
+        trainer.train()
+        return trainer, [step not in seen for step in range(trainer._step)]
+
+    spared, seen = run()
+    assert seen == left_out
+    monkeypatch.setattr(ReuseGuardCallback, "is_over", False)
+    whole, seen = run()
+    assert not any(seen)
+    assert have_same_weights(spared, whole)
+    for one, other in zip(logs_of(spared), logs_of(whole), strict=True):
+        timed = {"step_time", "grad_norm"}  # of what is computed
+        assert {**one, **dict.fromkeys(timed)} == pytest.approx({**other, **dict.fromkeys(timed)})
 
 
 def test_the_callback_passed_by_hand_guards_as_the_option_does(passes):

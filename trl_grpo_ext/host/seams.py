@@ -35,6 +35,7 @@ SEAMS = {
     "_get_output_dir": ["self", "trial"],
     "add_callback": ["self", "callback"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "_compute_loss": ["self", "model", "inputs"],
 }
 # Method -> what its parameters may begin with. The others differ between releases, and are passed on as they came.

@@ -158,9 +158,25 @@ class AdaptiveGRPOTrainer(GroundGRPOTrainer):
         self._call("on_rollouts", sampled.batch)
         return self._finish(sampled)
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        guard, metrics = self._guard, self._metrics["train"]
+        if guard is None:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        if guard.is_over:  # no weight changes, so nothing is computed
+            self._step += 1
+            loss, added = guard.recall()
+            for name, values in added.items():
+                metrics[name].extend(values)
+            return loss
+        known = {name: len(values) for name, values in metrics.items()}
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        added = {name: values[known.get(name, 0) :] for name, values in metrics.items() if name != "step_time"}
+        guard.remember(loss, added)
+        return loss
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        has_guard = any(isinstance(callback, ReuseGuardCallback) for callback in self.grpo_callbacks)
-        self._watched = inputs if self.model.training and has_guard else None
+        self._watched = inputs if self.model.training and self._guard is not None else None
         try:
             return super()._compute_loss(model, inputs)
         finally:
@@ -171,8 +187,8 @@ class AdaptiveGRPOTrainer(GroundGRPOTrainer):
         if self._watched is not None and self._watched.get("old_per_token_logps") is not None:
             inputs, self._watched = self._watched, None  # the reference model comes later, or before
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            guard = next(callback for callback in self.grpo_callbacks if isinstance(callback, ReuseGuardCallback))
-            guard.watch(squared_log_ratio(result[0], inputs["old_per_token_logps"], mask))
+            assert self._guard is not None
+            self._guard.watch(squared_log_ratio(result[0], inputs["old_per_token_logps"], mask))
         return result
 
     # The life of a batch
@@ -285,6 +301,11 @@ class AdaptiveGRPOTrainer(GroundGRPOTrainer):
         return output
 
     # Steps of a stage
+
+    @property
+    def _guard(self) -> ReuseGuardCallback | None:
+        """What ends the passes over a batch, where something does."""
+        return next((callback for callback in self.grpo_callbacks if isinstance(callback, ReuseGuardCallback)), None)
 
     def _call(self, hook: str, batch: RolloutBatch, field: str | None = None) -> None:
         """Call a hook of every callback; what it returns becomes `batch.<field>` for the next."""
