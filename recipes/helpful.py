@@ -50,7 +50,7 @@ class HelpfulArguments(HarmlessnessArguments, DataArguments):
     compare_with_stock: bool = field(
         default=False, metadata={"help": "Train with TRL alone as well, on as many answers, and print both."}
     )
-    stock_learning_rate: float = field(default=5e-4, metadata={"help": "Its learning rate."})
+    stock_learning_rate: float = field(default=1.5e-3, metadata={"help": "Its learning rate."})
     stock_num_generations: int = field(default=4, metadata={"help": "Its completions of a prompt."})
 
 
