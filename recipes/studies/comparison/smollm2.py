@@ -128,7 +128,8 @@ class AnswerTask(RecipeTask):
             right: Callable[..., list[Any]] = self.recipe.correct
             self.reward = self.recipe.reward_of(self.recipe.ArithmeticArguments(), self.max_completion_length)
         else:
-            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments(num_examples=0))
+            sums = {"tasks": ["chain_sum"], "num_levels": 2, "train_size": 64, "test_size": 16, "num_examples": 0}
+            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments(**sums))
             right = self.recipe.solved_fully
             self.reward = as_reward(self.recipe.score) + 0.5 * as_reward(right, "right")
         self.helpfulness = as_reward(right).named("helpfulness")
