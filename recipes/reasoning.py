@@ -3,8 +3,8 @@ Train a model on procedural tasks of `reasoning-gym`, scored by its own verifier
 
     accelerate launch recipes/reasoning.py
 
-trains SmolLM2-135M-Instruct with LoRA on questions about who is who in a family, and compares its answers to held-out
-questions before and after. Everything is set in `recipes/configs/reasoning.yaml`. A level turns all knobs that
+trains SmolLM2-135M-Instruct with LoRA on sums and differences of two levels of difficulty, and compares its answers to
+held-out questions before and after. Everything is set in `recipes/configs/reasoning.yaml`. A level turns all knobs that
 reasoning-gym has for a task, and is the column `difficulty`, for a curriculum. With a GPU, the same script takes any
 other of its tasks that have levels:
 
@@ -34,12 +34,12 @@ from trl_grpo_ext.rewards.text import text_of
 @dataclass
 class ReasoningArguments:
     tasks: list[str] = field(
-        default_factory=lambda: ["family_relationships"],
+        default_factory=lambda: ["chain_sum"],
         metadata={"help": "Names of reasoning-gym's tasks."},
     )
-    num_levels: int = field(default=1, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
-    train_size: int = field(default=192, metadata={"help": "Questions of each task and level to train on."})
-    test_size: int = field(default=48, metadata={"help": "Held-out questions of each task and level."})
+    num_levels: int = field(default=2, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
+    train_size: int = field(default=64, metadata={"help": "Questions of each task and level to train on."})
+    test_size: int = field(default=16, metadata={"help": "Held-out questions of each task and level."})
     num_examples: int = field(
         default=1, metadata={"help": "Solved questions of the task's easiest level, shown before each question."}
     )

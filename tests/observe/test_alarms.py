@@ -138,6 +138,28 @@ def test_an_ill_run_raises_its_alarm_and_no_other(name, base):
     assert len(events) <= 3
 
 
+def short_run(entropy: float, grad_norm: float, reward_std: float) -> list[dict]:
+    """Three healthy logs, then eight as given."""
+    start = {"loss": 0.0, "reward": 0.3, "entropy": 3.0, "grad_norm": 0.5, "reward_std": 0.6}
+    later = {**start, "entropy": entropy, "grad_norm": grad_norm, "reward_std": reward_std}
+    return [start] * 3 + [later] * 8
+
+
+@pytest.mark.parametrize(
+    ("later", "is_collapse"),
+    [
+        ((0.02, 0.002, 0.7), True),  # one answer to everything, right or wrong
+        ((0.02, 0.002, 0.1), False),  # nearly everything is right
+        ((0.02, 0.4, 0.7), False),  # surer, and still learning
+        ((0.02, 0.0, 0.6), True),
+        ((1.0, 0.002, 0.7), False),
+    ],
+)
+def test_a_collapse_is_told_from_learning_in_a_short_run(later, is_collapse):
+    events = run(short_run(*later))
+    assert events == ([(7, "entropy_collapse", "raised")] if is_collapse else [])
+
+
 def test_every_alarm_of_the_configuration_is_made_and_tried():
     names = tuple(alarm.name for alarm in make_alarms())
     assert names == ALARMS

@@ -166,7 +166,7 @@ RULES: dict[str, tuple[Measure, float, float, int, int, int]] = {
     "reward_hacking": (runaway(WATCH), 1.0, 0.6, 20, 3, 5),
     "kl_spike": (spike("kl", floor=0.05), 8.0, 4.0, 20, 3, 10),
     "gradient_spike": (outburst("grad_norm", floor=1.0, alone=20.0, margin=4.0), 10.0, 3.0, 10, 1, 10),
-    "entropy_collapse": (collapse("entropy"), 10.0, 5.0, 20, 5, 5),
+    "entropy_collapse": (collapse("entropy"), 10.0, 5.0, 3, 5, 5),
     "ratio_clipping": (level("clip_ratio/region_mean"), 0.3, 0.15, 0, 5, 5),
     "reward_clipping": (level("reward_clip/frac"), 0.3, 0.2, 0, 5, 5),
     "truncated": (level("completions/clipped_ratio"), 0.5, 0.3, 0, 3, 5),
@@ -217,7 +217,7 @@ ADVICE: dict[str, tuple[str, str, str]] = {
     ),
     "entropy_collapse": (
         "the policy has become nearly deterministic, so the completions of a group no longer differ",
-        "raise epsilon_high (0.28), temperature or entropy_coef, or lower learning_rate",
+        "raise epsilon_high (0.28), temperature or entropy_coef, or lower learning_rate or baseline_shift",
         "own choice: a tenth of the start; for the effect see DAPO, arXiv 2503.14476, section 3.1",
     ),
     "ratio_clipping": (

@@ -158,18 +158,38 @@ def outburst(metric: str, floor: float, alone: float, margin: float, patience: i
     return measure
 
 
-def collapse(metric: str) -> Measure:
-    """How many times smaller the metric is than its median at the start of the run."""
+def collapse(metric: str, settled: int = 20) -> Measure:
+    """
+    How many times smaller the metric is than at the start of the run, its median there, once `settled` logs were seen.
+
+    Before that, it may be small because the policy has learnt. So the gradient must have shrunk as much, while the
+    spread of rewards is at least half of that at the start: a policy with one answer to everything learns nothing more.
+    """
 
     def measure(logs: Logs, history: History) -> Reading | None:
         value, first = logs.get(metric), history.first.get(metric)
         if not is_finite(value) or not first or median(first) <= 0:
             return None
         start = median(first)
-        factor = start / value if value > 0 else math.inf
-        return Reading(factor, f"{metric} fell to {value:.3g} from {start:.3g} at the start")
+        factor = _times_smaller(value, start) if history.num_logs >= settled else 0.0
+        reading = Reading(factor, f"{metric} fell to {value:.3g} from {start:.3g} at the start")
+        gradient, spread = logs.get("grad_norm"), logs.get("reward_std")
+        gradients, spreads = (history.first.get(name, [])[:3] for name in ("grad_norm", "reward_std"))
+        if len(gradients) == len(spreads) == 3 and is_finite(gradient) and is_finite(spread):
+            usual, highest = median(gradients), max(first[:3])  # a collapse begins with the first updates
+            factor = min(_times_smaller(value, highest), _times_smaller(gradient, usual))
+            if spread >= median(spreads) / 2 > 0 and factor > reading.value:
+                evidence = (
+                    f"{metric} fell to {value:.3g} from {highest:.3g} at the start, and grad_norm to {gradient:.3g}"
+                )
+                return Reading(factor, f"{evidence} from {usual:.3g}, while rewards still differ")
+        return reading
 
     return measure
+
+
+def _times_smaller(value: float, start: float) -> float:
+    return start / value if value > 0 else math.inf
 
 
 def not_finite(*metrics: str) -> Measure:
