@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from kit import count_vowels, have_same_weights, logs_of
+from kit import count_vowels, have_same_weights, logs_of, weights_of
 
 from trl_grpo_ext import AdaptiveGRPOTrainer
 from trl_grpo_ext.trainer.reuse import ReuseGuardCallback, squared_log_ratio
@@ -72,6 +72,15 @@ def test_what_can_change_nothing_is_not_computed(make_trainer, monkeypatch, opti
     for one, other in zip(logs_of(spared), logs_of(whole), strict=True):
         timed = {"step_time", "grad_norm"}  # of what is computed
         assert {**one, **dict.fromkeys(timed)} == pytest.approx({**other, **dict.fromkeys(timed)})
+
+
+def test_a_batch_of_the_run_before_is_over_for_no_other_run(make_trainer):
+    options = {"max_steps": 5, "num_iterations": 3, "reuse_drift_limit": 1e-9}
+    trainer = make_trainer(reward_funcs=count_vowels, save_strategy="steps", save_steps=3, **options)
+    trainer.train()  # ends where the third pass over the second batch would not be computed
+    ended = weights_of(trainer)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
+    assert all(torch.equal(ended[name], value) for name, value in weights_of(trainer).items())
 
 
 def test_the_callback_passed_by_hand_guards_as_the_option_does(passes):

@@ -77,6 +77,12 @@ class ReuseGuardCallback(GRPOCallback):
         """Whether no pass over this batch can change anything any more. The same on all processes."""
         return self._left > 0 and self._unmoved == self._updates
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._left = self._unmoved = 0  # a run before this one may have ended, or failed, within a batch
+        self.moved = None
+
     def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         self._left = (self._updates or 0) * self.trainer.args.num_iterations
         self._unmoved = 0
