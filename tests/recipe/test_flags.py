@@ -70,6 +70,36 @@ def test_a_wrong_flag_is_one_line(flags, line, capsys):
     assert printed.err.count("\n") == 1
 
 
+@dataclass
+class Picky:
+    """Refuses every machine, as a configuration with bf16 refuses one without a GPU."""
+
+    size: int = field(default=1, metadata={"help": "A size."})
+
+    def __post_init__(self):
+        raise ValueError("not on this machine")
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "line"),
+    [
+        (["--siez", "3"], "", "--siez is no option: did you mean --size?"),
+        (["--xyzzy"], "", "--xyzzy is no option (--help lists them)"),
+        (["3"], "", "'3' belongs to no option: a flag comes before its values"),
+        ([], "siez: 3\n", "a.yaml sets 'siez', which is no option: did you mean size?"),
+        (["--port", "1"], "size: 3\n", "not on this machine"),
+    ],
+)
+def test_a_wrong_flag_is_told_before_what_the_configuration_refuses(flags, text, line, written, capsys):
+    path = written(text or "{}")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        FlagParser((Picky,), prog="mine").parse_with_others([*flags, "--config", path], ["--port"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("mine: error: ")
+    assert line in error
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -67,9 +67,23 @@ class FlagParser(TrlParser):
         """
         with self.in_one_line():
             words = flags_with_config(sys.argv[1:] if flags is None else flags, self.config)
-            *parsed, of_file, of_line = self.parse_args_and_config(
-                words, return_remaining_strings=True, separate_remaining_strings=True
-            )
+            # A configuration may refuse this machine or its values. A wrong flag is told before it is built.
+            self._refuse_wrong(words, *self._read(words, building=False)[-2:], others)
+            *parsed, of_file, of_line = self._read(words)
+        return parsed, of_file, of_line
+
+    def _read(self, words: Sequence[str], building: bool = True) -> tuple[Any, ...]:
+        """The dataclasses, or the bare values in their place, and what is left over of the file and of the line."""
+        kinds, self.dataclass_types = self.dataclass_types, self.dataclass_types if building else []
+        try:
+            return self.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+        finally:
+            self.dataclass_types = kinds
+
+    def _refuse_wrong(
+        self, words: Sequence[str], of_file: Sequence[str], of_line: Sequence[str], others: Collection[str]
+    ) -> None:
+        """End the process if anything that is left over is not for someone else."""
         options = [option.name for kind in self.dataclass_types for option in dataclasses.fields(kind)]
         names = [*options, *(name.lstrip("-").replace("-", "_") for name in others)]
         known, wrong = ["--config", *(f"--{name}" for name in names)], []
@@ -83,7 +97,6 @@ class FlagParser(TrlParser):
             wrong.append(f"{of_line[0]!r} belongs to no option: a flag comes before its values")
         if wrong:
             self.error("; ".join(wrong))
-        return parsed, of_file, of_line
 
 
 def meant(flag: str, known: Iterable[str]) -> str:
