@@ -27,6 +27,8 @@ class FlagParser(TrlParser):
             As in [`~argparse.ArgumentParser`], such as `prog`.
     """
 
+    dataclass_types: Any  # what TRL builds from the values that it has read
+
     def __init__(self, dataclass_types: Sequence[Any], config: str | None = None, **kwargs: Any):
         super().__init__(dataclass_types, **kwargs)
         self.config = config
@@ -68,15 +70,18 @@ class FlagParser(TrlParser):
         with self.in_one_line():
             words = flags_with_config(sys.argv[1:] if flags is None else flags, self.config)
             # A configuration may refuse this machine or its values. A wrong flag is told before it is built.
-            self._refuse_wrong(words, *self._read(words, building=False)[-2:], others)
-            *parsed, of_file, of_line = self._read(words)
+            *_, of_file, of_line = self._read(words, [])
+            self._refuse_wrong(words, of_file, of_line, others)
+            *parsed, of_file, of_line = self._read(words, self.dataclass_types)
         return parsed, of_file, of_line
 
-    def _read(self, words: Sequence[str], building: bool = True) -> tuple[Any, ...]:
-        """The dataclasses, or the bare values in their place, and what is left over of the file and of the line."""
-        kinds, self.dataclass_types = self.dataclass_types, self.dataclass_types if building else []
+    def _read(self, words: Sequence[str], building: Sequence[Any]) -> tuple[Any, ...]:
+        """Those dataclasses that are to be built, bare values for others, and what is left over of file and line."""
+        kinds, self.dataclass_types = self.dataclass_types, building
         try:
-            return self.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+            return tuple(
+                self.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+            )
         finally:
             self.dataclass_types = kinds
 
