@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -17,14 +18,14 @@ import pytest
 from fabricated import alarm, write_alarms
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kit import PYTHONPATH, config_kwargs, count_vowels, has_answer
+from kit import PYTHONPATH, ROOT, config_kwargs, count_vowels, has_answer
 from rich.cells import cell_len
 from rich.console import Console
 from transformers import PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.observe import live
-from trl_grpo_ext.observe.live import BARS, LiveCallback, LiveView, readable, sparkline, trend
+from trl_grpo_ext.observe.live import BARS, TROUBLES, LiveCallback, LiveView, fields_of, readable, sparkline, trend
 
 HERE = Path(__file__).parent
 LOGS = {
@@ -50,6 +51,17 @@ LOGS = {
     "group_size/max": 8.0,
     "curriculum/position": 0.5,
 }
+# Of a run with groups of one, and of a judge that fails.
+SINGLE = {
+    "group_size/min": 1.0,
+    "group_size/mean": 1.0,
+    "group_size/max": 1.0,
+    "advantage/abs_mean": 0.345,
+    "reuse/skipped": 0.25,
+    "baseline/explained_variance": 0.41,
+    "curriculum/explained_variance": -0.125,
+}
+JUDGED = {f"rewards/judge/{kind}": value for kind, value in zip(TROUBLES, (4.0, 0.0, 2.0, 5.5, 1.0), strict=True)}
 
 
 def state(step=3, max_steps=10, main=True) -> SimpleNamespace:
@@ -75,11 +87,13 @@ def lines_of(screen: pyte.Screen) -> list[str]:
 # Properties
 
 anything = st.none() | st.floats() | st.integers(-(10**30), 10**30)
+metrics = st.sampled_from([*LOGS, *SINGLE, *JUDGED]) | st.text().map(lambda name: f"rewards/{name}/mean")
+metrics |= st.builds("rewards/{}/{}".format, st.text(), st.sampled_from(TROUBLES))
 
 
 @settings(deadline=None)
 @given(
-    st.dictionaries(st.sampled_from(list(LOGS)) | st.text().map(lambda name: f"rewards/{name}/mean"), anything),
+    st.dictionaries(metrics, anything),
     st.integers(20, 200),
     st.booleans(),
 )
@@ -125,6 +139,50 @@ def test_a_line():
     )
 
 
+def test_a_line_of_groups_of_one():
+    logs = {"reward": 0.5, "rollouts/informative": 1.0, **SINGLE}
+    assert readable(logs, 1, 10) == (
+        "step  1/10 · reward 0.500 · informative 100% · |advantage| 0.34 · updates left out 25% · foreseen 41% · "
+        "foreseen by text -12% · groups 1"
+    )
+    # Where groups have several completions, a monitor logs the size of advantages too, and nobody needs it in a line.
+    logs = {**LOGS, "advantage/abs_mean": 0.5}
+    assert readable(logs, 1, 10) == readable(LOGS, 1, 10)
+
+
+def test_what_goes_wrong_with_a_reward_is_told():
+    logs = {"reward": 0.7, "rewards/judge/mean": 0.7, **JUDGED, "rewards/own/retries": 1.0, "grad_norm": 0.0}
+    assert readable(logs, 1, 3) == (
+        "step 1/3 · reward 0.700 · judge 0.700 · judge failures 4, garbage 2, retries 5.5, errors 1 · own retries 1 · "
+        "grad 0.00"
+    )
+    assert readable({"eval_reward": 0.5, "eval_rewards/judge/timeouts": 2.0}, 1, 3) == (
+        "step 1/3 · held-out reward 0.500 · held-out judge timeouts 2"
+    )
+    view = LiveView(max_steps=3)
+    view.log({"loss": 0.0, **logs})
+    rows = [row.split()[:4] for row in shown(view, 60)]
+    assert ["failures", "of", "judge", "4"] in rows
+    assert ["retries", "of", "own", "1"] in rows
+    assert "timeouts" not in "".join(shown(view, 60))
+    well = {name: 0.0 if name.rpartition("/")[2] in TROUBLES else value for name, value in logs.items()}
+    assert readable(well, 1, 3) == "step 1/3 · reward 0.700 · judge 0.700 · grad 0.00"
+    view.log({"loss": 0.0, **well})
+    assert "of judge" not in "".join(shown(view, 60))
+
+
+def test_sixty_columns_have_room_for_every_label_and_value():
+    view = LiveView(max_steps=100)
+    for step in range(24):
+        view.log({**LOGS, **SINGLE, **JUDGED, "reward": float(step)})
+        view.step_to(step + 1)
+    view.step_to(24)
+    text = "\n".join(shown(view, 60))
+    for label, value, _ in fields_of(view.logs, len(live.FIELDS)):
+        assert any(line.startswith(label) and value in line for line in text.splitlines()), label
+    assert "…" not in text
+
+
 def test_a_table():
     view = LiveView(max_steps=10)
     for step in range(6):
@@ -140,6 +198,18 @@ def test_a_table():
     assert not any("whole" in row for row in rows)
     assert not any("▁" in row for row in shown(view, 30))
     "\n".join(shown(view, 100, fancy=False)).replace("±", "").replace("β", "").encode("ascii")
+
+
+def test_the_page_shows_what_the_code_prints():
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8").split("## Live view")[1]
+    table, line = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
+    fields = fields_of({**LOGS, **SINGLE, **JUDGED, "reuse/skipped": 0.5}, len(live.FIELDS))
+    labels = {label for label, _, _ in fields} | {"judge"}
+    rows = table.split("alarm")[0].splitlines()[1:]
+    assert rows
+    assert all(re.split(r"\s{2,}", row)[0] in labels for row in rows)
+    parts = line.strip().split(" · ")[1:]
+    assert all(any(part.startswith(f"{label} ") for label in labels) for part in parts)
 
 
 @given(st.integers(30, 200))

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..hooks.callback import GRPOCallback
+from ..rewards.scoring import TALLIES
 from .paired import NOISE
 from .record import ALARMS, FOLDER, read_alarms
 from .report.escaping import one_line
@@ -33,16 +34,20 @@ FIELDS = {
     "beta": ("β", "{:.3g}"),
     "grad_norm": ("grad", "{:.2f}"),
     "rollouts/informative": ("informative", "{:.0%}"),
+    "advantage/abs_mean": ("|advantage|", "{:.2f}"),  # of groups of one, where no spread of a group says how much
+    "reuse/skipped": ("updates left out", "{:.0%}"),
     "reward_clip/frac": ("clipped", "{:.0%}"),
     "curriculum/position": ("curriculum", "{:.0%}"),
     "curriculum/difficulty": ("difficulty", "{:.2f}"),
     "baseline/explained_variance": ("foreseen", "{:.0%}"),
+    "curriculum/explained_variance": ("foreseen by text", "{:.0%}"),
     "entropy": ("entropy", "{:.3f}"),
     "learning_rate": ("learning rate", "{:.2e}"),
     "completions/mean_length": ("length (tokens)", "{:.0f}"),
     "completions/clipped_ratio": ("truncated", "{:.0%}"),
 }
-IN_LINE = 8
+IN_LINE = 11
+TROUBLES = (*TALLIES, "errors")  # how asking a reward may go wrong, as rewards log it
 MAX_TASKS = 6
 
 
@@ -98,18 +103,61 @@ def fields_of(logs: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
     found += held_out_fields(logs)
     for name, value in reward_parts(logs).items():
         found.append((one_line(name, 40), short(value), f"rewards/{name}/mean"))
+    found += trouble_fields(logs, is_joined=count <= IN_LINE)
     for task in tasks_in(logs, "reward")[:MAX_TASKS]:
         name = f"tasks/{task}/reward"
         share = logs.get(f"tasks/{task}/informative")
         teaches = f" ({share:.0%} teach)" if count > IN_LINE and share is not None else ""
         found.append((one_line(task, 40), f"{short(logs[name])}{teaches}", name))
+    smallest, largest = (logs.get(f"group_size/{end}") for end in ("min", "max"))
+    unseen = () if smallest == 1 else ("advantage/abs_mean",)
     for name, (label, form) in list(FIELDS.items())[:count]:
-        if name in logs:
+        if name in logs and name not in unseen:
             found.append((label, form.format(float(logs[name])), name))
-    if {"group_size/min", "group_size/max"} <= logs.keys():
-        found.append(("groups", f"{logs['group_size/min']:.0f}-{logs['group_size/max']:.0f}", "group_size/mean"))
+    if smallest is not None and largest is not None:
+        sizes = f"{smallest:.0f}" + (f"-{largest:.0f}" if largest != smallest else "")
+        found.append(("groups", sizes, "group_size/mean"))
     if logs.get("dynamic_sampling/discarded"):
         found.append(("replaced", f"{logs['dynamic_sampling/discarded']:.0f} rows", "dynamic_sampling/discarded"))
+    return found
+
+
+def trouble_fields(logs: dict[str, Any], is_joined: bool) -> list[tuple[str, str, str]]:
+    """
+    Label, count and metric of what went wrong when rewards were asked, such as a judge that does not answer.
+
+    Args:
+        logs (`dict[str, float]`):
+            What the trainer logs. Counts are means over calls and processes.
+        is_joined (`bool`):
+            Whether all counts of a reward make one field.
+
+    Example:
+
+    ```python
+    >>> logs = {"rewards/judge/failures": 4.0, "rewards/judge/timeouts": 0.0, "rewards/judge/retries": 3.5}
+    >>> trouble_fields(logs, is_joined=True)
+    [('judge', 'failures 4, retries 3.5', 'rewards/judge/failures')]
+    >>> trouble_fields(logs, is_joined=False)
+    [('failures of judge', '4', 'rewards/judge/failures'), ('retries of judge', '3.5', 'rewards/judge/retries')]
+
+    ```
+    """
+    counts: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in logs.items():
+        part, _, kind = name.rpartition("/")
+        if part.startswith(("rewards/", "eval_rewards/")) and kind in TROUBLES and value:
+            counts[part][kind] = float(value)
+    found = []
+    for part, kinds in counts.items():
+        name = part.removeprefix("eval_").removeprefix("rewards/")
+        label = f"{'held-out ' if part.startswith('eval_') else ''}{one_line(name, 40)}"
+        told = {kind: f"{kinds[kind]:.3g}" for kind in TROUBLES if kind in kinds}
+        if is_joined:
+            joined = ", ".join(f"{kind} {value}" for kind, value in told.items())
+            found.append((label, joined, f"{part}/{next(iter(told))}"))
+        else:
+            found += [(f"{kind} of {label}", value, f"{part}/{kind}") for kind, value in told.items()]
     return found
 
 
