@@ -27,6 +27,7 @@ from trl_grpo_ext.hooks import HookedTrainer
 from trl_grpo_ext.hooks.conflicts import FACTS
 from trl_grpo_ext.host.seams import OPEN_SEAMS, SEAMS, check_seams
 from trl_grpo_ext.recipe import grpo
+from trl_grpo_ext.recipe.layouts import LAYOUTS
 from trl_grpo_ext.recipe.script import DataArguments
 
 ROOT = Path(__file__).parent.parent
@@ -335,6 +336,26 @@ def test_every_option_of_the_recipes_is_documented():
         names |= {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
     assert len(names) > 12
     assert [name for name in names if f"`--{name}`" not in DOCS["docs/recipes.md"]] == []
+
+
+def test_every_layout_is_documented():
+    page = DOCS["docs/recipes.md"]
+    for name, layout in LAYOUTS.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+        assert all(f"`{column}`" in cells(row)[1] for column in layout.columns)
+    (option,) = [line for line in page.splitlines() if line.startswith("| `--dataset_layout`")]
+    assert all(f"`{name}`" in option for name in LAYOUTS)
+
+
+def test_results_in_the_table_of_recipes_were_measured():
+    measured = DOCS["docs/measured/recipes.md"] + DOCS["docs/measured/tasks.md"]
+    rows = [cells(line) for line in DOCS["docs/recipes.md"].splitlines() if line.startswith("| [`recipes/")]
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")} - {"check"}
+    assert {re.search(r"recipes/(\w+)\.py", row[0])[1] for row in rows} == recipes
+    for row in rows:
+        numbers = re.findall(r"\d\.\d{3}", row[3])
+        assert len(numbers) >= 4, row
+        assert [number for number in numbers if number not in measured] == [], row
 
 
 # Form
