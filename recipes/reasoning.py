@@ -76,10 +76,18 @@ def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
     return scores
 
 
+def verified(answer: str, task: str, entry: str) -> float:
+    scores, question = verifier(task), json.loads(entry)
+    try:
+        return scores(answer, question)
+    except Exception:  # some verifiers fail at an answer that they cannot read, which is then a wrong one
+        return 0.0
+
+
 def score(completions: list[Any], task: list[str], entry: list[str], **kwargs: Any) -> list[float]:
     """reasoning-gym's score, from 0 to 1, of the final answer."""
     answers = [final_answer(text_of(completion)) for completion in completions]
-    return [float(verifier(t)(a, json.loads(e))) for a, t, e in zip(answers, task, entry, strict=True)]
+    return [verified(*row) for row in zip(answers, task, entry, strict=True)]
 
 
 def solved_fully(completions: list[Any], task: list[str], entry: list[str], **kwargs: Any) -> list[float]:

@@ -389,6 +389,16 @@ def test_questions_of_reasoning_gym(monkeypatch):
     assert questions["train"].to_list() == reasoning.make_questions(arguments)["train"].to_list()
 
 
+def test_an_answer_that_a_verifier_cannot_read_is_wrong(monkeypatch):
+    reasoning = recipe("reasoning", monkeypatch)
+    arguments = reasoning.ReasoningArguments(tasks=["prime_factorization"], num_levels=1, train_size=1, test_size=1)
+    row = reasoning.make_questions(arguments)["test"][0]
+    with pytest.raises(ValueError, match="invalid literal"):  # so does reasoning-gym alone
+        reasoning.verifier(row["task"])("two", json.loads(row["entry"]))
+    columns = {"task": [row["task"]] * 2, "entry": [row["entry"]] * 2}
+    assert reasoning.score(answers("two", row["reference"]), **columns) == [0.0, 1.0]
+
+
 def test_options_of_the_reasoning_recipe_are_checked(monkeypatch):
     reasoning = recipe("reasoning", monkeypatch)
     with pytest.raises(ValueError, match=r"\['chess'\] are no tasks with levels; reasoning-gym has \["):
