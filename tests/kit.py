@@ -218,9 +218,9 @@ def interrupt(make: Callable[[str], Any], step: int) -> tuple[Any, Any, Any]:
 # Callbacks and batches by hand
 
 
-def set_up(callback: Any, args: AdaptiveGRPOConfig | None = None, **columns: Any) -> Any:
-    """The callback, set up by a trainer whose dataset has these columns."""
-    trainer = SimpleNamespace(train_dataset=Dataset.from_dict(columns))
+def set_up(callback: Any, args: AdaptiveGRPOConfig | None = None, others: Sequence[Any] = (), **columns: Any) -> Any:
+    """The callback, set up by a trainer whose dataset has these columns, beside other callbacks."""
+    trainer = SimpleNamespace(train_dataset=Dataset.from_dict(columns), grpo_callbacks=[callback, *others])
     callback.on_setup(args=args or args_of(), state=state_at(0), control=None, trainer=trainer)
     return callback
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from datasets import IterableDataset
-from kit import config_kwargs, count_vowels
+from kit import args_of, config_kwargs, count_vowels
 from trl import GRPOConfig, TrlParser
 
 from trl_grpo_ext import (
@@ -339,3 +339,23 @@ def test_one_level_is_refused(make):
     message = r"difficulty_levels=\['easy'\] must be at least two different names, from easy to hard"
     with pytest.raises(ValueError, match=message):
         make(difficulty_levels=["easy"], **STAGED)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(7, 7), (12, 6), (16, 8), (22, 2), (25, 5)])
+def test_single_completions_need_no_arithmetic(rows, expected):
+    args = AdaptiveGRPOConfig(output_dir="unused", use_cpu=True, group_size="single", per_device_train_batch_size=rows)
+    assert (args.num_generations, args.generation_batch_size) == (expected, rows)
+    assert (args.baseline, args.scale_rewards) == ("batch", "batch")
+
+
+def test_single_completions_keep_what_was_chosen():
+    options = {"group_size": "single", "baseline": "predicted", "scale_rewards": "none", "num_generations": 4}
+    args = args_of(per_device_train_batch_size=16, **options)
+    assert {name: getattr(args, name) for name in options} == options
+
+
+def test_other_sizes_keep_the_defaults_of_trl():
+    args = AdaptiveGRPOConfig(output_dir="unused", use_cpu=True)
+    assert (args.num_generations, args.baseline, args.scale_rewards) == (8, "group", "group")
+    with pytest.raises(ValueError, match="must be divisible by num_generations"):
+        AdaptiveGRPOConfig(output_dir="unused", use_cpu=True, per_device_train_batch_size=7)

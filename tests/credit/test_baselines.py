@@ -235,6 +235,7 @@ def test_state_round_trip(config):
 
 
 OPTIONS = {
+    "single": {"group_size": "single", "scale_rewards": "group"},
     "single, batch": {"group_size": "single", "baseline": "batch", "baseline_shift": 0.5},
     "single, predicted": {"group_size": "single", "baseline": "predicted", "curriculum": "predicted"},
     "pairs, shrunk": {"num_generations": 2, "baseline": "shrunk"},
@@ -258,7 +259,7 @@ def test_it_trains(name, make_trainer):
 
 
 REFUSED = {
-    "group_size='single' leaves": {"group_size": "single"},
+    "group_size='single' leaves": {"group_size": "single", "baseline": "leave_one_out"},
     "divides them by the spread of one group": {"baseline": "batch"},
     "has no effect on baseline='group'": {"baseline_shift": 0.5},
     "must be finite and not negative": {"baseline": "batch", "scale_rewards": "batch", "baseline_shift": -1.0},

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import Record, batch_of, batches_of, set_up
+from kit import Record, args_of, batch_of, batches_of, set_up
 
 from trl_grpo_ext import (
     GRPOCallback,
     PredictedCurriculumCallback,
+    VarianceGroupSizeCallback,
 )
 from trl_grpo_ext.host.state import check_savable
 from trl_grpo_ext.plan.posterior import PromptPosterior
@@ -139,6 +140,36 @@ def test_hopeless_prompts_never_drawn_are_avoided():
     weights = callback.on_prompt_weights(weights=torch.ones(16))
     assert weights[4:8].min() > 3 * weights[12:].max()  # none of these was ever drawn
     assert made.metrics["curriculum/effective_prompts"] <= 16
+
+
+def test_prompts_never_drawn_get_sizes_by_the_guess():
+    texts = [f"translate {a}" for a in "abcdefgh"] + [f"guess {a}" for a in "abcdefgh"]
+    options = {"num_generations": 4, "min_group_size": 1, "baseline": "batch", "scale_rewards": "batch"}
+    args = args_of(per_device_train_batch_size=32, **options)
+    guess = set_up(PredictedCurriculumCallback(), args, prompt=texts)
+    sized = set_up(VarianceGroupSizeCallback(), args, others=[guess], prompt=texts)
+    unseen = torch.tensor([4, 5, 6, 7, 12, 13, 14, 15])
+    assert sized.on_group_sizes(args=args, prompt_index=unseen, num_rows=32).tolist() == [4] * 8
+    for _ in range(6):
+        made = batch_of({prompt: [0.0, 1.0] if prompt < 8 else [0.0, 0.0] for prompt in (0, 1, 2, 3, 8, 9, 10, 11)})
+        guess.on_rollouts(batch=made)
+        sized.on_rollouts(batch=made)
+    sizes = sized.on_group_sizes(args=args, prompt_index=unseen, num_rows=32)
+    assert sizes.sum() == 32
+    assert sizes[:4].min() > 2 * sizes[4:].max()
+
+
+def test_what_the_guess_foresees_of_prompts_never_drawn_is_logged_apart():
+    texts = [f"translate {a}" for a in "abcdefgh"] + [f"guess {a}" for a in "abcdefgh"]
+    callback = set_up(PredictedCurriculumCallback(), prompt=texts)
+    for _ in range(6):
+        seen = batch_of({0: [1.0], 1: [1.0], 8: [0.0], 9: [0.0]})
+        callback.on_rollouts(batch=seen)
+    assert "curriculum/explained_variance_unseen" not in seen.metrics  # each was drawn before
+    mixed = batch_of({0: [0.0], 8: [1.0], 2: [1.0], 10: [0.0]})  # those drawn before surprise
+    callback.on_rollouts(batch=mixed)
+    assert mixed.metrics["curriculum/explained_variance_unseen"] > 0.5
+    assert mixed.metrics["curriculum/explained_variance"] < mixed.metrics["curriculum/explained_variance_unseen"]
 
 
 def test_weights_of_none_keep_the_epochs(trained):

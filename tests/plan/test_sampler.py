@@ -401,6 +401,33 @@ def test_the_last_answer_of_the_hooks_counts():
     assert planner(20).plan([Wishes([8.0] * 20), Wishes([2.0] * 20)], STATE, None).group_sizes.tolist() == [2] * 8
 
 
+class Lays(GRPOCallback):
+    """One group for each of the first prompts, of the wished sizes."""
+
+    def on_plan(self, prompt_index, num_rows, sizes, **kwargs):
+        if sizes is None:
+            return None
+        count = int((sizes.cumsum(0) <= num_rows).sum())
+        return RolloutPlan(sizes[:count].long(), prompt_index[:count])
+
+
+class LaysBlindly(GRPOCallback):
+    def on_plan(self, prompt_index, num_rows, **kwargs):
+        return RolloutPlan(torch.full((2,), num_rows // 2), prompt_index[:2])
+
+
+def test_a_plan_is_laid_out_by_the_sizes_that_another_callback_wishes():
+    assert planner(20).plan([Wishes([8.0] * 20), Lays()], STATE, None).group_sizes.tolist() == [8, 8]
+    assert planner(20).plan([Lays(), Wishes([2.0] * 20)], STATE, None).group_sizes.tolist() == [2] * 8
+    assert planner(20).plan([Lays()], STATE, None).group_sizes.tolist() == [4] * 4  # nobody wished, so it lays out none
+
+
+def test_sizes_that_a_plan_does_not_read_are_refused():
+    assert planner(20).plan([LaysBlindly()], STATE, None).group_sizes.tolist() == [8, 8]
+    with pytest.raises(ValueError, match=r"Wishes chooses group sizes, and LaysBlindly.*take the argument `sizes`"):
+        planner(20).plan([LaysBlindly(), Wishes([2.0] * 20)], STATE, None)
+
+
 def test_weights_pass_from_hook_to_hook():
     first, silent, last = Weights(torch.arange(20.0)), Weights(), Weights(torch.tensor(2.0))
     ours = planner(20)

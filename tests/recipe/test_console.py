@@ -249,7 +249,7 @@ def test_resuming_is_what_the_options_say(yaml_of, tmp_path):
         ({"reward_funcs": None}, [], "no reward is set: name one with --reward_funcs"),
         ({"model_name_or_path": None}, [], "model_name_or_path is not set"),
         ({"dataset_name": None}, [], "no dataset is set: name one with --dataset_name"),
-        ({"group_size": "single"}, [], "group"),
+        ({"group_size": "single", "baseline": "leave_one_out"}, [], "group"),
     ],
 )
 @pytest.mark.parametrize("way", ["run", "main"])

@@ -69,5 +69,4 @@ def test_resuming_equals_never_stopping(name, model_path, tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_yaml_holds_the_same_as_the_line_in_python(name):
     text = (ROOT / "recipes" / "configs" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    extra = {"share_prompts": True} if name == "efficient_long_prompts" else {}
-    assert yaml.safe_load(text) == PRESETS[name] | extra
+    assert yaml.safe_load(text) == PRESETS[name]

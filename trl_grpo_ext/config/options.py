@@ -25,9 +25,9 @@ class AdaptiveGRPOConfig(OptionRules):
         metadata={
             "help": (
                 "How many completions a prompt gets. 'fixed': num_generations. 'single': one, so that a batch holds as "
-                "many prompts as rows; needs another baseline than the group's. 'threshold': one more at its next "
-                "visit if its rewards varied by more than group_std_threshold, else one fewer. 'variance': uncertain "
-                "prompts get more of the same number of rows."
+                "many prompts as rows; baseline and scale_rewards are then 'batch' by default. 'threshold': one more "
+                "at its next visit if its rewards varied by more than group_std_threshold, else one fewer. "
+                "'variance': uncertain prompts get more of the same number of rows."
             ),
             "choices": list(GROUP_SIZES),
         },

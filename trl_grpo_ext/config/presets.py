@@ -14,3 +14,4 @@ EFFICIENT: dict[str, Any] = {
 }
 # The same for prompts so long that reading each of them costs more than sampling: half as many, two completions each.
 EFFICIENT_LONG_PROMPTS = EFFICIENT | {"group_size": "fixed", "num_generations": 2, "baseline": "shrunk"}
+EFFICIENT_LONG_PROMPTS |= {"share_prompts": True}

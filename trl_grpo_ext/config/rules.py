@@ -1,6 +1,7 @@
 """What options may be, alone and together: each rule gives the value, the rule and the remedy."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,11 @@ class OptionRules(GRPOConfig):
     def __post_init__(self) -> None:
         if self.evaluates_held_out:
             self._fill_in_evaluation()
+        if self.group_size == "single":
+            self._fit_num_generations()
         super().__post_init__()
+        if self.group_size == "single":
+            self._compare_with_batch()
         if self.evaluates_held_out:
             self._check_evaluation()
         _check_choice("group_size", self.group_size, GROUP_SIZES)
@@ -148,6 +153,27 @@ class OptionRules(GRPOConfig):
         for name, value in filled.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+    def _fit_num_generations(self) -> None:
+        """
+        TRL wants a divisor of the batch, also where `num_generations` sizes no group: the largest up to what was set.
+
+        Without one, TRL says so.
+        """
+        rows = self.generation_batch_size
+        if rows is None:
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            rows = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1")) * steps
+        divisors = [n for n in range(2, self.num_generations + 1) if rows % n == 0] or [rows]
+        if divisors[-1] >= 2:
+            setattr(self, "num_generations", divisors[-1])  # noqa: B010 (TRL's type is looser than mypy's)
+
+    def _compare_with_batch(self) -> None:
+        """One completion a prompt cannot be compared within its group, so the batch is the default there."""
+        if self.baseline == "group":
+            self.baseline = "batch"
+        if self.scale_rewards == "group":
+            setattr(self, "scale_rewards", "batch")  # noqa: B010
 
     def _check_evaluation(self) -> None:
         num_samples = self.num_generations_eval or self.num_generations

@@ -114,6 +114,7 @@ class GRPOCallback(TrainerCallback):
         prompt_index: Tensor,
         num_rows: int,
         num_processes: int,
+        sizes: Tensor | None,
         **kwargs: Any,
     ) -> RolloutPlan | None:
         """
@@ -121,7 +122,8 @@ class GRPOCallback(TrainerCallback):
 
         `prompt_index` holds candidates in the order of their draw, shape `(C,)`. The plan's groups add up to `num_rows`
         and use some of the candidates; the others come first next time. Process `r` of `num_processes` gets the `r`-th
-        part of the rows.
+        part of the rows. `sizes` is what `on_group_sizes` wished for the candidates or the first of them, `None` where
+        nothing chooses sizes. A plan beside such wishes must take the argument `sizes`.
         """
 
     def on_generate(

@@ -13,6 +13,7 @@ from ..hooks.ground import HookedTrainer
 from ..hooks.records import RolloutBatch
 from ..host.state import check_state
 from .posterior import check_same_dataset, posterior_of
+from .predicted import PredictedCurriculumCallback
 from .sizes import fit_group_sizes
 
 logger = logging.getLogger(__name__)
@@ -100,10 +101,11 @@ class VarianceGroupSizeCallback(GRPOCallback):
     """
     Larger groups for prompts with an uncertain outcome, smaller ones for the rest, from a decayed posterior.
 
-    The sizes of a batch are fixed before anything is sampled, so the group mean stays an unbiased baseline. Sizes are
+    The sizes of a batch are fixed before anything is sampled, so they do not depend on its rewards. Sizes are
     proportional to the posterior variance within `min_group_size` and `max_group_size`. The batch holds as many prompts
     as with a fixed size. With a `difficulty_column` in the configuration, prompts of one level share a pool, so sizes
-    differ between levels before a prompt is seen again.
+    differ between levels before a prompt is seen again. With [`PredictedCurriculumCallback`] in the run, its guess
+    stands in for the pool, so sizes differ between prompts that were never drawn.
 
     Args:
         decay (`float`, *optional*, defaults to `0.5`):
@@ -122,10 +124,13 @@ class VarianceGroupSizeCallback(GRPOCallback):
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         args.check_variance_sizes()
         self.posterior = posterior_of(args, trainer.train_dataset, self.decay, self.prior)
+        guessing = (other for other in trainer.grpo_callbacks if isinstance(other, PredictedCurriculumCallback))
+        self.guess = next(guessing, None)
 
     def on_group_sizes(self, args: AdaptiveGRPOConfig, prompt_index: Tensor, num_rows: int, **kwargs: Any) -> Tensor:
-        variance = self.posterior.variance(prompt_index[: num_rows // args.num_generations])
-        return fit_group_sizes(variance, num_rows, *args.group_size_bounds)
+        prompts = prompt_index[: num_rows // args.num_generations]
+        expected = None if self.guess is None else self.guess.expected_variance(prompts)
+        return fit_group_sizes(self.posterior.variance(prompts, expected), num_rows, *args.group_size_bounds)
 
     def on_rollouts(self, batch: RolloutBatch, **kwargs: Any) -> None:
         self.posterior.observe(batch)

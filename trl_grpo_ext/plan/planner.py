@@ -1,5 +1,6 @@
 """Turns the wishes of the callbacks into the plan of a generation batch, the same on every rank."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,15 +44,26 @@ class Planner:
         fewest = 1 if any(callback.plans_single_rows for callback in callbacks) else fewest
         count = min(num_rows // fewest, self.sampler.num_prompts)
         candidates = self.sampler.draw(count, self._weights(callbacks, state, control))
+        wishes = self._wishes(callbacks, common, candidates, num_rows) if chooses_sizes else None
         for callback in callbacks:
             processes = {"num_rows": num_rows, "num_processes": self.args.world_size}
-            laid_out = callback.on_plan(**common, prompt_index=candidates, **processes)
+            laid_out = callback.on_plan(**common, prompt_index=candidates, sizes=wishes, **processes)
             if laid_out is not None:
+                if wishes is not None:
+                    _check_reads_sizes(callback, callbacks)
                 used = _check_plan(callback, laid_out, candidates, num_rows)
                 self.sampler.put_back(candidates[~torch.isin(candidates, used)])
                 return laid_out
-        if not chooses_sizes:
+        if wishes is None:
             return RolloutPlan(RolloutPlan.equal(num_rows, fewest).group_sizes, candidates)
+        num_groups = num_groups_that_fit(wishes, num_rows, *self.bounds)
+        self.sampler.keep(num_groups)
+        return RolloutPlan(fit_group_sizes(wishes[:num_groups], num_rows, *self.bounds), candidates[:num_groups])
+
+    def _wishes(
+        self, callbacks: list[GRPOCallback], common: dict[str, Any], candidates: Tensor, num_rows: int
+    ) -> Tensor:
+        """Wished sizes of the candidates, or of the first of them."""
         wishes = torch.full((num_rows // self.args.num_generations,), float(self.args.num_generations))
         for callback in callbacks:
             sizes = callback.on_group_sizes(**common, prompt_index=candidates, num_rows=num_rows, sizes=wishes)
@@ -63,9 +75,7 @@ class Planner:
                     f"each of the {candidates.numel()} candidates, or for the first of them"
                 )
             wishes = wishes if sizes is None else sizes
-        num_groups = num_groups_that_fit(wishes, num_rows, *self.bounds)
-        self.sampler.keep(num_groups)
-        return RolloutPlan(fit_group_sizes(wishes[:num_groups], num_rows, *self.bounds), candidates[:num_groups])
+        return wishes
 
     def replace(
         self,
@@ -123,6 +133,15 @@ def _check_plan(callback: GRPOCallback, plan: RolloutPlan, candidates: Tensor, n
             "RolloutPlan.prompt_index, one entry of prompt_index for each group"
         )
     return plan.prompt_index
+
+
+def _check_reads_sizes(callback: GRPOCallback, callbacks: list[GRPOCallback]) -> None:
+    if "sizes" not in inspect.signature(callback.on_plan).parameters:
+        other = next(type(other).__name__ for other in callbacks if other.overrides("on_group_sizes"))
+        raise ValueError(
+            f"{other} chooses group sizes, and {type(callback).__name__}.on_plan lays out the rows without them: take "
+            "the argument `sizes` in on_plan, or leave one of the two out"
+        )
 
 
 def plans(callbacks: list[GRPOCallback]) -> bool:

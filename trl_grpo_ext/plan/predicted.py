@@ -22,7 +22,8 @@ class PredictedCurriculumCallback(Curriculum):
     off. Prompts are drawn with probability proportional to a power of the variance so expected. Once a prompt was
     drawn, its own rewards count more and more ([`PromptPosterior`]). Works with groups of any size, of one too.
     Logs `curriculum/effective_prompts` as [`OnlineCurriculumCallback`] does, and `curriculum/explained_variance`, the
-    share of the variance of rewards that the guess foresaw.
+    share of the variance of rewards that the guess foresaw. `curriculum/explained_variance_unseen` is the same for
+    prompts never drawn before.
 
     Args:
         power (`float`, *optional*, defaults to `2.0`):
@@ -49,7 +50,7 @@ class PredictedCurriculumCallback(Curriculum):
         self._effective = float(len(prompts))
 
     def on_prompt_weights(self, weights: Tensor, **kwargs: Any) -> Tensor:
-        variance = self.posterior.variance(expected=self._expected())
+        variance = self.posterior.variance(expected=self.expected_variance())
         mine = with_exploration(variance.div_(variance.max()).pow_(self.power), self.exploration)
         self._effective = 1 / mine.square().sum().item()
         return mine.mul_(weights)
@@ -61,9 +62,11 @@ class PredictedCurriculumCallback(Curriculum):
             assert index is not None  # because this callback chooses the prompts
             features = self.features[index]
             guess = self.reward.predict(features)
-            explained = explained_variance(guess, mean)
-            if explained is not None:
-                batch.metrics["curriculum/explained_variance"] = explained
+            unseen = torch.where(self.posterior.count[index] > 0, torch.nan, mean)
+            for name, values in (("explained_variance", mean), ("explained_variance_unseen", unseen)):
+                explained = explained_variance(guess, values)
+                if explained is not None:
+                    batch.metrics[f"curriculum/{name}"] = explained
             self.reward.learn(features, mean)
             # Of a group of one: how far off the guess is once it has learnt from this batch.
             surprise = (mean - self.reward.predict(features)).square()
@@ -73,11 +76,15 @@ class PredictedCurriculumCallback(Curriculum):
             self.posterior.learn(index[is_known], mean[is_known], variance[is_known], count[is_known])
         batch.metrics["curriculum/effective_prompts"] = self._effective
 
-    def _expected(self) -> Tensor | None:
-        """Variance `(D,)` expected of prompts by their text; `None` as long as nothing is known."""
+    def expected_variance(self, prompt_index: Tensor | None = None) -> Tensor | None:
+        """
+        Variance of the reward that the text makes expect, `(P,)` or `(D,)` for all prompts.
+
+        `None` as long as nothing is known.
+        """
         if not self.variance.count > 0:
             return None
-        expected = self.variance.predict(self.features)
+        expected = self.variance.predict(self.features if prompt_index is None else self.features[prompt_index])
         # A regression may go below zero: no prompt is ruled out for that.
         return expected.clamp(min=0.01 * expected.max().clamp(min=1e-12).item())
 

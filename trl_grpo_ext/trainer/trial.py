@@ -113,6 +113,7 @@ def _laid_out(
         return plan, [own_copy(candidates[number]) for number in own.tolist()]
     index = torch.tensor(candidates)
     arguments = {"prompt_index": index.repeat(num_answers), "num_rows": num_rows, "num_processes": num_processes}
+    arguments["sizes"] = None
     for callback in trainer.grpo_callbacks:
         planned = call_hook(callback, "on_plan", trainer, **arguments)
         if planned is not None:
