@@ -226,6 +226,15 @@ def test_the_recipe_of_the_docs_runs_in_an_empty_folder(model_path, tmp_path):
     assert result.returncode == 0, result.stderr[-4000:]
     for expected in ("Prompts: 25 to train on, 25 held out", "right", "brief", "total"):
         assert expected in result.stdout
+    # The page shows what is printed today, and both of its rewards move by more than their noise.
+    shown = re.search(r"```text\n(Held-out prompts.*?)```", page, flags=re.DOTALL)[1]
+    title, _, heading = (line.split() for line in shown.splitlines()[:3])
+    printed = [line.split() for line in result.stdout.splitlines()]
+    assert title in printed
+    assert heading in printed
+    for name in ("right", "brief"):
+        (row,) = [line.strip("│").split("│") for line in shown.splitlines() if f"│ {name} " in line]
+        assert [cell.strip() for cell in row][-1] == "yes"
     assert (tmp_path / "runs" / "capitals" / "report.html").exists()
 
 
