@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kit import batch_of, count_vowels, logs_of, set_up, weights_of
 from torch import Tensor
 
-from trl_grpo_ext import BaselineCallback, RolloutBatch
+from trl_grpo_ext import BaselineCallback, RolloutBatch, TaskAdvantagesCallback
 from trl_grpo_ext.credit.baselines import (
     errors_of_guess,
     mean_of_others,
@@ -217,6 +217,37 @@ def test_the_guess_is_made_before_the_batch_is_learnt(config):
     assert advantages[1].item() == pytest.approx(0.0, abs=0.02)
     assert advantages[0].item() == pytest.approx(1 - 7 / 15, abs=0.02)
     assert batch.metrics["baseline/explained_variance"] > 0.99
+
+
+@pytest.mark.parametrize("kind", ["batch", "predicted", "shrunk"])
+def test_a_batch_that_fails_as_a_whole_is_not_pushed_up(kind, config):
+    args = config(group_size="single", baseline=kind, baseline_shift=0.5, scale_rewards="batch")
+    features = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    callback = set_up(BaselineCallback(kind, 0.5), args)
+    for _ in range(3):
+        callback.on_advantages(args=args, batch=make_batch([1.0, 0.0] * 8, features))
+    assert callback.on_advantages(args=args, batch=make_batch([0.0] * 16, features)).tolist() == [0.0] * 16
+    one = callback.on_advantages(args=args, batch=make_batch([1.0] + [0.0] * 15, features))
+    assert one[0] > 1
+    assert callback.on_advantages(args=args, batch=make_batch([1.0] * 16, features)).min() > 0
+
+
+@pytest.mark.parametrize("kind", ["batch", "predicted", "shrunk"])
+def test_a_task_that_fails_as_a_whole_is_not_pushed_up(kind, config):
+    args = config(group_size="single", baseline=kind, baseline_shift=0.5, scale_rewards="batch")
+    features = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    callback = set_up(TaskAdvantagesCallback("task", kind, 0.5), args)
+
+    def advantages(rewards: list[float]) -> Tensor:
+        batch = make_batch(rewards, features)
+        batch.task_names, batch.tasks = ["chat", "math"], torch.tensor([0, 1] * 8)
+        return callback.on_advantages(args=args, batch=batch).view(8, 2)
+
+    for _ in range(3):
+        advantages([1.0, 2.0, 0.0, 1.0] * 4)
+    chat, math_ = advantages([0.0, 2.0, 0.0, 1.0] * 4).T
+    assert chat.tolist() == [0.0] * 8
+    assert math_.unique().numel() > 1
 
 
 def test_state_round_trip(config):

@@ -6,6 +6,7 @@ contains the completion itself; a pass over a batch that the policy has already 
 standard deviation of the same batch.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -102,6 +103,29 @@ def std_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     total, squares = (zeros.index_add(0, groups, part)[groups] - part for part in (x, x.square()))
     variance = (squares - total.square() / others.clamp(min=1)) / (others - 1).clamp(min=1)
     return variance.clamp(min=0).sqrt().masked_fill(others < 2, torch.nan)
+
+
+def largest_of_others_of(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """
+    Largest of the other finite values of the group, for each of them; infinite where none is left.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> largest_of_others_of(torch.tensor([0.0, 2.0, 1.0, 9.0]), torch.tensor([0, 0, 0, 1]), num_groups=2).tolist()
+    [2.0, 1.0, 2.0, inf]
+
+    ```
+    """
+    known = torch.where(values.isfinite(), values.double(), -torch.inf)
+    empty = torch.full((num_groups,), -torch.inf, dtype=torch.float64)
+    first = empty.scatter_reduce(0, groups, known, "amax")
+    is_first = known == first[groups]
+    second = empty.scatter_reduce(0, groups, known.masked_fill(is_first, -torch.inf), "amax")
+    is_shared = torch.zeros(num_groups).index_add(0, groups, is_first.float()) > 1
+    largest = torch.where(is_first & ~is_shared[groups], second[groups], first[groups])
+    return largest.masked_fill(largest == -torch.inf, torch.inf)
 
 
 def shrunk_baseline(
@@ -229,7 +253,8 @@ class BaselineCallback(GRPOCallback):
     - `"predicted"`: `min(V(x), m - shift * s)`,
     - `"shrunk"`: `"predicted"`, corrected by the others of the group as far as the guess was wrong in earlier batches.
 
-    A baseline below what a prompt earns pushes successes up and failures hardly down (AsymRE, arXiv 2506.20520). The
+    A baseline below what a prompt earns pushes successes up and failures hardly down (AsymRE, arXiv 2506.20520). Where
+    all others of the batch have the lowest reward of the run, nothing lies below, and the baseline is that reward. The
     guess is a [`RidgePredictor`] on the policy's hidden state at the end of the prompt, `batch.prompt_features`. It
     learns from a batch only after it has guessed for it. Logs `baseline/mean`, `baseline/reward_std` and, with a guess,
     `baseline/explained_variance`: the share of the variance of prompts' rewards that the guess foresaw (1: all, 0: no
@@ -271,7 +296,7 @@ class BaselineCallback(GRPOCallback):
 
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.predictor: RidgePredictor | None = None  # as wide as the features, which the first batch shows
-        self.moments: dict[str, float] = {}  # running: std, within, between
+        self.moments: dict[str, float] = {}  # running: std, within, between; and the lowest reward
         self.usual = UsualRange()
 
     def on_advantages(self, args: AdaptiveGRPOConfig, batch: RolloutBatch, **kwargs: Any) -> Tensor:
@@ -292,6 +317,12 @@ class BaselineCallback(GRPOCallback):
             usual_std = self.moments.get("std", std_of_others(believed))
             usual = mean_of_others(believed, everywhere, 1) - self.shift * usual_std
             baseline = self._guessed(batch, low, believed, usual)
+        # Else a batch that failed as a whole would be pushed up.
+        has_failed = largest_of_others_of(rewards, everywhere, 1) <= self.moments.get("lowest", -math.inf)
+        baseline = torch.where(has_failed, torch.maximum(baseline, others), baseline)
+        known = believed[believed.isfinite()]
+        if known.numel() > 0:
+            self.moments["lowest"] = min(self.moments.get("lowest", math.inf), known.min().item())
         self._remember("std", std_of_others(torch.cat([believed, believed.new_full((1,), torch.nan)]))[-1].item())
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
@@ -333,7 +364,7 @@ class BaselineCallback(GRPOCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, moments=dict, usual=dict)
-        names = {"std", "within", "between"} & set(state_dict["moments"])
+        names = {"std", "within", "between", "lowest"} & set(state_dict["moments"])
         check_state(state_dict["moments"], **dict.fromkeys(names, float))
         self.moments = {name: float(state_dict["moments"][name]) for name in names}
         self.usual.load_state_dict(state_dict["usual"])
