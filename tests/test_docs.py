@@ -328,6 +328,20 @@ def test_the_readme_has_claim_and_commands_on_its_first_screen():
         assert any(line.startswith(command) for line in screen)
 
 
+def test_the_reward_of_the_readme_tells_right_from_wrong():
+    (code,) = [
+        param.values[0]
+        for param in blocks("python")
+        if param.id.startswith("README.md") and "def right" in param.values[0]
+    ]
+    (function,) = [node for node in ast.parse(code).body if getattr(node, "name", None) == "right"]
+    namespace = {"re": re}
+    exec(ast.unparse(function), namespace)
+    texts = ["3", "13", "The answer is 3.", "1 + 2 = 3", "3 + 1", "none", "1 + 2 = 3\n"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    assert namespace["right"](completions, answer=["3"] * len(texts)) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+
+
 def test_every_option_of_the_recipes_is_documented():
     names = {field.name for field in dataclasses.fields(DataArguments)}
     for recipe in ("helpful", "harmless", "arithmetic", "reasoning", "multi_turn", "hierarchical", "two_tasks"):
