@@ -407,6 +407,12 @@ def test_configuration_shows_what_was_set_and_hides_secrets(tmp_path):
         ["mine", "[1]", "not set"],
     ]
     assert len(others) > 100
+    # What follows from another option is no choice, though it differs from what it is without.
+    batches = AdaptiveGRPOConfig(output_dir="x", bf16=False, use_cpu=True, gradient_accumulation_steps=4).to_dict()
+    batches = json.loads(json.dumps(batches, default=str))
+    assert [row[0] for row in configuration(run_with(tmp_path / "d", "", config=batches))[0]] == [
+        name for name in batches if name in ("output_dir", "gradient_accumulation_steps", "bf16", "use_cpu")
+    ]
     other = run_with(tmp_path / "b", "", config={**config, "beta": 0.1, "seed": 1})
     assert compare_configurations(run, other) == [["seed", "42", "1"], ["beta", "0.04", "0.1"]]
     beyond = run_with(tmp_path / "c", "", config={**config, "beta": 10**400})

@@ -8,7 +8,7 @@ import pytest
 from kit import args_of, count_vowels, has_answer, trainer_of
 from peft import LoraConfig
 
-from trl_grpo_ext import HeldOutCallback
+from trl_grpo_ext import AdaptiveGRPOConfig, HeldOutCallback
 from trl_grpo_ext.observe.held_out import HeldOut
 from trl_grpo_ext.recipe.script import set_base_model
 from trl_grpo_ext.rewards import Length, as_reward
@@ -35,6 +35,15 @@ def test_options_are_those_that_differ_and_say_something_of_the_model():
         assert line in text
     for word in ("somewhere", "secret", "report_to", "use_cpu", "group_size", "logging"):
         assert word not in text
+
+
+def test_options_that_nobody_set_are_not_listed():
+    untouched = AdaptiveGRPOConfig(output_dir="x", bf16=False, use_cpu=True)
+    assert card.options_section(untouched) == ""
+    text = card.options_section(args_of("x", gradient_accumulation_steps=2))
+    assert "gradient_accumulation_steps: 2" in text
+    for name in ("debug", "generation_batch_size", "steps_per_generation", "bf16"):
+        assert f"\n{name}:" not in text
 
 
 def test_rewards_are_read_as_their_source():

@@ -5,7 +5,8 @@ Modules, in the order in which they build on each other:
 
 - `readings`: how ill a run looks by one sign, from its logs; `task_readings`: how ill its worst task looks; `alarms`:
   thresholds over readings, and what they advise.
-- `secrets`: what a record must not hold; `record`: the files of a run, written and read.
+- `secrets`: what a record must not hold; `record`: the files of a run, written and read; `chosen`: which options
+  somebody chose.
 - `actions`: what an alarm can do; `effect`: whether updates change weights; `monitor`: the callback that brings these
   together; `kl`: adaptive beta, which needs no alarm.
 - `paired`: gains with their noise, pass@k; `held_out`: answers to held-out prompts and their scores; `measures`: which

@@ -1,6 +1,5 @@
 """The model card: TRL's, and what the run knows of itself. Pure text, but for the picture."""
 
-import dataclasses
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..observe.chosen import chosen_options
 from ..observe.held_out import HeldOut
 from ..observe.paired import NOISE, paired
 from ..observe.secrets import hide, without_secrets
@@ -19,7 +19,7 @@ PICTURE = "reward.png"
 ELSEWHERE = re.compile(
     r".*_dir|hub_.*|push_to_hub|run_name|project|trackio_.*|report_to|logging_.*|log_.*|num_completions_to_print"
     r"|disable_tqdm|save_.*|eval_.*|do_.*|dataloader_.*|ddp_.*|use_cpu|bf16|fp16|tf32|resume_from_checkpoint|model_init_kwargs"
-    r"|steps_per_generation|monitor|include_.*|push_.*|local_rank|accelerator_config"
+    r"|generation_batch_size|monitor|include_.*|push_.*|local_rank|accelerator_config"
 )
 
 
@@ -78,14 +78,10 @@ def reward_section(rewards: Sequence[Any], names: Sequence[str], weights: Sequen
 
 
 def options_section(args: Any) -> str:
-    """The options of a configuration that differ from their defaults, as YAML."""
-    given = {}
-    for field in dataclasses.fields(args):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = getattr(args, field.name)
-        if field.init and value != default and value is not None and not ELSEWHERE.fullmatch(field.name):
-            given[field.name] = getattr(value, "value", value)  # of an enumeration
-    lines = [f"{name}: {json.dumps(value)}" for name, value in without_secrets(given).items()]
+    """The options of a configuration that somebody chose, as YAML; see [`~trl_grpo_ext.observe.chosen`]."""
+    chosen = chosen_options(args.to_dict(), type(args))
+    given = {n: value for n, value in chosen.items() if value is not None and not ELSEWHERE.fullmatch(n)}
+    lines = [f"{name}: {json.dumps(value, default=str)}" for name, value in without_secrets(given).items()]
     return "```yaml\n" + "\n".join(lines) + "\n```" if lines else ""
 
 

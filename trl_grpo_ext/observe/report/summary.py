@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..chosen import chosen_options
 from ..paired import NOISE, Difference, direction_of, paired
 from ..secrets import without_secrets
 from .completions import scores_of
@@ -256,29 +256,13 @@ def _signed(value: float) -> str:
 
 
 def configuration(run: Run) -> tuple[list[list[str]], list[list[str]]]:
-    """The options that differ from TRL's defaults, and all the others: `[name, value, default]` each."""
+    """The options that somebody chose, and all the others: `[name, value, default]` each."""
     given = _config(run)
     if not given:
         return [], []
-    import torch
-
     from ...config import AdaptiveGRPOConfig  # which takes TRL along, and the rest of a report does not
 
-    class OnPaper(AdaptiveGRPOConfig):
-        """
-        A configuration that asks for no device: that would start a process group where the variables of a launcher are
-        set, and take the one of a training that is going on in this process from it.
-        """
-
-        distributed_state = None
-        _n_gpu = 0
-        _setup_devices = torch.device("cpu")
-
-    # What an option is when nobody sets it: its default, or what the configuration makes of that.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about defaults that TRL itself sets
-        made = OnPaper(output_dir=str(given.get("output_dir", "")), bf16=False, use_cpu=True).to_dict()
-    made["accelerator_config"].pop("use_configured_state", None)  # which is gone once a device was asked for
+    chosen = chosen_options(given)
     changed: list[list[str]] = []
     others: list[list[str]] = []
     for option in dataclasses.fields(AdaptiveGRPOConfig):
@@ -286,10 +270,8 @@ def configuration(run: Run) -> tuple[list[list[str]], list[list[str]]]:
             continue
         factory = option.default_factory
         default = option.default if factory is dataclasses.MISSING else factory()
-        value = given[option.name]
-        usual = [shown(default), shown(made.get(option.name))]
-        row = [option.name, shown(value), "" if default is dataclasses.MISSING else usual[0]]
-        (others if shown(value) in usual else changed).append(row)
+        row = [option.name, shown(given[option.name]), "" if default is dataclasses.MISSING else shown(default)]
+        (changed if option.name in chosen else others).append(row)
     known = {option.name for option in dataclasses.fields(AdaptiveGRPOConfig)}
     changed += [[str(name), shown(value), "not set"] for name, value in given.items() if name not in known]
     return changed, others
