@@ -131,6 +131,15 @@ def test_baselines_survive_one_broken_reward(kind, broken, first):
 
 
 @pytest.mark.parametrize("broken", BROKEN)
+def test_a_batch_that_fails_as_a_whole_is_known_in_spite_of_one_broken_reward(broken):
+    args = args_of(scale_rewards="batch")
+    callback = set_up(BaselineCallback("batch", shift=0.5))
+    for rewards in ([[0.0, 1.0]] * 8, [[0.0, broken]] * 1 + [[0.0, 1.0]] * 7, [[0.0, 1.0]] * 8):
+        callback.on_advantages(args=args, batch=batch_of(rewards))
+    assert callback.on_advantages(args=args, batch=batch_of([[0.0, 0.0]] * 8)).tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 @pytest.mark.parametrize("first", [True, False])
 def test_moments_of_tasks_survive_one_broken_reward(broken, first):
     healthy, spoilt = Moments(0.9), Moments(0.9)

@@ -6,7 +6,6 @@ contains the completion itself; a pass over a batch that the policy has already 
 standard deviation of the same batch.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -296,12 +295,13 @@ class BaselineCallback(GRPOCallback):
 
     def on_setup(self, args: AdaptiveGRPOConfig, trainer: HookedTrainer, **kwargs: Any) -> None:
         self.predictor: RidgePredictor | None = None  # as wide as the features, which the first batch shows
-        self.moments: dict[str, float] = {}  # running: std, within, between; and the lowest reward
+        self.moments: dict[str, float] = {}  # running: std, within, between
         self.usual = UsualRange()
 
     def on_advantages(self, args: AdaptiveGRPOConfig, batch: RolloutBatch, **kwargs: Any) -> Tensor:
         rewards, everywhere = batch.rewards, torch.zeros_like(batch.group_ids)
         # What is remembered for later batches; this batch's own advantages are those of the rewards as they are.
+        lowest = self.usual.lowest()  # of earlier batches, so that no baseline reads its own completion
         believed = self.usual.believed(rewards)
         if self.usual.is_spoilt():
             self.moments = {}
@@ -318,11 +318,8 @@ class BaselineCallback(GRPOCallback):
             usual = mean_of_others(believed, everywhere, 1) - self.shift * usual_std
             baseline = self._guessed(batch, low, believed, usual)
         # Else a batch that failed as a whole would be pushed up.
-        has_failed = largest_of_others_of(rewards, everywhere, 1) <= self.moments.get("lowest", -math.inf)
+        has_failed = largest_of_others_of(rewards, everywhere, 1) <= lowest
         baseline = torch.where(has_failed, torch.maximum(baseline, others), baseline)
-        known = believed[believed.isfinite()]
-        if known.numel() > 0:
-            self.moments["lowest"] = min(self.moments.get("lowest", math.inf), known.min().item())
         self._remember("std", std_of_others(torch.cat([believed, believed.new_full((1,), torch.nan)]))[-1].item())
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
@@ -364,7 +361,7 @@ class BaselineCallback(GRPOCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, moments=dict, usual=dict)
-        names = {"std", "within", "between", "lowest"} & set(state_dict["moments"])
+        names = {"std", "within", "between"} & set(state_dict["moments"])
         check_state(state_dict["moments"], **dict.fromkeys(names, float))
         self.moments = {name: float(state_dict["moments"][name]) for name in names}
         self.usual.load_state_dict(state_dict["usual"])

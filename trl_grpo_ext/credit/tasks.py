@@ -55,7 +55,6 @@ class Moments:
     def __init__(self, forget: float):
         self.forget = forget
         self.of: dict[str, list[float]] = {}  # name -> count, mean, sum of squares around it
-        self.lowest: dict[str, float] = {}  # name -> lowest value so far
         self.usual: dict[str, UsualRange] = {}
 
     def add(self, names: list[str], tasks: Tensor, values: Tensor) -> None:
@@ -68,8 +67,6 @@ class Moments:
             new = usual.believed(new)
             if usual.is_spoilt():
                 self.of.pop(name, None)
-                self.lowest.pop(name, None)
-            self.lowest[name] = min(self.lowest.get(name, math.inf), new.min().item())
             count, mean, squares = self.of.get(name, [0.0, 0.0, 0.0])
             count, squares = self.forget * count, self.forget * squares
             total = count + new.numel()
@@ -88,20 +85,21 @@ class Moments:
             [(part[2] / (part[0] - 1)) ** 0.5 if part[0] >= 2 else torch.nan for part in found]
         ).double()
 
+    def lowest(self, names: list[str]) -> Tensor:
+        """Usual lowest values `(J,)`, minus infinity of tasks of which too little is known."""
+        return torch.tensor([self.usual[name].lowest() if name in self.usual else -math.inf for name in names]).double()
+
     def state_dict(self) -> dict[str, Any]:
         usual = {name: usual.state_dict() for name, usual in self.usual.items()}
-        known = {name: list(values) for name, values in self.of.items()}
-        return {"of": known, "lowest": dict(self.lowest), "usual": usual}
+        return {"of": {name: list(values) for name, values in self.of.items()}, "usual": usual}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, of=dict, lowest=dict, usual=dict)
+        check_state(state_dict, of=dict, usual=dict)
         check_state(state_dict["of"], **dict.fromkeys(state_dict["of"], list))
-        check_state(state_dict["lowest"], **dict.fromkeys(state_dict["lowest"], float))
         for name, values in state_dict["of"].items():
             if len(values) != 3 or not all(isinstance(value, float) and math.isfinite(value) for value in values):
                 raise ValueError(f"{name!r} is {values}: not a count, a mean and a sum of squares")
         self.of = {name: list(values) for name, values in state_dict["of"].items()}
-        self.lowest = dict(state_dict["lowest"])
         self.usual = {name: UsualRange() for name in state_dict["usual"]}
         for name, usual in self.usual.items():
             usual.load_state_dict(state_dict["usual"][name])
@@ -174,7 +172,7 @@ class TaskAdvantagesCallback(GRPOCallback):
             spread_of = batch.rewards  # as TRL does: flat groups count in the spread
         else:
             baseline = self._baseline(batch, names, tasks)
-            lowest = torch.tensor([self.rewards.lowest.get(name, -math.inf) for name in names]).double()[tasks]
+            lowest = self.rewards.lowest(names)[tasks]
             has_failed = largest_of_others_of(batch.rewards, tasks, len(names)) <= lowest
             baseline = torch.where(has_failed, torch.maximum(baseline, lowest), baseline)
             differences = spread_of = batch.rewards.double() - baseline

@@ -10,6 +10,8 @@ from ..host.state import check_state
 RECENT = 256  # values that say what is usual
 FEW = 7  # of them that may be broken: fewer of one kind could also be rare successes, and more are usual
 FAR = 20.0  # usual distances from the median, beyond which a value is an outlier
+LARGEST = 1e300  # of doubles of any size, a difference of two must not overflow
+NONE = 1.7e308  # stands for a value that is not known, since a checkpoint holds no infinity
 
 
 class UsualRange:
@@ -35,6 +37,7 @@ class UsualRange:
         self.recent = torch.zeros(RECENT, dtype=torch.float64)
         self.seen = torch.zeros((), dtype=torch.int64)
         self.farthest = torch.zeros((), dtype=torch.float64)  # distance of what was believed since the last reset
+        self.smallest = torch.full((FEW + 1,), NONE, dtype=torch.float64)  # of all values
 
     def believed(self, values: Tensor) -> Tensor:
         """
@@ -51,13 +54,33 @@ class UsualRange:
         finite = values[values.isfinite()]
         if finite.numel() == 0:
             return values
-        # Doubles of any size are compared; a difference of two must not overflow.
-        self.recent = torch.cat([self.recent, finite.clamp(-1e300, 1e300)])[-RECENT:]
+        self.recent = torch.cat([self.recent, finite.clamp(-LARGEST, LARGEST)])[-RECENT:]
+        self.smallest = torch.cat([self.smallest, finite]).sort().values[: FEW + 1].clamp(min=-LARGEST)
         self.seen = (self.seen + finite.numel()).clamp(max=RECENT)
         center, limit = self._range()
         held = torch.where(values.isfinite(), values.clamp(center - limit, center + limit), values)
         self.farthest = torch.maximum(self.farthest, (held[values.isfinite()] - center).abs().max())
         return held
+
+    def lowest(self) -> float:
+        """
+        The lowest value so far, of which seven may be broken: the eighth smallest, minus infinity before there is one.
+
+        Example:
+
+        ```python
+        >>> usual = UsualRange()
+        >>> _ = usual.believed(torch.tensor([-1e20] + 5 * [0.0, 1.0]))
+        >>> usual.lowest(), UsualRange().lowest()
+        (1.0, -inf)
+        >>> _ = usual.believed(torch.tensor(5 * [0.0, 1.0]))
+        >>> usual.lowest()
+        0.0
+
+        ```
+        """
+        eighth = self.smallest[-1].item()
+        return eighth if eighth < NONE else -torch.inf
 
     def is_spoilt(self) -> bool:
         """
@@ -80,9 +103,9 @@ class UsualRange:
         return center, limit
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": self.recent, "seen": self.seen, "farthest": self.farthest}
+        return {"recent": self.recent, "seen": self.seen, "farthest": self.farthest, "smallest": self.smallest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, **self.state_dict())
         self.recent, self.seen = state_dict["recent"].clone(), state_dict["seen"].clone()
-        self.farthest = state_dict["farthest"].clone()
+        self.farthest, self.smallest = state_dict["farthest"].clone(), state_dict["smallest"].clone()
