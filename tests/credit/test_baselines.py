@@ -217,6 +217,9 @@ def test_the_guess_is_made_before_the_batch_is_learnt(config):
     assert advantages[1].item() == pytest.approx(0.0, abs=0.02)
     assert advantages[0].item() == pytest.approx(1 - 7 / 15, abs=0.02)
     assert batch.metrics["baseline/explained_variance"] > 0.99
+    # Unscaled, the advantages are what the baseline leaves, and their spread is smaller than that of the rewards.
+    assert batch.metrics["baseline/residual_std"] == pytest.approx(advantages.std().item(), abs=1e-4)
+    assert batch.metrics["baseline/residual_std"] < 0.6 * batch.metrics["baseline/reward_std"]
 
 
 @pytest.mark.parametrize("kind", ["batch", "predicted", "shrunk"])

@@ -58,6 +58,7 @@ SINGLE = {
     "group_size/max": 1.0,
     "advantage/abs_mean": 0.345,
     "reuse/skipped": 0.25,
+    "baseline/residual_std": 0.3456,
     "baseline/explained_variance": 0.41,
     "curriculum/explained_variance": -0.125,
 }
@@ -145,6 +146,9 @@ def test_a_line_of_groups_of_one():
         "step  1/10 · reward 0.500 · informative 100% · |advantage| 0.34 · updates left out 25% · foreseen 41% · "
         "foreseen by text -12% · groups 1"
     )
+    view = LiveView(max_steps=10)
+    view.log({"loss": 0.0, **logs})
+    assert ["beyond", "baseline", "±", "0.35"] in [row.split()[:4] for row in shown(view, 60)]
     # Where groups have several completions, a monitor logs the size of advantages too, and nobody needs it in a line.
     logs = {**LOGS, "advantage/abs_mean": 0.5}
     assert readable(logs, 1, 10) == readable(LOGS, 1, 10)

@@ -64,6 +64,22 @@ def mean_of_others(values: Tensor, group_ids: Tensor, num_groups: int, weights: 
     return means.masked_fill(left <= 1e-9 * mass[group_ids], torch.nan)
 
 
+def std_of(values: Tensor) -> float:
+    """
+    Standard deviation of the finite values; 0 where there are fewer than two.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> round(std_of(torch.tensor([0.0, 2.0, torch.nan])), 3)
+    1.414
+
+    ```
+    """
+    return group_mean_std(values, torch.zeros(len(values), dtype=torch.long), 1)[1].item()
+
+
 def std_of_others(values: Tensor) -> Tensor:
     """
     Standard deviation of the other finite values, for each of them; 0 where there are fewer than two others.
@@ -255,9 +271,9 @@ class BaselineCallback(GRPOCallback):
     A baseline below what a prompt earns pushes successes up and failures hardly down (AsymRE, arXiv 2506.20520). Where
     all others of the batch have the lowest reward of the run, nothing lies below, and the baseline is that reward. The
     guess is a [`RidgePredictor`] on the policy's hidden state at the end of the prompt, `batch.prompt_features`. It
-    learns from a batch only after it has guessed for it. Logs `baseline/mean`, `baseline/reward_std` and, with a guess,
-    `baseline/explained_variance`: the share of the variance of prompts' rewards that the guess foresaw (1: all, 0: no
-    more than the mean, below 0: worse).
+    learns from a batch only after it has guessed for it. Logs `baseline/mean`, `baseline/reward_std`,
+    `baseline/residual_std` (of what the baseline leaves) and, with a guess, `baseline/explained_variance`: the share of
+    the variance of prompts' rewards that the guess foresaw (1: all, 0: no more than the mean, below 0: worse).
 
     Args:
         baseline (`str`, *optional*, defaults to `"batch"`):
@@ -323,6 +339,7 @@ class BaselineCallback(GRPOCallback):
         self._remember("std", std_of_others(torch.cat([believed, believed.new_full((1,), torch.nan)]))[-1].item())
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
+        batch.metrics["baseline/residual_std"] = std_of(rewards.double() - baseline)
         return scaled_advantages(rewards, baseline, args.scale_rewards)
 
     def _guessed(self, batch: RolloutBatch, low: Tensor, believed: Tensor, usual: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .baselines import (
     largest_of_others_of,
     mean_of_others,
     shrunk_baseline,
+    std_of,
     std_of_others_of,
 )
 from .groups import EPS, group_advantages
@@ -177,6 +178,7 @@ class TaskAdvantagesCallback(GRPOCallback):
             baseline = torch.where(has_failed, torch.maximum(baseline, lowest), baseline)
             differences = spread_of = batch.rewards.double() - baseline
             batch.metrics["baseline/mean"] = baseline.nanmean().item()
+            batch.metrics["baseline/residual_std"] = std_of(differences)
         self.rewards.add(names, tasks, batch.rewards)
         self.differences.add(names, tasks, spread_of)
         if args.scale_rewards == "batch":

@@ -41,6 +41,7 @@ FIELDS = {
     "curriculum/difficulty": ("difficulty", "{:.2f}"),
     "baseline/explained_variance": ("foreseen", "{:.0%}"),
     "curriculum/explained_variance": ("foreseen by text", "{:.0%}"),
+    "baseline/residual_std": ("beyond baseline", "± {:.2f}"),
     "entropy": ("entropy", "{:.3f}"),
     "learning_rate": ("learning rate", "{:.2e}"),
     "completions/mean_length": ("length (tokens)", "{:.0f}"),

@@ -20,7 +20,7 @@ STATIC: tuple[Spec, ...] = (
     (
         "Spread of the rewards",
         "standard deviation (reward)",
-        {"reward_std": "over the batch"},
+        {"reward_std": "over the batch", "baseline/residual_std": "of what the baseline leaves"},
         None,
         None,
     ),
