@@ -3,10 +3,10 @@ Train a model on procedural tasks of `reasoning-gym`, scored by its own verifier
 
     accelerate launch recipes/reasoning.py
 
-trains SmolLM2-135M-Instruct with LoRA on sums and differences of two levels of difficulty, and compares its answers to
-held-out questions before and after. Everything is set in `recipes/configs/reasoning.yaml`. A level turns all knobs that
-reasoning-gym has for a task, and is the column `difficulty`, for a curriculum. With a GPU, the same script takes any
-other of its tasks that have levels:
+trains SmolLM2-135M-Instruct with LoRA on sums and differences of two digits, and compares its answers to held-out ones
+before and after. Everything is set in `recipes/configs/reasoning.yaml`. A level turns all knobs that reasoning-gym has
+for a task, and is the column `difficulty`, for a curriculum. With a GPU, the same script takes any other of its tasks
+that have levels:
 
     accelerate launch recipes/reasoning.py --tasks spell_backward countdown mini_sudoku --num_levels 5 \\
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 --num_generations 8 \\
@@ -27,7 +27,7 @@ from trl import ModelConfig
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import parse_arguments, train_and_compare
 from trl_grpo_ext.recipe.questions import draw_questions
-from trl_grpo_ext.rewards import Finished, as_reward
+from trl_grpo_ext.rewards import Finished, Reward, as_reward
 from trl_grpo_ext.rewards.text import text_of
 
 
@@ -37,9 +37,9 @@ class ReasoningArguments:
         default_factory=lambda: ["chain_sum"],
         metadata={"help": "Names of reasoning-gym's tasks."},
     )
-    num_levels: int = field(default=2, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
-    train_size: int = field(default=64, metadata={"help": "Questions of each task and level to train on."})
-    test_size: int = field(default=16, metadata={"help": "Held-out questions of each task and level."})
+    num_levels: int = field(default=1, metadata={"help": "Levels of difficulty, from reasoning-gym's easiest."})
+    train_size: int = field(default=128, metadata={"help": "Questions of each task and level to train on."})
+    test_size: int = field(default=48, metadata={"help": "Held-out questions of each task and level."})
     num_examples: int = field(
         default=1, metadata={"help": "Solved questions of the task's easiest level, shown before each question."}
     )
@@ -94,12 +94,15 @@ def solved_fully(completions: list[Any], task: list[str], entry: list[str], **kw
     return [float(value >= 1) for value in score(completions, task, entry)]
 
 
-def main(script_args: ReasoningArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
-    prompts = make_questions(script_args)
+def reward_of(script_args: ReasoningArguments, max_completion_length: int) -> Reward:
     # An ending alone pays nothing: the model would learn to stop before it has said anything.
-    right_and_finished = as_reward(solved_fully, "right") * Finished(training_args.max_completion_length)
-    reward = as_reward(score) + script_args.finished_weight * right_and_finished
-    train_and_compare(prompts, reward, training_args, model_args)
+    right_and_finished = as_reward(solved_fully, "right") * Finished(max_completion_length)
+    return as_reward(score) + script_args.finished_weight * right_and_finished
+
+
+def main(script_args: ReasoningArguments, training_args: AdaptiveGRPOConfig, model_args: ModelConfig) -> None:
+    reward = reward_of(script_args, training_args.max_completion_length)
+    train_and_compare(make_questions(script_args), reward, training_args, model_args)
 
 
 if __name__ == "__main__":

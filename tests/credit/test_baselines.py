@@ -19,8 +19,9 @@ from trl_grpo_ext.credit.baselines import (
     shrunk_baseline,
     std_of_others,
 )
-from trl_grpo_ext.credit.groups import group_advantages
+from trl_grpo_ext.credit.groups import EPS, group_advantages
 from trl_grpo_ext.host.state import check_savable
+from trl_grpo_ext.trainer.features import callbacks_of
 
 NUMBERS = st.floats(-10, 10, width=32)
 GROUPS = st.lists(st.lists(NUMBERS, min_size=1, max_size=4), min_size=1, max_size=4)
@@ -68,6 +69,20 @@ def test_mean_and_spread_of_the_others_are_those_of_the_rest(groups):
         assert means[i].item() == pytest.approx(rewards[others].double().mean().item(), abs=1e-5, nan_ok=True)
         rest = torch.cat([rewards[:i], rewards[i + 1 :]]).double()
         assert spread[i].item() == pytest.approx(rest.std().item() if len(rest) > 1 else 0.0, abs=1e-4)
+
+
+@given(rows=st.lists(st.tuples(NUMBERS, st.integers(0, 5)), min_size=2, max_size=8))
+def test_weighted_by_tokens_each_token_of_the_others_counts_once(rows):
+    rewards, tokens = (torch.tensor(values) for values in zip(*rows, strict=True))
+    ids = torch.zeros(len(rewards), dtype=torch.long)
+    means = mean_of_others(rewards, ids, 1, tokens)
+    advantages = scaled_advantages(rewards, torch.zeros(len(rewards)), "batch", tokens)
+    for i in range(len(rewards)):
+        of_tokens = [rewards[j].item() for j in range(len(rewards)) if j != i for _ in range(tokens[j])]
+        expected = sum(of_tokens) / len(of_tokens) if of_tokens else math.nan
+        assert means[i].item() == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    spread = rewards.double().repeat_interleave(tokens).std(correction=0) if tokens.sum() else torch.tensor(0.0)
+    torch.testing.assert_close(advantages.double() * (spread + EPS), rewards.double(), rtol=1e-4, atol=1e-4)
 
 
 @given(rewards=st.lists(NUMBERS, min_size=3, max_size=8), change=NUMBERS)
@@ -222,6 +237,18 @@ def test_the_guess_is_made_before_the_batch_is_learnt(config):
     assert batch.metrics["baseline/residual_std"] < 0.6 * batch.metrics["baseline/reward_std"]
 
 
+def test_a_baseline_by_tokens_by_hand(config):
+    args = config(group_size="single", baseline="batch", token_weighted_baseline=True)
+    (callback,) = (set_up(c, args) for c in callbacks_of(args) if isinstance(c, BaselineCallback))
+    batch = make_batch([1.0, 0.0, 0.0], torch.zeros(3, 1))
+    batch.completion_lengths = torch.tensor([2, 1, 3])
+    advantages = callback.on_advantages(args=args, batch=batch)
+    # Of others' tokens: 0 of 4, 2 of 5 and 2 of 3 earn 1. The spread: tokens have 1, 1, -0.4, and three times -0.667.
+    left = torch.tensor([1.0, -2 / 5, -2 / 3])
+    spread = torch.tensor([1.0, 1.0, -2 / 5, *[-2 / 3] * 3]).std(correction=0)
+    torch.testing.assert_close(advantages, left / (spread + EPS))
+
+
 @pytest.mark.parametrize("kind", ["batch", "predicted", "shrunk"])
 def test_a_batch_that_fails_as_a_whole_is_not_pushed_up(kind, config):
     args = config(group_size="single", baseline=kind, baseline_shift=0.5, scale_rewards="batch")
@@ -273,6 +300,7 @@ OPTIONS = {
     "single, batch": {"group_size": "single", "baseline": "batch", "baseline_shift": 0.5},
     "single, predicted": {"group_size": "single", "baseline": "predicted", "curriculum": "predicted"},
     "pairs, shrunk": {"num_generations": 2, "baseline": "shrunk"},
+    "pairs, shrunk, by tokens": {"num_generations": 2, "baseline": "shrunk", "token_weighted_baseline": True},
     "sizes from one up": {"group_size": "variance", "min_group_size": 1, "baseline": "shrunk"},
     "leave one out": {"baseline": "leave_one_out", "baseline_shift": 0.5},
 }
@@ -296,6 +324,14 @@ REFUSED = {
     "group_size='single' leaves": {"group_size": "single", "baseline": "leave_one_out"},
     "divides them by the spread of one group": {"baseline": "batch"},
     "has no effect on baseline='group'": {"baseline_shift": 0.5},
+    "reads the mean of a group": {"token_weighted_baseline": True},
+    "whose tokens are not kept": {
+        "baseline": "batch",
+        "scale_rewards": "batch",
+        "token_weighted_baseline": True,
+        "task_column": "task",
+        "task_advantages": True,
+    },
     "must be finite and not negative": {"baseline": "batch", "scale_rewards": "batch", "baseline_shift": -1.0},
     "is below 2": {"group_size": "variance", "min_group_size": 1},
     "no group has any": {

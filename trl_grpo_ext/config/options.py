@@ -76,6 +76,15 @@ class AdaptiveGRPOConfig(OptionRules):
             ),
         },
     )
+    token_weighted_baseline: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Weight each completion by its tokens in the mean and the spread of the batch, as token-mean losses "
+                "such as loss_type='dapo' weight it in the gradient. For baseline='batch', 'predicted' and 'shrunk'."
+            ),
+        },
+    )
     reuse_drift_limit: float | None = field(
         default=None,
         metadata={

@@ -47,6 +47,7 @@ class OptionRules(GRPOConfig):
     group_std_threshold: float
     baseline: str
     baseline_shift: float
+    token_weighted_baseline: bool
     reuse_drift_limit: float | None
     dynamic_sampling_rounds: int
     reward_clip_range: list[float] | None
@@ -234,6 +235,16 @@ class OptionRules(GRPOConfig):
             raise ValueError(
                 f"baseline_shift={self.baseline_shift} has no effect on baseline='group', which is TRL's: set "
                 "baseline='batch', 'predicted', 'shrunk' or 'leave_one_out', or leave baseline_shift out"
+            )
+        if self.token_weighted_baseline and self.needs_siblings:
+            raise ValueError(
+                f"token_weighted_baseline=True weights the mean of the batch, and baseline={self.baseline!r} reads the "
+                "mean of a group: set baseline='batch', 'predicted' or 'shrunk', or leave token_weighted_baseline out"
+            )
+        if self.token_weighted_baseline and self.task_advantages:
+            raise ValueError(
+                "token_weighted_baseline=True weights the mean and the spread of a batch, and task_advantages=True "
+                "takes those of earlier batches, whose tokens are not kept: leave one of them out"
             )
         if self.baseline != "group" and self.scale_rewards not in ("batch", "none"):
             raise ValueError(

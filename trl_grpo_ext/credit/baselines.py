@@ -282,15 +282,18 @@ class BaselineCallback(GRPOCallback):
             How far below, in running standard deviations of the rewards.
         forget (`float`, *optional*, defaults to `0.9`):
             Weight of the past at each batch, in the guess and in the running statistics.
+        by_tokens (`bool`, *optional*, defaults to `False`):
+            Whether `m` and the standard deviation that advantages are divided by weight each completion by its tokens,
+            as a token-mean loss weights it in the gradient. `s` and `g` stay unweighted.
     """
 
     is_unique = True
     KINDS = ("leave_one_out", "batch", "predicted", "shrunk")
 
-    def __init__(self, baseline: str = "batch", shift: float = 0.0, forget: float = MEMORY):
+    def __init__(self, baseline: str = "batch", shift: float = 0.0, forget: float = MEMORY, *, by_tokens: bool = False):
         if baseline not in self.KINDS:
             raise ValueError(f"baseline={baseline!r} is unknown: use one of {', '.join(map(repr, self.KINDS))}")
-        self.baseline, self.shift, self.forget = baseline, shift, forget
+        self.baseline, self.shift, self.forget, self.by_tokens = baseline, shift, forget, by_tokens
 
     @property
     def reads_prompt_features(self) -> bool:
@@ -321,7 +324,8 @@ class BaselineCallback(GRPOCallback):
         believed = self.usual.believed(rewards)
         if self.usual.is_spoilt():
             self.moments = {}
-        others = mean_of_others(rewards, everywhere, 1)
+        weights = batch.completion_lengths if self.by_tokens else None
+        others = mean_of_others(rewards, everywhere, 1, weights)
         # The first batch has no past, so each completion takes the others of its own batch.
         std = self.moments.get("std", std_of_others(rewards))
         low = others - self.shift * std
@@ -331,7 +335,7 @@ class BaselineCallback(GRPOCallback):
             baseline = low
         else:
             usual_std = self.moments.get("std", std_of_others(believed))
-            usual = mean_of_others(believed, everywhere, 1) - self.shift * usual_std
+            usual = mean_of_others(believed, everywhere, 1, weights) - self.shift * usual_std
             baseline = self._guessed(batch, low, believed, usual)
         # Else a batch that failed as a whole would be pushed up.
         has_failed = largest_of_others_of(rewards, everywhere, 1) <= lowest
@@ -340,7 +344,7 @@ class BaselineCallback(GRPOCallback):
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
         batch.metrics["baseline/residual_std"] = std_of(rewards.double() - baseline)
-        return scaled_advantages(rewards, baseline, args.scale_rewards)
+        return scaled_advantages(rewards, baseline, args.scale_rewards, weights)
 
     def _guessed(self, batch: RolloutBatch, low: Tensor, believed: Tensor, usual: Tensor) -> Tensor:
         features = batch.prompt_features

@@ -47,7 +47,7 @@ def callbacks_of(args: AdaptiveGRPOConfig) -> list[GRPOCallback]:
     if args.task_column is not None and args.task_advantages:
         callbacks.append(TaskAdvantagesCallback(args.task_column, args.baseline, args.baseline_shift))
     elif args.baseline != "group":
-        callbacks.append(BaselineCallback(args.baseline, args.baseline_shift))
+        callbacks.append(BaselineCallback(args.baseline, args.baseline_shift, by_tokens=args.token_weighted_baseline))
     if args.dynamic_sampling_rounds > 0:
         callbacks.append(DynamicSamplingCallback(args.dynamic_sampling_rounds))
     if args.reuse_drift_limit is not None:

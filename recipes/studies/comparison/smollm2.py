@@ -128,10 +128,9 @@ class AnswerTask(RecipeTask):
             right: Callable[..., list[Any]] = self.recipe.correct
             self.reward = self.recipe.reward_of(self.recipe.ArithmeticArguments(), self.max_completion_length)
         else:
-            sums = {"tasks": ["chain_sum"], "num_levels": 2, "train_size": 64, "test_size": 16, "num_examples": 0}
-            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments(**sums))
+            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments())
             right = self.recipe.solved_fully
-            self.reward = as_reward(self.recipe.score) + 0.5 * as_reward(right, "right")
+            self.reward = self.recipe.reward_of(self.recipe.ReasoningArguments(), self.max_completion_length)
         self.helpfulness = as_reward(right).named("helpfulness")
         rows = self.held_out()
         self.repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
