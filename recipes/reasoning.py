@@ -21,12 +21,11 @@ from typing import Any
 
 from datasets import Dataset
 from reasoning_gym.factory import CURRICULA, get_score_answer_fn
-from reasoning_gym.utils import extract_answer
 from trl import ModelConfig
 
 from trl_grpo_ext import AdaptiveGRPOConfig
 from trl_grpo_ext.recipe import parse_arguments, train_and_compare
-from trl_grpo_ext.recipe.questions import draw_questions
+from trl_grpo_ext.recipe.questions import draw_questions, final_answer
 from trl_grpo_ext.rewards import Finished, Reward, as_reward
 from trl_grpo_ext.rewards.text import text_of
 
@@ -41,7 +40,7 @@ class ReasoningArguments:
     train_size: int = field(default=128, metadata={"help": "Questions of each task and level to train on."})
     test_size: int = field(default=48, metadata={"help": "Held-out questions of each task and level."})
     num_examples: int = field(
-        default=1, metadata={"help": "Solved questions of the task's easiest level, shown before each question."}
+        default=0, metadata={"help": "Solved questions of the task's easiest level, shown before each question."}
     )
     finished_weight: float = field(
         default=0.5, metadata={"help": "What it is worth, beyond its score, that a right answer also ends by itself."}
@@ -65,11 +64,6 @@ def make_questions(arguments: ReasoningArguments, seed: int = 0) -> dict[str, Da
     return draw_questions(arguments.tasks, arguments.num_levels, counts, arguments.num_examples, seed)
 
 
-def final_answer(text: str) -> str:
-    """What stands between the last `<answer>` tags; without any, what follows the last `=`; else the whole text."""
-    return extract_answer(text) or text.rpartition("=")[2].strip()
-
-
 @functools.cache
 def verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
     scores: Callable[[str, dict[str, Any]], float] = get_score_answer_fn(task)
@@ -84,14 +78,16 @@ def verified(answer: str, task: str, entry: str) -> float:
         return 0.0
 
 
-def score(completions: list[Any], task: list[str], entry: list[str], **kwargs: Any) -> list[float]:
+def score(
+    completions: list[Any], task: list[str], entry: list[str], reference: list[str], **kwargs: Any
+) -> list[float]:
     """reasoning-gym's score, from 0 to 1, of the final answer."""
-    answers = [final_answer(text_of(completion)) for completion in completions]
+    answers = [final_answer(text_of(answer), right) for answer, right in zip(completions, reference, strict=True)]
     return [verified(*row) for row in zip(answers, task, entry, strict=True)]
 
 
-def solved_fully(completions: list[Any], task: list[str], entry: list[str], **kwargs: Any) -> list[float]:
-    return [float(value >= 1) for value in score(completions, task, entry)]
+def solved_fully(completions: list[Any], **columns: Any) -> list[float]:
+    return [float(value >= 1) for value in score(completions, **columns)]
 
 
 def reward_of(script_args: ReasoningArguments, max_completion_length: int) -> Reward:

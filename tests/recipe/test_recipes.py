@@ -380,7 +380,7 @@ def test_the_gate_of_the_harmless_recipe(monkeypatch):
 def test_questions_of_reasoning_gym(monkeypatch):
     reasoning = recipe("reasoning", monkeypatch)
     arguments = reasoning.ReasoningArguments(
-        tasks=["chain_sum", "letter_counting"], num_levels=3, train_size=5, test_size=2
+        tasks=["chain_sum", "letter_counting"], num_levels=3, train_size=5, test_size=2, num_examples=1
     )
     questions = reasoning.make_questions(arguments)
     assert {split: len(rows) for split, rows in questions.items()} == {"train": 30, "test": 12}
@@ -402,11 +402,12 @@ def test_questions_of_reasoning_gym(monkeypatch):
         ((question, answer),) = {tuple(m["content"] for m in row["prompt"][:-1]) for row in rows if row["task"] == task}
         assert question not in {row["prompt"][-1]["content"] for row in rows}
         assert re.fullmatch(shown, answer)
-    columns = {name: [row[name] for row in rows] for name in ("task", "entry")}
+    columns = {name: [row[name] for row in rows] for name in ("task", "entry", "reference")}
     right = answers(*(row["reference"] for row in rows))
     tagged = answers(*(f"So: <answer> {row['reference']} </answer>." for row in rows))
     worked = answers(*(f"1 + 1 = {row['reference']}" for row in rows))
-    for solutions in (right, tagged, worked):
+    said = answers(*(f"2 more than that is {row['reference']}." for row in rows))
+    for solutions in (right, tagged, worked, said):
         assert reasoning.score(solutions, **columns) == [1.0] * len(rows)
     assert reasoning.solved_fully(right, **columns) == [1.0] * len(rows)
     assert max(reasoning.score(answers(*[""] * len(rows)), **columns)) < 1
@@ -419,7 +420,7 @@ def test_an_answer_that_a_verifier_cannot_read_is_wrong(monkeypatch):
     row = reasoning.make_questions(arguments)["test"][0]
     with pytest.raises(ValueError, match="invalid literal"):  # so does reasoning-gym alone
         reasoning.verifier(row["task"])("two", json.loads(row["entry"]))
-    columns = {"task": [row["task"]] * 2, "entry": [row["entry"]] * 2}
+    columns = {name: [row[name]] * 2 for name in ("task", "entry", "reference")}
     assert reasoning.score(answers("two", row["reference"]), **columns) == [0.0, 1.0]
 
 

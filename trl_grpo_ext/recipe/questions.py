@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def draw_questions(
@@ -52,6 +55,37 @@ def draw_questions(
                     row = {"prompt": prompt, "task": task, "difficulty": level, "reference": entry["answer"]}
                     splits[split].append({**row, "entry": json.dumps(entry, default=str)})
     return {split: Dataset.from_list(rows) for split, rows in splits.items()}
+
+
+def final_answer(text: str, reference: str) -> str:
+    """
+    The part of a completion that a verifier of reasoning-gym is asked about.
+
+    Args:
+        text (`str`):
+            The completion.
+        reference (`str`):
+            The right answer.
+
+    Returns:
+        `str`: what stands between the last `<answer>` tags; without any, what follows the last `=`; else all of it. Of
+        that, the last number, where the right answer is one.
+
+    Example:
+
+    ```python
+    >>> final_answer("The answer to 5 - 9 is -4.", reference="-4"), final_answer("5 - 9 = -4", reference="-4")
+    ('-4', '-4')
+    >>> final_answer("It is <answer>olleh</answer>.", reference="olleh")
+    'olleh'
+
+    ```
+    """
+    from reasoning_gym.utils import extract_answer
+
+    answer: str = extract_answer(text) or text.rpartition("=")[2].strip()
+    numbers = NUMBER.findall(answer) if NUMBER.fullmatch(str(reference)) else []
+    return numbers[-1] if numbers else answer
 
 
 def solved(entry: Mapping[str, Any]) -> list[dict[str, str]]:
