@@ -80,6 +80,7 @@ METHODS = {
     "efficient, one pass": Method(options=EFFICIENT | {"num_iterations": 1, "reuse_drift_limit": None}),
     "efficient, without guard": Method(options=EFFICIENT | {"reuse_drift_limit": None}),
     "efficient, without shift": Method(options=EFFICIENT | {"baseline_shift": 0.0}),
+    "efficient, by tokens": Method(options=EFFICIENT | {"token_weighted_baseline": True}),
     "efficient, batch mean": Method(options=EFFICIENT | {"baseline": "batch"}),
     "efficient, without choosing": Method(options=EFFICIENT | {"curriculum": "none"}),
     "efficient, pairs": Method(options=EFFICIENT | PAIRS),
