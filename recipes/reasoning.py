@@ -3,10 +3,10 @@ Train a model on procedural tasks of `reasoning-gym`, scored by its own verifier
 
     accelerate launch recipes/reasoning.py
 
-trains SmolLM2-135M-Instruct with LoRA on sums and differences of two digits, and compares its answers to held-out ones
-before and after. Everything is set in `recipes/configs/reasoning.yaml`. A level turns all knobs that reasoning-gym has
-for a task, and is the column `difficulty`, for a curriculum. With a GPU, the same script takes any other of its tasks
-that have levels:
+trains SmolLM2-135M-Instruct with LoRA on sums and differences such as `4 - 9`, and compares its answers to held-out
+ones before and after. Everything is set in `recipes/configs/reasoning.yaml`. A level turns all knobs that reasoning-gym
+has for a task, and is the column `difficulty`, for a curriculum. With a GPU, the same script takes any other of its
+tasks that have levels:
 
     accelerate launch recipes/reasoning.py --tasks spell_backward countdown mini_sudoku --num_levels 5 \\
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --per_device_train_batch_size 64 --num_generations 8 \\
