@@ -63,16 +63,18 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
     # At least 80 % of the sampled answers end by themselves.
     cut = [entry["completions/clipped_ratio"] for entry in record if "completions/clipped_ratio" in entry]
     assert mean(cut[-10:]) <= 0.2
-    # What every seed and every machine should show; helpfulness gains too little for that.
+    # What holds on every seed and every machine; parts gain more on some than on others (docs/measured/recipes.md).
     before, after = (
-        {name.split("/")[1]: value for name, value in entry.items() if name.startswith("eval_rewards/")}
-        | {"total": entry["eval_reward"], "length": entry["eval_completions/mean_length"]}
+        {
+            "total": entry["eval_reward"],
+            "finished": entry["eval_rewards/finished/mean"],
+            "length": entry["eval_completions/mean_length"],
+        }
         for entry in record
         if "eval_reward" in entry
     )
     assert after["finished"] >= 0.8 > before["finished"]
     assert after["length"] < before["length"]
-    assert after["harmlessness"] > before["harmlessness"]
     repeated = re.search(r"│ repeat the question +│.*│ +(-?[\d.]+) │\n", result.stdout)
     assert repeated is not None
     assert after["total"] > max(before["total"], float(repeated[1])) + 0.1
