@@ -340,7 +340,7 @@ class BaselineCallback(GRPOCallback):
         # Else a batch that failed as a whole would be pushed up.
         has_failed = largest_of_others_of(rewards, everywhere, 1) <= lowest
         baseline = torch.where(has_failed, torch.maximum(baseline, others), baseline)
-        self._remember("std", std_of_others(torch.cat([believed, believed.new_full((1,), torch.nan)]))[-1].item())
+        self._remember("std", std_of(believed))
         batch.metrics["baseline/mean"] = baseline.nanmean().item()
         batch.metrics["baseline/reward_std"] = self.moments.get("std", 0.0)
         batch.metrics["baseline/residual_std"] = std_of(rewards.double() - baseline)

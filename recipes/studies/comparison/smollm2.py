@@ -120,19 +120,20 @@ class AnswerTask(RecipeTask):
 
     def __init__(self, name: str, folder: Path) -> None:
         super().__init__()
-        # Of another task, or with answers of another length, it would be another file.
-        self.before = folder / f"before_{name}_{self.max_completion_length}_{self.num_samples}.pt"
         self.recipe = _load(name)
         if name == "arithmetic":
             self.splits = self.recipe.make_sums()
             right: Callable[..., list[Any]] = self.recipe.correct
             self.reward = self.recipe.reward_of(self.recipe.ArithmeticArguments(), self.max_completion_length)
         else:
-            self.splits = self.recipe.make_questions(self.recipe.ReasoningArguments())
+            arguments = self.recipe.ReasoningArguments()
+            self.splits = self.recipe.make_questions(arguments)
             right = self.recipe.solved_fully
-            self.reward = self.recipe.reward_of(self.recipe.ReasoningArguments(), self.max_completion_length)
+            self.reward = self.recipe.reward_of(arguments, self.max_completion_length)
         self.helpfulness = as_reward(right).named("helpfulness")
         rows = self.held_out()
+        # Of another task, of other questions, or with answers of another length, it would be another file.
+        self.before = folder / f"before_{name}_{len(rows)}_{self.max_completion_length}_{self.num_samples}.pt"
         self.repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
 
     def measure(self, model: PreTrainedModel) -> float:
