@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kit import NAN, args_of, batch_of, set_up, through_a_file
 
@@ -64,6 +64,7 @@ def test_the_rewards_of_another_task_do_not_matter(baseline, groups, other):
 
 
 @settings(max_examples=30, deadline=None)
+@example(scale=4.0, level=1.6013908189006258, groups=[(0, [0.0]), (0, [0.0, 0.0, 0.0, 3.0])])
 @given(scale=st.floats(0.01, 100), level=st.floats(-100, 100), groups=GROUPS)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_scale_and_level_of_a_task_drop_out(baseline, scale, level, groups):

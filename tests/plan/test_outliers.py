@@ -57,6 +57,15 @@ def test_rare_successes_beside_a_small_penalty_are_usual():
     torch.testing.assert_close(held, rewards.double())
 
 
+def test_rewards_that_are_equal_but_for_rounding_are_no_distance():
+    usual = UsualRange()
+    alike = torch.tensor([0.5, 0.5, 0.5 + 1e-8, 0.5 - 1e-8, 0.5 + 1e-8], dtype=torch.float64)
+    values = torch.cat([alike, torch.tensor([0.25, 0.75, 3.0], dtype=torch.float64)])
+    assert torch.equal(usual.believed(values), values)
+    # Where nothing else is known, they are all there is.
+    assert torch.equal(UsualRange().believed(alike), alike)
+
+
 def test_a_new_level_is_followed():
     usual, draws = UsualRange(), torch.Generator().manual_seed(0)
     for level in (0.0, 1e5):

@@ -10,6 +10,7 @@ from ..host.state import check_state
 RECENT = 256  # values that say what is usual
 FEW = 7  # of them that may be broken: fewer of one kind could also be rare successes, and more are usual
 FAR = 20.0  # usual distances from the median, beyond which a value is an outlier
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # of the median, by which equal rewards may differ
 LARGEST = 1e300  # of doubles of any size, a difference of two must not overflow
 NONE = 1.7e308  # stands for a value that is not known, since a checkpoint holds no infinity
 
@@ -19,8 +20,9 @@ class UsualRange:
     Holds values to the range of those seen lately, and notices when an earlier outlier was taken for usual.
 
     The range is the median of the last 256 values, plus or minus 20 usual distances from that median. The usual
-    distance is the eighth largest, or the median one where there are fewer than sixteen; values that equal the median
-    have none. So up to seven outliers do not move the range, and successes that are rare do.
+    distance is the eighth largest, or the median one where there are fewer than sixteen; values that equal the median,
+    up to the rounding of float32, have none where others have one. So up to seven outliers do not move the range, and
+    successes that are rare do.
 
     Example:
 
@@ -98,7 +100,8 @@ class UsualRange:
         known = self.recent[RECENT - int(self.seen) :]
         center = known.median()
         distance = (known - center).abs()
-        distance = distance[distance > 0].sort(descending=True).values
+        is_real = distance > ROUNDING * center.abs()
+        distance = distance[is_real if is_real.any() else distance > 0].sort(descending=True).values
         limit = FAR * distance[min(FEW, distance.numel() // 2)] if distance.numel() else torch.zeros_like(center)
         return center, limit
 
