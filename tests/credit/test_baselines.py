@@ -273,11 +273,24 @@ def test_a_task_that_fails_as_a_whole_is_not_pushed_up(kind, config):
         batch.task_names, batch.tasks = ["chat", "math"], torch.tensor([0, 1] * 8)
         return callback.on_advantages(args=args, batch=batch).view(8, 2)
 
-    for _ in range(3):
+    for _ in range(6):
         advantages([1.0, 2.0, 0.0, 1.0] * 4)
     chat, math_ = advantages([0.0, 2.0, 0.0, 1.0] * 4).T
     assert chat.tolist() == [0.0] * 8
     assert math_.unique().numel() > 1
+
+
+@pytest.mark.parametrize("by_task", [False, True])
+def test_a_batch_below_a_small_first_one_has_not_failed(by_task, config):
+    args = config(group_size="single", baseline="batch", baseline_shift=0.5, scale_rewards="none")
+    callback = set_up(TaskAdvantagesCallback("task", "batch", 0.5) if by_task else BaselineCallback("batch", 0.5), args)
+    rewards = [0.1 * k for k in range(8)]  # of which the largest is the eighth smallest
+    for _ in range(5):
+        batch = make_batch(rewards, torch.zeros(8, 1))
+        batch.task_names, batch.tasks = ["chat"], torch.zeros(8, dtype=torch.long)
+        advantages = callback.on_advantages(args=args, batch=batch)
+        # Half a standard deviation below the mean of the others, which lies at the mean of all in the mean.
+        assert advantages.mean().item() > 0.45 * torch.tensor(rewards).std().item()
 
 
 def test_state_round_trip(config):

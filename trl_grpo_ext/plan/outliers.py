@@ -9,6 +9,7 @@ from ..host.state import check_state
 
 RECENT = 256  # values that say what is usual
 FEW = 7  # of them that may be broken: fewer of one kind could also be rare successes, and more are usual
+ENOUGH = 6 * (FEW + 1)  # values of which the eighth smallest is a low one
 FAR = 20.0  # usual distances from the median, beyond which a value is an outlier
 ROUNDING = 4 * torch.finfo(torch.float32).eps  # of the median, by which equal rewards may differ
 LARGEST = 1e300  # of doubles of any size, a difference of two must not overflow
@@ -66,23 +67,23 @@ class UsualRange:
 
     def lowest(self) -> float:
         """
-        The lowest value so far, of which seven may be broken: the eighth smallest, minus infinity before there is one.
+        The lowest value so far, of which seven may be broken: the eighth smallest, minus infinity as long as fewer than
+        48 values are known, among which it would not be low.
 
         Example:
 
         ```python
         >>> usual = UsualRange()
         >>> _ = usual.believed(torch.tensor([-1e20] + 5 * [0.0, 1.0]))
-        >>> usual.lowest(), UsualRange().lowest()
-        (1.0, -inf)
-        >>> _ = usual.believed(torch.tensor(5 * [0.0, 1.0]))
+        >>> usual.lowest()
+        -inf
+        >>> _ = usual.believed(torch.tensor(20 * [0.0, 1.0]))
         >>> usual.lowest()
         0.0
 
         ```
         """
-        eighth = self.smallest[-1].item()
-        return eighth if eighth < NONE else -torch.inf
+        return self.smallest[-1].item() if self.seen >= ENOUGH else -torch.inf
 
     def is_spoilt(self) -> bool:
         """
