@@ -51,6 +51,7 @@ class Options:
     rows: int = field(default=64, metadata={"help": "Completions per step."})
     num_generations: int = field(default=8, metadata={"help": "Completions per prompt (PPO: 1), or their mean."})
     learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata={"help": "Grid for each method."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Of the learning rate, as TRL names it."})
     tuning_seeds: list[int] = field(default_factory=lambda: [100, 101], metadata={"help": "Seeds of the grid."})
     pool_size: int = field(default=256, metadata={"help": "Prompts of a pool of the tiny task."})
     held_out: int = field(default=256, metadata={"help": "Held-out prompts of the tiny task."})
@@ -106,6 +107,8 @@ def make_cell(
     cell["rollouts"] = options.rollouts if rollouts is None else rollouts
     if options.use_vllm:
         cell["use_vllm"] = True
+    if options.lr_scheduler_type != "constant":
+        cell["lr_scheduler_type"] = options.lr_scheduler_type
     return cell | {name: getattr(options, name) for name in names} | {"options": METHODS[method].options}
 
 

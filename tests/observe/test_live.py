@@ -25,7 +25,8 @@ from transformers import PrinterCallback
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from trl_grpo_ext.observe import live
-from trl_grpo_ext.observe.live import BARS, TROUBLES, LiveCallback, LiveView, fields_of, readable, sparkline, trend
+from trl_grpo_ext.observe.line import BARS, FIELDS, TROUBLES, fields_of, readable, sparkline, trend
+from trl_grpo_ext.observe.live import LiveCallback, LiveView
 
 HERE = Path(__file__).parent
 LOGS = {
@@ -182,7 +183,7 @@ def test_sixty_columns_have_room_for_every_label_and_value():
         view.step_to(step + 1)
     view.step_to(24)
     text = "\n".join(shown(view, 60))
-    for label, value, _ in fields_of(view.logs, len(live.FIELDS)):
+    for label, value, _ in fields_of(view.logs, len(FIELDS)):
         assert any(line.startswith(label) and value in line for line in text.splitlines()), label
     assert "…" not in text
 
@@ -207,7 +208,7 @@ def test_a_table():
 def test_the_page_shows_what_the_code_prints():
     page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8").split("## Live view")[1]
     table, line = re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)
-    fields = fields_of({**LOGS, **SINGLE, **JUDGED, "reuse/skipped": 0.5}, len(live.FIELDS))
+    fields = fields_of({**LOGS, **SINGLE, **JUDGED, "reuse/skipped": 0.5}, len(FIELDS))
     labels = {label for label, _, _ in fields} | {"judge"}
     rows = table.split("alarm")[0].splitlines()[1:]
     assert rows

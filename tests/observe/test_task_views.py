@@ -5,7 +5,7 @@ import json
 from fabricated import fabricate, with_tasks
 
 from trl_grpo_ext.observe.alarms import AlarmDetector, make_alarms
-from trl_grpo_ext.observe.live import FIELDS, fields_of, readable
+from trl_grpo_ext.observe.line import FIELDS, fields_of, readable
 from trl_grpo_ext.observe.report import read_run, write_report
 from trl_grpo_ext.observe.report.figures import panels_of
 from trl_grpo_ext.observe.report.tasks import HEADS, task_names, task_table

@@ -15,7 +15,7 @@ from ..config import AdaptiveGRPOConfig
 from ..hooks.records import Answer
 from ..observe.evaluation import HeldOutCallback
 from ..observe.held_out import HeldOut, as_one_reward, score_answers
-from ..observe.live import open_alarms
+from ..observe.line import open_alarms
 from ..rewards.text import question_of
 from ..trainer.adaptive import AdaptiveGRPOTrainer
 

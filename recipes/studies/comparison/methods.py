@@ -233,7 +233,7 @@ def _arguments(cell: dict[str, Any]) -> dict[str, Any]:
     return {
         "output_dir": cell["output_dir"],
         "learning_rate": cell["learning_rate"],
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": cell.get("lr_scheduler_type", "constant"),
         "seed": cell["seed"],
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_available(),
