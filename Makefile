@@ -19,6 +19,11 @@ versions:
 	  status=$$?; tail -n 1 $$environment/report.txt; [ $$status -eq 0 ] || failed="$$failed $$trl"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
+# All of recipes/helpful.py, with what must hold at its end: five minutes on two idle cores, so by itself.
+.PHONY: flagship
+flagship:
+	pytest -q -n 0 -m flagship tests/recipe/test_flagship.py
+
 # What is published, on every supported Python: the sdist becomes the wheel of an empty environment, and the tests of
 # the sdist run against what is installed. `make pythons PYTHONS=3.13 TESTS=tests/test_docs.py` runs less.
 PYTHONS ?= 3.10 3.11 3.12 3.13

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from statistics import mean
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -34,16 +33,18 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.training
 def test_helpful_runs_as_the_readme_says(tmp_path):
+    """Only shorter; all of it is tests/recipe/test_flagship.py."""
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(ROOT / "recipes" / "helpful.py")]
-    # The model comes from the package index or the cache, never from a hub. One thread, since other tests run beside.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    short = ["--max_steps", "5", "--max_test_prompts", "8"]
+    # The model comes from the package index or the cache, never from a hub.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     result = subprocess.run(
-        [*command, "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=2400
+        [*command, *short, "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr[-4000:]
     for expected in (
         "Model:",
-        "Prompts: 192 to train on, 48 held out",
+        "Prompts: 192 to train on, 8 held out",
         "helpfulness",
         "harmlessness",
         "length",
@@ -53,31 +54,14 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
         "alarms open at the end: none",
     ):
         assert expected in result.stdout
-    assert "step 53/54 · reward" in result.stderr + result.stdout  # of two updates on a batch, the first logs it
+    assert "step 5/5 · reward" in result.stderr + result.stdout
     assert f"report of the run to {tmp_path / 'report.html'}" in result.stdout
     assert (tmp_path / "report.html").stat().st_size > 30_000
     record = [json.loads(line) for line in (tmp_path / "monitor" / "metrics.jsonl").read_text().splitlines()]
     assert len([entry for entry in record if "eval_reward" in entry and "eval_rewards/helpfulness/mean" in entry]) == 2
     assert (tmp_path / "report_figures" / "reward.png").exists()
+    # Five steps are enough for `truncated` and `dead_reward`, not for those that compare with the start.
     assert read_run(tmp_path).open_alarms == []
-    # At least 80 % of the sampled answers end by themselves.
-    cut = [entry["completions/clipped_ratio"] for entry in record if "completions/clipped_ratio" in entry]
-    assert mean(cut[-10:]) <= 0.2
-    # What holds on every seed and every machine; parts gain more on some than on others (docs/measured/recipes.md).
-    before, after = (
-        {
-            "total": entry["eval_reward"],
-            "finished": entry["eval_rewards/finished/mean"],
-            "length": entry["eval_completions/mean_length"],
-        }
-        for entry in record
-        if "eval_reward" in entry
-    )
-    assert after["finished"] >= 0.8 > before["finished"]
-    assert after["length"] < before["length"]
-    repeated = re.search(r"│ repeat the question +│.*│ +(-?[\d.]+) │\n", result.stdout)
-    assert repeated is not None
-    assert after["total"] > max(before["total"], float(repeated[1])) + 0.1
     # The adapter names its base on the hub, so that it loads on a machine that has one.
     config = PeftConfig.from_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(resolve_model(config.base_model_name_or_path).path)
