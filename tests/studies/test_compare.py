@@ -445,3 +445,12 @@ def test_vllm_is_another_cell_and_not_for_all(tmp_path):
         parse("--use_vllm", "true")
     with pytest.raises(ValueError, match="use_vllm=True is not for DPO and RLOO"):
         parse("--use_vllm", "true", "--methods", "RLOO", config="compare_smollm2.yaml")
+
+
+def test_the_schedule_is_part_of_a_cell_and_reaches_the_trainer(tmp_path):
+    constant, linear = parse(), parse("--lr_scheduler_type", "linear")
+    cells = [compare.make_cell(options, "PPO", "mixed", 0, 1e-3) for options in (constant, linear)]
+    assert "lr_scheduler_type" not in cells[0]  # files of results that are there keep their names
+    assert len({Cells(tmp_path, dict).path(cell) for cell in cells}) == 2
+    given = [methods._arguments(cell | {"output_dir": ""})["lr_scheduler_type"] for cell in cells]
+    assert given == ["constant", "linear"]
