@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from metering import Evaluator, Meter
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, CriticBaseline
@@ -120,10 +120,7 @@ def train(task: "TinyTask | SmolTask", cell: dict[str, Any], output_dir: str) ->
     wall, cpu = time.monotonic(), time.process_time()
     meter = Meter(task.reward, task.helpfulness)
 
-    def measure(model: PreTrainedModel) -> tuple[float, float]:
-        return task.measure(model), task.held_out_reward(model)
-
-    evaluator = Evaluator(meter, measure, cell["eval_every"], cell["rollouts"])
+    evaluator = Evaluator(meter, task.look, cell["eval_every"], cell["rollouts"])
     run = _dpo if METHODS[cell["method"]].trainer is DPOTrainer else _online
     trainer, critic = run(task, cell | {"output_dir": output_dir}, meter, evaluator)
     result = {

@@ -59,6 +59,10 @@ class SmolTask:
 
     held_out_reward = measure
 
+    def look(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Held-out helpfulness and reward, as they are measured on the way."""
+        return self.measure(model), self.held_out_reward(model)
+
     def held_out(self) -> Dataset:
         return load_prompts("helpful")["test"]
 
@@ -110,9 +114,10 @@ class AnswerTask(RecipeTask):
     """
     A recipe whose answers are right or wrong, such as `recipes/arithmetic.py`, with its reward.
 
-    What is measured on the way is the share of held-out prompts whose greedy answer is right. At the end, 16 samples to
-    each say how much of that was there before: `pass@1`, `pass@16`, the share of prompts of which no sample of the
-    untrained model was right, the share of those of which one is right by now, and the entropy of a token.
+    What is measured on the way is the share of held-out prompts whose greedy answer is right, and the reward. At the
+    end, 16 samples to each say how much of that was there before: `pass@1`, `pass@16`, the share of prompts of which no
+    sample of the untrained model was right, the share of those of which one is right by now, and the entropy of a
+    token.
     """
 
     max_completion_length = 16
@@ -136,8 +141,9 @@ class AnswerTask(RecipeTask):
         self.before = folder / f"before_{name}_{len(rows)}_{self.max_completion_length}_{self.num_samples}.pt"
         self.repeated = rows.select([i for i in range(len(rows)) for _ in range(self.num_samples)])
 
-    def measure(self, model: PreTrainedModel) -> float:
-        return self._scores(model)["helpfulness"]
+    def look(self, model: PreTrainedModel) -> tuple[float, float]:
+        scores = self._scores(model)
+        return scores["helpfulness"], scores["reward"]
 
     def final(self, model: PreTrainedModel) -> dict[str, float]:
         before = self._before()

@@ -128,6 +128,10 @@ class TinyTask:
         written = log_probs[:, -1 - size : -1]
         return right, -(written.exp() * written).sum(-1).mean().item()
 
+    def look(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Held-out helpfulness and reward, as they are measured on the way."""
+        return self.measure(model), self.held_out_reward(model)
+
     def held_out_reward(self, model: PreTrainedModel) -> float:
         """Mean reward of a sample to each held-out prompt, drawn at the side."""
         return self.final(model, num_samples=1)["reward"]
