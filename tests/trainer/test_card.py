@@ -1,10 +1,12 @@
 """The model card says what was trained, on what, with which result, and names nothing of this machine."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from datasets import Dataset
 from kit import args_of, count_vowels, has_answer, trainer_of
 from peft import LoraConfig
 
@@ -13,6 +15,8 @@ from trl_grpo_ext.observe.held_out import HeldOut
 from trl_grpo_ext.recipe.script import set_base_model
 from trl_grpo_ext.rewards import Length, as_reward
 from trl_grpo_ext.trainer import card
+
+PACKAGE = Path(card.__file__).resolve().parents[1]
 
 
 def held_out_of(scores: list[float]) -> HeldOut:
@@ -58,12 +62,51 @@ def test_rewards_are_read_as_their_source():
     [
         (["recipes/helpful.py", "--max_steps", "3"], "accelerate launch recipes/helpful.py --max_steps 3"),
         (["/opt/other/train.py", "--hub_token", "hf_abc"], "accelerate launch train.py --hub_token '…'"),
+        ([str(PACKAGE / "recipe" / "grpo.py"), "--config", "x.yaml"], "trl-grpo-ext grpo --config x.yaml"),
+        ([str(PACKAGE / "__main__.py"), "recipe", "helpful"], "trl-grpo-ext recipe helpful"),
+        ([str(PACKAGE / "recipes" / "helpful.py"), "--seed", "1"], "trl-grpo-ext recipe helpful --seed 1"),
         (["-c", "x"], ""),
         ([""], ""),
     ],
 )
 def test_the_command_names_no_folder_of_this_machine_and_no_secret(arguments, shown):
     assert card.command_section(arguments) == (f"```bash\n{shown}\n```" if shown else "")
+
+
+def test_a_shipped_recipe_that_is_started_elsewhere_is_named_by_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = card.command_section([str(PACKAGE.parent / "recipes" / "helpful.py"), "--seed", "1"])
+    assert text == "```bash\ntrl-grpo-ext recipe helpful --seed 1\n```"
+
+
+def test_an_adapter_is_told_by_the_flags_that_make_it():
+    text = card.adapter_section(LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj"]))
+    for line in ("lora_r: 2", "lora_alpha: 4", "lora_dropout: 0.0", 'lora_target_modules: ["k_proj", "q_proj"]'):
+        assert line in text
+    assert card.adapter_section(None) == ""
+
+
+def test_the_quick_start_asks_as_the_training_did():
+    asked = 'question = "old"\noutput = generator([{"role": "user", "content": question}])'
+    rows = Dataset.from_list(
+        [{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]}]
+    )
+    text = card.completed(asked, {}, "m", "Why?", None, card.system_of(rows))
+    found: list = []
+    exec(text, {"generator": found.extend})
+    assert found == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    for other in (None, {"a": rows}, Dataset.from_list([{"prompt": "Why?"}])):
+        assert card.system_of(other) is None
+
+
+def test_the_front_matter_names_a_hub_id_and_no_folder(tmp_path):
+    there = (
+        f"---\nbase_model: {tmp_path}\nlibrary_name: peft\ntags:\n- base_model:adapter:{tmp_path}\n- lora\n---\n\nText"
+    )
+    assert card.without_folders(there) == "---\nlibrary_name: peft\ntags:\n- lora\n---\n\nText"
+    on_the_hub = there.replace(str(tmp_path), "org/base")
+    assert card.without_folders(on_the_hub) == on_the_hub
+    assert card.without_folders("No front matter") == "No front matter"
 
 
 def test_a_local_base_model_has_no_address():
@@ -101,6 +144,17 @@ def test_a_card_before_any_evaluation_leaves_the_results_out(untrained, tmp_path
     assert "### Held-out results" not in text
 
 
+def test_what_is_saved_of_a_local_base_model_names_no_folder_in_its_card(untrained, model_path, tmp_path):
+    untrained.save_model()
+    text = (tmp_path / "run" / "README.md").read_text()
+    front = text.split("---")[1]
+    assert str(model_path) not in front
+    assert "lora" in front
+    # The adapter does: it could not be loaded otherwise.
+    named = json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(model_path)
+
+
 @pytest.mark.training
 def test_the_card_of_a_run(trained, tmp_path):
     trained.save_model()
@@ -116,6 +170,7 @@ def test_the_card_of_a_run(trained, tmp_path):
     assert (tmp_path / "run" / card.PICTURE).stat().st_size > 5000
     # What TRL's template must go on to hold.
     assert 'question = "say a"' in text
+    assert "lora_r: 2" in text
     assert 'model="run"' in text
     assert "max_new_tokens=6" in text
     assert text.index("### Reward") < text.index("### Framework versions") < text.index("@software{vonwerra2020trl")

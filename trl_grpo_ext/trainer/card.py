@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from ..observe.chosen import chosen_options
 from ..observe.held_out import HeldOut
 from ..observe.paired import NOISE, paired
@@ -23,7 +25,14 @@ ELSEWHERE = re.compile(
 )
 
 
-def completed(card: str, sections: dict[str, str], name: str, question: str | None, max_new_tokens: int | None) -> str:
+def completed(
+    card: str,
+    sections: dict[str, str],
+    name: str,
+    question: str | None,
+    max_new_tokens: int | None,
+    system: str | None = None,
+) -> str:
     """
     A card of TRL with sections of its own before the versions, and a quick start that asks what the model was asked.
 
@@ -38,6 +47,8 @@ def completed(card: str, sections: dict[str, str], name: str, question: str | No
             A prompt that the model was evaluated on.
         max_new_tokens (`int`, *optional*):
             Length of its answers in training.
+        system (`str`, *optional*):
+            What the system said first in training.
 
     Example:
 
@@ -63,6 +74,9 @@ def completed(card: str, sections: dict[str, str], name: str, question: str | No
     if question is not None:
         asked = f"question = {json.dumps(question, ensure_ascii=False)}"
         card = re.sub(r"^question = .*$", lambda match: asked, card, flags=re.MULTILINE)
+    if system is not None:
+        first = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
+        card = card.replace('generator([{"role": "user"', f'generator([{first}, {{"role": "user"')
     if max_new_tokens is not None:
         card = re.sub(r"max_new_tokens=\d+", f"max_new_tokens={max_new_tokens}", card)
     return card
@@ -102,14 +116,79 @@ def held_out_section(before: HeldOut | None, after: HeldOut | None) -> str:
     return asked + "\n".join(lines)
 
 
+def system_of(rows: Any) -> str | None:
+    """What the system says first in the first prompt of a dataset; `None` where it says nothing."""
+    if not isinstance(rows, Dataset) or len(rows) == 0:
+        return None
+    prompt = rows[0].get("prompt")
+    first = prompt[0] if isinstance(prompt, list) and prompt else None
+    said = first.get("content") if isinstance(first, dict) and first.get("role") == "system" else None
+    return said if isinstance(said, str) else None
+
+
+def adapter_section(peft_config: Any) -> str:
+    """What a LoRA adapter is made of, as the flags of [`~trl.ModelConfig`]; nothing for another adapter or none."""
+    if getattr(peft_config, "r", None) is None:
+        return ""
+    modules = peft_config.target_modules
+    shown = {
+        "lora_r": peft_config.r,
+        "lora_alpha": peft_config.lora_alpha,
+        "lora_dropout": peft_config.lora_dropout,
+        "lora_target_modules": modules if isinstance(modules, str) else sorted(modules or []),
+    }
+    return "```yaml\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()) + "\n```"
+
+
 def command_section(arguments: Sequence[str]) -> str:
-    """The command line of the run, without secrets, and without folders above the present one."""
+    """
+    The command line of the run, without secrets, and without folders above the present one.
+
+    Scripts of this package are named by the command that starts them. What its launcher was told is not known here.
+    """
     if not arguments or not arguments[0] or arguments[0].startswith("-"):
         return ""  # of a notebook, or of an interpreter
-    script = os.path.relpath(arguments[0])
-    shown = without_secrets([Path(script).name if script.startswith("..") else script, *arguments[1:]])
+    script, rest = Path(os.path.relpath(arguments[0])), list(arguments[1:])
+    is_above = script.parts[:1] == ("..",)
+    package = Path(__file__).resolve().parents[1]
+    path = Path(arguments[0]).resolve()
+    if path == package / "recipe" / "grpo.py":
+        command = ["trl-grpo-ext", "grpo", *rest]
+    elif path == package / "__main__.py":
+        command = ["trl-grpo-ext", *rest]
+    elif path.parent == package / "recipes" or (path.parent == package.parent / "recipes" and is_above):
+        command = ["trl-grpo-ext", "recipe", path.stem, *rest]
+    else:
+        command = ["accelerate", "launch", script.name if is_above else str(script), *rest]
     home = os.path.expanduser("~")
-    return "```bash\naccelerate launch " + shlex.join(str(part).replace(home, "~") for part in shown) + "\n```"
+    return "```bash\n" + shlex.join(str(part).replace(home, "~") for part in without_secrets(command)) + "\n```"
+
+
+def without_folders(card: str) -> str:
+    """
+    A card whose front matter names no folder of this machine as the base model.
+
+    Example:
+
+    ```python
+    >>> print(without_folders("---\\nbase_model: /\\ntags:\\n- base_model:adapter:/\\n- lora\\n---\\n\\nbase_model: /"))
+    ---
+    tags:
+    - lora
+    ---
+    <BLANKLINE>
+    base_model: /
+
+    ```
+    """
+    opening, mark, rest = card.partition("---\n")
+    front, end, text = rest.partition("\n---")
+    if opening or not mark or not end:
+        return card
+    named = re.compile(r"(?:base_model: |- base_model:\w+:)(.+)")
+    found = [(line, named.fullmatch(line)) for line in front.split("\n")]
+    kept = [line for line, match in found if match is None or not os.path.isdir(match[1].strip("'\""))]
+    return mark + "\n".join(kept) + end + text
 
 
 def draw(history: Sequence[dict[str, Any]], path: Path) -> bool:

@@ -148,6 +148,7 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
             "Reward": card.reward_section(self.reward_funcs, self.reward_func_names, self.reward_weights.tolist()),
             "Held-out results": card.held_out_section(before, after),
             "Options that differ from the defaults": card.options_section(self.args),
+            "Adapter": card.adapter_section(self._adapter()),
             "Command": card.command_section(sys.argv),
         }
         # Not at each checkpoint, which a picture would hold up.
@@ -157,13 +158,25 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
         name = self.hub_model_id or Path(self.args.output_dir).name
         asked = None if after is None or not after.questions else after.questions[0]
         text = path.read_text(encoding="utf-8")
-        text = card.completed(text, sections, name, asked, self.args.max_completion_length)
+        system = card.system_of(self.eval_dataset)
+        text = card.completed(text, sections, name, asked, self.args.max_completion_length, system)
         path.write_text(text, encoding="utf-8")
+
+    def _adapter(self) -> Any:
+        configs = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        return next(iter(configs.values()), None)
+
+    def _without_folders(self, path: Path) -> None:
+        """What peft has just written of the base model, without a folder that only this machine has."""
+        if path.exists():
+            path.write_text(card.without_folders(path.read_text(encoding="utf-8")), encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:
             self._write_part(checkpoints.drop_links, output_dir or self.args.output_dir, *checkpoints.SAVED)
         self._write_part(super().save_model, output_dir, *args, **kwargs)
+        if self.args.should_save:
+            self._write_part(self._without_folders, Path(output_dir or self.args.output_dir, "README.md"))
         if self._is_saving:  # training_args.bin holds the limit now, and old checkpoints are for us to delete
             self.args.save_total_limit = None
 
