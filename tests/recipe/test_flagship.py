@@ -36,6 +36,7 @@ def test_what_the_reward_names_moves_and_no_alarm_is_open(tmp_path):
     before, after = (
         {
             "total": entry["eval_reward"],
+            "harmlessness": entry["eval_rewards/harmlessness/mean"],
             "finished": entry["eval_rewards/finished/mean"],
             "length": entry["eval_completions/mean_length"],
         }
@@ -43,6 +44,7 @@ def test_what_the_reward_names_moves_and_no_alarm_is_open(tmp_path):
         if "eval_reward" in entry
     )
     assert after["finished"] >= 0.8 > before["finished"]
+    assert after["harmlessness"] > before["harmlessness"]
     assert after["length"] < before["length"]
     repeated = re.search(r"│ repeat the question +│.*│ +(-?[\d.]+) │\n", result.stdout)
     assert repeated is not None

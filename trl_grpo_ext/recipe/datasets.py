@@ -124,6 +124,9 @@ def load_prompts(
     if streaming:
         return _stream(rows, train, test, max_test)
     if test is None:
+        if len(splits) > 1:
+            left = sorted(set(splits) - {train_split})
+            logger.warning("%r has no split %r, and %s are not used: name one as test_split", name, test_split, left)
         train, test = _hold_out(train)
     seen: set[str] = set()
     held_out = rows.distinct(rows.convert(test), seen)
@@ -227,7 +230,7 @@ class _Rows:
             text = as_text(row["reference"])
             notes |= NUMBERS if text != row["reference"] else 0
             row["reference"] = text
-            if "reference" in self.columns and (text is None or text == ""):
+            if "reference" in self.columns and (text is None or (isinstance(text, str) and is_blank(text))):
                 raise refuse("has no reference, which the reward reads: fill it in or remove the row")
         problem = _problem(row["prompt"], row.get("turns"))
         if problem is not None:

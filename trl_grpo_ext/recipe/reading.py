@@ -198,7 +198,7 @@ def _check_is_hub_id(name: str, path: str) -> None:
     """Raise `ValueError` for a name that is a path, or a shipped set misspelt: the hub is not asked about it."""
     looked = f"There is no file or folder {name!r} (looked for {os.path.abspath(path)})"
     if name.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or path.endswith(FORMATS) or name.count("/") > 1:
-        raise ValueError(f"{looked}: check the path")
+        raise ValueError(f"{looked}: check the path, or use a shipped set: {_shipped()}")
     near = nearest(name, SHIPPED, cutoff=0.75)
     if near and "/" not in name:
         raise ValueError(f"{looked}: did you mean {near!r}? The shipped sets are {_shipped()}")

@@ -135,14 +135,18 @@ def what_features_did(args: AdaptiveGRPOConfig, logs: list[dict[str, Any]]) -> s
     steps = [log for log in logs if "rollouts/total" in log]
     if not steps:
         return "Features: no answer was sampled"
-    told = [f"{steps[-1]['rollouts/total']:.0f} answers"]
+    is_tree = args.rollout == "hierarchical"
+    told = [f"{steps[-1]['rollouts/total']:.0f} answers" + (" and plans" if is_tree else "")]
 
     def values(name: str) -> list[float]:
         return [log[name] for log in steps if name in log]
 
     fixed = args.num_generations  # whose sizes are not logged
     low, high = min(values("group_size/min"), default=fixed), max(values("group_size/max"), default=fixed)
-    told.append(f"groups of {low:.0f}" if low == high else f"groups of {low:.0f} to {high:.0f}")
+    if is_tree:
+        told.append(f"{args.num_plans} plans a question with {args.num_implementations} answers each")
+    else:
+        told.append(f"groups of {low:.0f}" if low == high else f"groups of {low:.0f} to {high:.0f}")
     if prompts := values("curriculum/effective_prompts"):
         told.append(f"the {args.curriculum} curriculum spread over {prompts[0]:.0f}, then {prompts[-1]:.0f} prompts")
     if position := values("curriculum/position"):

@@ -318,14 +318,21 @@ class _Rows:
         try:
             answers = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # where one raised what stops the run
+            for task in tasks:  # where one raised what stops the run, and others may have, too
                 task.cancel()
+                task.add_done_callback(_ask_why)
         self.log_columns()
         return answers
 
     def log_columns(self) -> None:
         for column, values in self.columns.items():
             self.job.call["log_extra"](column, values)
+
+
+def _ask_why(task: "asyncio.Task[Any]") -> None:
+    """Look at how a task ended that nobody waits for, or asyncio prints that nobody did."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _answer(score: Callable[..., Any], call: dict[str, Any]) -> Any:
@@ -352,7 +359,7 @@ async def _answer_in_time(score: Callable[..., Awaitable[Any]], call: dict[str, 
     finally:
         if not task.done():
             task.cancel()
-            task.add_done_callback(lambda late: late.cancelled() or late.exception())  # else asyncio complains
+            task.add_done_callback(_ask_why)
     if not task.done():
         return RowError(f"no answer within {timeout:g} s", "timeouts")
     if task.cancelled():

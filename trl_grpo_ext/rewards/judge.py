@@ -1,6 +1,7 @@
 """A language model as a reward: it reads the prompt and the answer, and scores the answer by a rubric."""
 
 import contextvars
+import importlib.util
 import json
 import math
 import os
@@ -187,6 +188,8 @@ class Judge(AsyncLeaf):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if importlib.util.find_spec("openai") is None:
+            raise ImportError('Judge needs the package openai: pip install "trl-grpo-ext[judge]"')
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"Judge: model={self.model!r} is no name: pass the name that the server gives the model")
         if self.base_url is not None:
@@ -284,10 +287,8 @@ class Judge(AsyncLeaf):
 
     def _client(self) -> tuple[Any, Any]:
         """The client of the call that is under way, and the package `openai`."""
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError('Judge needs the package openai: pip install "trl-grpo-ext[judge]"') from error
+        import openai
+
         clients = _CLIENT.get()
         if not clients:
             key = os.environ.get(self.api_key_env)

@@ -70,7 +70,7 @@ def parse_reward(text: str, lookup: Callable[[str], Any] | None = None) -> Rewar
         raise ValueError(f'reward "{text}": {error.msg}: write an expression such as 1.0 * Length()') from None
     except (RecursionError, MemoryError):
         raise ValueError(f'reward "{text}": it is nested too deeply: write it as a function, and name that') from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, ImportError) as error:
         raise ValueError(f'reward "{text}": {error}') from error
     return reward
 
@@ -201,4 +201,6 @@ def _refuse(node: ast.expr, remedy: str) -> NoReturn:
 def _instead(name: str, known: Iterable[str]) -> str:
     """The end of an error about a name: which of the known ones was meant, or all of them."""
     near = nearest(name, known)
+    if "." in name and not near:
+        return ": pass lookup=import_reward, which imports dotted names"
     return f": did you mean {near}?" if near else f": use one of {', '.join(known)}, or a dotted name"

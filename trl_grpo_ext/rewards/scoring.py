@@ -116,7 +116,8 @@ def checked_values(leaf: Any, call: dict[str, Any], job: Job, outcome: Any) -> l
         message = f"reward {leaf.name!r}{next(iter(problems.values()))}"
         if not leaf.skips:
             raise RewardError(message) from (outcome if isinstance(outcome, Exception) else None)
-        logger.warning("%s (skipped %d of %d rows)", message, len(problems), len(job.rows))
+        told = message.replace(f", or {SKIP}", "")  # which is what happens here
+        logger.warning("%s (skipped %d of %d rows)", told, len(problems), len(job.rows))
     found = dict(job.known)
     failed = set()
     for row, value in zip(job.rows, values, strict=True):
