@@ -172,7 +172,9 @@ def test_a_shipped_name_misspelt_is_told(monkeypatch, tmp_path):
 def test_paths_are_not_looked_for_on_the_hub(name, monkeypatch, tmp_path):
     monkeypatch.setattr("trl_grpo_ext.recipe.reading.load_dataset", lambda *args, **kwargs: pytest.fail("asked"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"There is no file or folder '{name}' \(looked for /.*\): check the path"):
+    with pytest.raises(
+        ValueError, match=rf"There is no file or folder '{name}' \(looked for /.*\): check the path, or use a shipped"
+    ):
         load_prompts(name)
 
 
@@ -408,3 +410,19 @@ def test_a_mark_of_byte_order_is_no_part_of_a_column(tmp_path):
     for ending, text in {".jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n', ".csv": "prompt\na\nb\n"}.items():
         (tmp_path / f"a{ending}").write_text(text, encoding="utf-8-sig")
         assert len(load_prompts(str(tmp_path / f"a{ending}"))["train"]) == 1
+
+
+def test_a_blank_reference_is_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "reference": "x"}, {"prompt": "b", "reference": " "}])
+    with pytest.raises(ValueError, match=r"Line 2 of .* has no reference, which the reward reads"):
+        load_prompts(path, columns=["reference"])
+
+
+def test_a_split_that_is_not_used_is_told(tmp_path, caplog):
+    rows = [{"prompt": f"q{i}", "split": "train" if i < 20 else "valid"} for i in range(30)]
+    path = write(tmp_path / "a.jsonl", rows)
+    load_prompts(path)
+    assert "has no split 'test', and ['valid'] are not used: name one as test_split" in caplog.text
+    caplog.clear()
+    assert len(load_prompts(path, test_split="valid")["test"]) == 10
+    assert "not used" not in caplog.text

@@ -102,6 +102,13 @@ def test_the_line_about_guesses_and_tasks(tmp_path):
     assert "the guess foresaw nothing of what prompts earn" in what_features_did(args, logs[1:2])
 
 
+def test_the_line_about_a_tree_tells_plans_from_answers(tmp_path):
+    tree = {"rollout": "hierarchical", "num_plans": 4, "num_implementations": 2}
+    args = AdaptiveGRPOConfig(**config_kwargs(tmp_path, **tree))
+    told = what_features_did(args, [{"rollouts/total": 24.0}])
+    assert told == "Features: 24 answers and plans, 4 plans a question with 2 answers each"
+
+
 def test_a_row_for_each_policy(capsys):
     from trl_grpo_ext.recipe.evaluation import HeldOut
 

@@ -17,7 +17,7 @@ from kit import config_kwargs
 from reward_helpers import Logs, ask, settle
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_grpo_ext.rewards import Judge, Length, RewardError, Rubric
+from trl_grpo_ext.rewards import Judge, Length, RewardError, Rubric, parse_reward
 from trl_grpo_ext.rewards.errors import CallError
 from trl_grpo_ext.rewards.guards import Guard
 
@@ -343,3 +343,11 @@ def test_a_model_is_trained_on_its_scores(server, model_path, dataset, tmp_path)
     assert all(0.0 < entry["rewards/judge/mean"] <= 1.0 for entry in entries)
     assert all(entry["rewards/judge/errors"] == 0.0 for entry in entries)
     assert len(server.seen) >= len(entries)
+
+
+def test_without_its_package_there_is_no_judge(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"Judge needs the package openai: pip install"):
+        Judge("m", base_url="http://localhost:1")
+    with pytest.raises(ValueError, match=r"Judge needs the package openai"):
+        parse_reward("Judge('m', base_url='http://localhost:1')")

@@ -142,3 +142,8 @@ def test_numbers_that_json_knows_only_as_words_stay_out():
     with pytest.raises(ValueError, match="there is no reward 'inf'"):
         parse_reward("Length().clip(low=inf)")
     assert parse_reward("Length().clip(low=1e999)") == Length().clip(low=math.inf)
+
+
+def test_a_dotted_name_is_imported_where_one_asks_for_it():
+    with pytest.raises(ValueError, match=r"there is no reward 'foo.bar': pass lookup=import_reward"):
+        parse_reward("foo.bar")

@@ -536,3 +536,25 @@ def test_nothing_is_lost_and_everything_counted(tmp_path):
     assert 0 < found["logged garbage"] <= server["garbage"]
     assert 0 < server["hung"] <= found["logged timeouts"]
     assert json.loads((tmp_path / "counts.json").read_text()) == found
+
+
+def test_rows_that_all_stop_the_run_are_told_once(caplog):
+    async def needs(completions, **kwargs):
+        await asyncio.sleep(0)
+        raise ImportError("no such package")
+
+    with caplog.at_level("ERROR", logger="asyncio"), pytest.raises(ImportError, match="no such package"):
+        ask(as_reward(needs).retry(3), "a", "b", "c")
+    gc.collect()  # where asyncio complains of errors that nobody has seen
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_row_that_is_skipped_is_not_advised_to_be_skipped(caplog):
+    def breaks(completions, **kwargs):
+        raise ValueError("it broke")
+
+    with pytest.raises(RewardError, match=r"it broke: mend the cause, or leave such rows out"):
+        ask(as_reward(breaks).named("breaks"), "a")
+    with caplog.at_level("WARNING"):
+        assert ask(as_reward(breaks).on_error("skip"), "a") == [None]
+    assert "it broke: mend the cause (skipped 1 of 1 rows)" in caplog.text
