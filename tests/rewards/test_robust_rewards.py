@@ -539,12 +539,13 @@ def test_nothing_is_lost_and_everything_counted(tmp_path):
 
 
 def test_rows_that_all_stop_the_run_are_told_once(caplog):
-    async def needs(completions, **kwargs):
-        await asyncio.sleep(0)
+    async def needs(completions, turns, **kwargs):
+        for _ in range(turns[0]):  # one row after another, while the first error makes its way
+            await asyncio.sleep(0)
         raise ImportError("no such package")
 
     with caplog.at_level("ERROR", logger="asyncio"), pytest.raises(ImportError, match="no such package"):
-        ask(as_reward(needs).retry(3), "a", "b", "c")
+        ask(as_reward(needs).retry(3), *"abcdefgh", turns=list(range(8)))
     gc.collect()  # where asyncio complains of errors that nobody has seen
     assert "never retrieved" not in caplog.text
 

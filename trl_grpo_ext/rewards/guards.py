@@ -318,9 +318,8 @@ class _Rows:
         try:
             answers = await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # where one raised what stops the run, and others may have, too
+            for task in tasks:  # where one raised what stops the run
                 task.cancel()
-                task.add_done_callback(_ask_why)
         self.log_columns()
         return answers
 
@@ -359,7 +358,7 @@ async def _answer_in_time(score: Callable[..., Awaitable[Any]], call: dict[str, 
     finally:
         if not task.done():
             task.cancel()
-            task.add_done_callback(_ask_why)
+        task.add_done_callback(_ask_why)
     if not task.done():
         return RowError(f"no answer within {timeout:g} s", "timeouts")
     if task.cancelled():
