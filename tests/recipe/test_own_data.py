@@ -426,3 +426,15 @@ def test_a_split_that_is_not_used_is_told(tmp_path, caplog):
     caplog.clear()
     assert len(load_prompts(path, test_split="valid")["test"]) == 10
     assert "not used" not in caplog.text
+
+
+def test_a_misspelt_column_is_named_and_a_number_is_no_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "a"}])
+    with pytest.raises(ValueError, match=r"has no column 'qestion', only \['question'\]: did you mean 'question'\?"):
+        load_prompts(path, prompt_column="qestion")
+    path = write(tmp_path / "b.jsonl", [{"prompt": 7}, {"prompt": 0}])
+    with pytest.raises(ValueError, match=r"has the prompt 7: write text or a list of messages"):
+        load_prompts(path)
+    path = write(tmp_path / "c.jsonl", [{"prompt": 0}])
+    with pytest.raises(ValueError, match=r"has the prompt 0: write text or a list of messages"):
+        load_prompts(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
+from ..host.nearest import nearest
 from .layouts import HUB_LAYOUTS, LAYOUTS, Layout
 from .normal import as_text, is_blank, without_control
 from .reading import SHIPPED, Part, Place, Row, read
@@ -297,12 +298,14 @@ class _Rows:
             return "name the one with the prompts as prompt_column (--prompt_column)"
         if column == "reference":
             return "name the one with the references as reference_column (--reference_column), or add it"
+        if near := nearest(column, found):
+            return f"did you mean {near!r}?"
         return "rename the one that holds it, or add it"
 
 
 def _problem(prompt: Any, turns: Any) -> str | None:
     """What is wrong with a prompt or the turns after it, as the end of a sentence; `None` where nothing is."""
-    if not prompt or (isinstance(prompt, str) and is_blank(prompt)):
+    if prompt is None or (isinstance(prompt, list) and not prompt) or (isinstance(prompt, str) and is_blank(prompt)):
         return "has no prompt: remove it or fill it in"
     if isinstance(prompt, str) and MESSAGES.match(prompt):
         return (
