@@ -439,6 +439,14 @@ def test_a_wheel_has_them_inside(monkeypatch, tmp_path):
         (["helpfull"], "trl-grpo-ext recipe: error: 'helpfull' is no recipe: did you mean helpful?"),
         (["helpful", "--max_step", "x"], "trl-grpo-ext recipe helpful: error: argument --max_steps"),
         (["helpful", "--lenght_weight", "1"], "trl-grpo-ext recipe helpful: error: --lenght_weight is no option: did"),
+        (
+            ["helpful", "--dataset_name", "./no", "--use_cpu", "true", "--bf16", "false"],
+            "trl-grpo-ext recipe helpful: error: There is no file or folder",
+        ),
+        (
+            ["helpful", "--dataset_name", "helpfull", "--use_cpu", "true", "--bf16", "false"],
+            "trl-grpo-ext recipe helpful: error: There is no file or",
+        ),
         (["helpful", "--copy_to"], "trl-grpo-ext recipe helpful: error: --copy_to takes one folder and nothing else"),
         (["helpful", "--copy_to", "a", "--b"], "trl-grpo-ext recipe helpful: error: --copy_to takes one folder"),
     ],

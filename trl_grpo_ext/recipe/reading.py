@@ -177,11 +177,9 @@ def read(
     Raises:
         `ValueError`: where there is no such set, or a file cannot be read.
     """
-    path = os.path.expanduser(str(SHIPPED.get(name, name)))
+    path = path_of(name)
     if os.path.isfile(path):
         return _read_file(path, name, streaming, text_columns)
-    if not os.path.isdir(path):
-        _check_is_hub_id(name, path)
     found: dict[str, list[Part]] = {}
     for folder in layout.parts or [None]:
         try:
@@ -194,14 +192,22 @@ def read(
     return found
 
 
-def _check_is_hub_id(name: str, path: str) -> None:
-    """Raise `ValueError` for a name that is a path, or a shipped set misspelt: the hub is not asked about it."""
+def path_of(name: str) -> str:
+    """
+    Where a set is: a file, a folder, or the id that the hub is asked about.
+
+    Raises `ValueError` for a path at which nothing is, and for a shipped set misspelt.
+    """
+    path = os.path.expanduser(str(SHIPPED.get(name, name)))
+    if os.path.exists(path):
+        return path
     looked = f"There is no file or folder {name!r} (looked for {os.path.abspath(path)})"
     if name.startswith((".", "~", "/", "\\")) or os.path.isabs(path) or path.endswith(FORMATS) or name.count("/") > 1:
         raise ValueError(f"{looked}: check the path, or use a shipped set: {_shipped()}")
     near = nearest(name, SHIPPED, cutoff=0.75)
     if near and "/" not in name:
         raise ValueError(f"{looked}: did you mean {near!r}? The shipped sets are {_shipped()}")
+    return path
 
 
 def _why_not_loaded(name: str, path: str, error: Exception) -> str:

@@ -30,6 +30,7 @@ from .evaluation import print_comparison
 from .flags import FlagParser, config_of
 from .launch import use_all_cores
 from .layouts import LAYOUTS
+from .reading import path_of
 from .rivals import REPEATED, STOCK, print_rivals, repeat_question, stock_args, train_stock, what_features_did
 
 BATCH_SIZE = 48  # held-out answers per generation call on each process
@@ -131,8 +132,10 @@ def recipe_parser(arguments: type, script: str, **options: Any) -> FlagParser:
 
 
 def check_parsed(parsed: Sequence[Any]) -> None:
-    """Raise `ValueError` for a recipe without a model or with no such checkpoint; the latter is then a folder."""
-    _, training_args, model_args = parsed
+    """Raise `ValueError` where there is no model, no such set or no such checkpoint; the latter is then a folder."""
+    script_args, training_args, model_args = parsed
+    if isinstance(script_args, DataArguments) and script_args.dataset_name:
+        path_of(script_args.dataset_name)
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is not set: name a model in the YAML file or with --model_name_or_path")
     training_args.resume_from_checkpoint = checkpoint_of(training_args)
