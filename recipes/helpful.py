@@ -26,6 +26,9 @@ from trl_grpo_ext.recipe.datasets import in_one
 from trl_grpo_ext.rewards import Finished, Length, Relevance, Reward, RewardModel
 
 KIND = "kind"  # the column of `recipes/configs/helpful.yaml` that tells questions and requests apart
+BESIDE = "Without them: --compare_with_stock true trains TRL alone on as many answers (docs: results of the recipes)"
+    "Without them: --compare_with_stock true trains as many answers with TRL alone; docs/measured/recipes.md has both"
+)
 
 
 @dataclass
@@ -100,6 +103,7 @@ def main(script_args: HelpfulArguments, training_args: AdaptiveGRPOConfig, model
         model_args,
         repeats_question=True,
         stock=stock if script_args.compare_with_stock else None,
+        closing=None if script_args.compare_with_stock else BESIDE,
     )
 
 

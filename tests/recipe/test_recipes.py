@@ -52,6 +52,7 @@ def test_helpful_runs_as_the_readme_says(tmp_path):
         "total",
         "repeat the question",
         "alarms open at the end: none",
+        "Without them: --compare_with_stock true",
     ):
         assert expected in result.stdout
     assert "step 5/5 · reward" in result.stderr + result.stdout

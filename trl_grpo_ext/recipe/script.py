@@ -277,6 +277,7 @@ def train_and_compare(
     model_args: ModelConfig,
     repeats_question: bool = False,
     stock: Mapping[str, Any] | None = None,
+    closing: str | None = None,
 ) -> HeldOutCallback:
     """
     Train, print a table and samples of the held-out prompts before and after, and save the model and the report.
@@ -289,6 +290,8 @@ def train_and_compare(
         stock (`Mapping[str, Any]`, *optional*):
             Train with TRL alone afterwards, on as many answers, and print both. What is passed are options of
             [`~trl.GRPOConfig`] in place of those of `training_args`.
+        closing (`str`, *optional*):
+            A line of the recipe's own below that of the features.
 
     Returns:
         [`~trl_grpo_ext.observe.evaluation.HeldOutCallback`]:
@@ -312,6 +315,8 @@ def train_and_compare(
         if rivals:
             print_rivals({**rivals, first: held_out.before, "after": held_out.after})
         print(what_features_did(training_args, trainer.state.log_history))
+        if closing is not None:
+            print(closing)
 
     finish(trainer, compare)
     return held_out
