@@ -27,8 +27,6 @@ from trl_grpo_ext.rewards import Finished, Length, Relevance, Reward, RewardMode
 
 KIND = "kind"  # the column of `recipes/configs/helpful.yaml` that tells questions and requests apart
 BESIDE = "Without them: --compare_with_stock true trains TRL alone on as many answers (docs: results of the recipes)"
-    "Without them: --compare_with_stock true trains as many answers with TRL alone; docs/measured/recipes.md has both"
-)
 
 
 @dataclass
