@@ -22,6 +22,7 @@ from kit import config_kwargs, count_vowels, text_of
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
+import trl_grpo_ext
 from trl_grpo_ext import AdaptiveGRPOConfig, AdaptiveGRPOTrainer, GRPOCallback, RolloutBatch
 from trl_grpo_ext.hooks import HookedTrainer
 from trl_grpo_ext.hooks.conflicts import FACTS
@@ -328,18 +329,23 @@ def test_the_readme_has_claim_and_commands_on_its_first_screen():
         assert any(line.startswith(command) for line in screen)
 
 
-def test_the_reward_of_the_readme_tells_right_from_wrong():
+def test_the_example_of_the_readme_is_short_and_takes_the_shipped_prompts(monkeypatch):
     (code,) = [
         param.values[0]
         for param in blocks("python")
-        if param.id.startswith("README.md") and "def right" in param.values[0]
+        if param.id.startswith("README.md") and "load_prompts" in param.values[0]
     ]
-    (function,) = [node for node in ast.parse(code).body if getattr(node, "name", None) == "right"]
-    namespace = {"re": re}
-    exec(ast.unparse(function), namespace)
-    texts = ["3", "13", "The answer is 3.", "1 + 2 = 3", "3 + 1", "none", "1 + 2 = 3\n"]
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    assert namespace["right"](completions, answer=["3"] * len(texts)) == [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]
+    body = ast.parse(code).body
+    made, given = [statement for statement in body if isinstance(statement, ast.Assign)], {}
+    assert len(body) - len(made) <= 5  # imports, and `trainer.train()`
+    assert len(made) <= 6
+    monkeypatch.setattr(trl_grpo_ext, "AdaptiveGRPOTrainer", lambda *args, **kwargs: given.update(kwargs, args=args))
+    code = code.replace("monitor=True", "monitor=True, use_cpu=True, bf16=False").replace("trainer.train()", "")
+    exec(code, {})
+    _, reward, args, prompts = given["args"]
+    assert args.baseline == "batch"
+    assert {"prompt", "reference"} <= set(prompts.column_names)
+    assert [leaf.name for leaf in reward.leaves()] == ["relevance", "finished", "length"]
 
 
 def test_every_option_of_the_recipes_is_documented():
