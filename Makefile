@@ -22,7 +22,7 @@ versions:
 # All of recipes/helpful.py, with what must hold at its end: five minutes on two idle cores, so by itself.
 .PHONY: flagship
 flagship:
-	pytest -q -n 0 -m flagship tests/recipe/test_flagship.py
+	pytest -q -n 0 -m flagship tests/recipe/test_recipes.py
 
 # What is published, on every supported Python: the sdist becomes the wheel of an empty environment, and the tests of
 # the sdist run against what is installed. `make pythons PYTHONS=3.13 TESTS=tests/test_docs.py` runs less.
