@@ -1,4 +1,7 @@
-"""Find a policy to train: a local folder, the hub, or, where no hub answers, a real model from the package index."""
+"""Find a policy to train: a local folder, the hub, or, where no hub answers, a real model from the package index.
+
+And the recipes of this package, which an installed one has elsewhere than a checkout.
+"""
 
 import base64
 import hashlib
@@ -325,3 +328,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(folder)
+
+
+def recipes_of(package: Path) -> Path:
+    """Where the recipes of a package are: a wheel puts them into it, a checkout has them beside it."""
+    return next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), package)

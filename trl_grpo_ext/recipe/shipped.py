@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..host.sources import recipes_of
 from .flags import config_of, meant
 from .launch import EPILOG, is_launched, launch
 from .script import check_parsed, recipe_parser
@@ -24,9 +25,8 @@ PROG = "trl-grpo-ext recipe"
 
 
 def folder() -> Path:
-    """Where the recipes are: a wheel puts them into the package, a checkout has them beside it."""
-    package = Path(__file__).parents[1]
-    return next((path for path in (package / "recipes", package.parent / "recipes") if path.is_dir()), package)
+    """Where the recipes are."""
+    return recipes_of(Path(__file__).parents[1])
 
 
 def recipes() -> dict[str, Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..host.sources import recipes_of
 from ..observe.chosen import chosen_options
 from ..observe.held_out import HeldOut
 from ..observe.paired import NOISE, paired
@@ -95,7 +96,12 @@ def options_section(args: Any) -> str:
     """The options of a configuration that somebody chose, as YAML; see [`~trl_grpo_ext.observe.chosen`]."""
     chosen = chosen_options(args.to_dict(), type(args))
     given = {n: value for n, value in chosen.items() if value is not None and not ELSEWHERE.fullmatch(n)}
-    lines = [f"{name}: {json.dumps(value, default=str)}" for name, value in without_secrets(given).items()]
+    return as_yaml(without_secrets(given))
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """A block of YAML with a line for each value; nothing for none."""
+    lines = [f"{name}: {json.dumps(value, default=str)}" for name, value in values.items()]
     return "```yaml\n" + "\n".join(lines) + "\n```" if lines else ""
 
 
@@ -131,13 +137,14 @@ def adapter_section(peft_config: Any) -> str:
     if getattr(peft_config, "r", None) is None:
         return ""
     modules = peft_config.target_modules
-    shown = {
-        "lora_r": peft_config.r,
-        "lora_alpha": peft_config.lora_alpha,
-        "lora_dropout": peft_config.lora_dropout,
-        "lora_target_modules": modules if isinstance(modules, str) else sorted(modules or []),
-    }
-    return "```yaml\n" + "\n".join(f"{name}: {json.dumps(value)}" for name, value in shown.items()) + "\n```"
+    return as_yaml(
+        {
+            "lora_r": peft_config.r,
+            "lora_alpha": peft_config.lora_alpha,
+            "lora_dropout": peft_config.lora_dropout,
+            "lora_target_modules": modules if isinstance(modules, str) else sorted(modules or []),
+        }
+    )
 
 
 def command_section(arguments: Sequence[str]) -> str:
@@ -156,7 +163,7 @@ def command_section(arguments: Sequence[str]) -> str:
         command = ["trl-grpo-ext", "grpo", *rest]
     elif path == package / "__main__.py":
         command = ["trl-grpo-ext", *rest]
-    elif path.parent == package / "recipes" or (path.parent == package.parent / "recipes" and is_above):
+    elif path.parent == package / "recipes" or (path.parent == recipes_of(package) and is_above):
         command = ["trl-grpo-ext", "recipe", path.stem, *rest]
     else:
         command = ["accelerate", "launch", script.name if is_above else str(script), *rest]
