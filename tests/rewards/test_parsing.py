@@ -147,3 +147,5 @@ def test_numbers_that_json_knows_only_as_words_stay_out():
 def test_a_dotted_name_is_imported_where_one_asks_for_it():
     with pytest.raises(ValueError, match=r"there is no reward 'foo.bar': pass lookup=import_reward"):
         parse_reward("foo.bar")
+    with pytest.raises(ValueError, match=r"there is no reward 'Length.of_something_else': use one of"):
+        parse_reward("Length.of_something_else", lambda name: len)

@@ -129,10 +129,14 @@ class _Reader:
             if not isinstance(self.ready[name], type):
                 raise ValueError(f"{name} needs its arguments: write {name}(...)")
             return self.of_call(name, [], {})
-        if self.lookup is not None and name.partition(".")[0] not in self.ready:
+        is_foreign = name.partition(".")[0] not in self.ready
+        if self.lookup is not None and is_foreign:
             if name.startswith("get_"):  # as TRL calls what makes a reward function
                 raise ValueError(f"{name} makes a reward function of its arguments: write {name}(...)")
             return as_reward(self.lookup(name))
+        if "." in name and is_foreign:
+            remedy = "pass lookup=import_reward of trl_grpo_ext.rewards.parsing, which imports dotted names"
+            raise ValueError(f"there is no reward {name!r}: {remedy}")
         raise ValueError(f"there is no reward {name!r}{_instead(name, self.ready)}")
 
     def called(self, node: ast.Call) -> Any:
@@ -201,6 +205,4 @@ def _refuse(node: ast.expr, remedy: str) -> NoReturn:
 def _instead(name: str, known: Iterable[str]) -> str:
     """The end of an error about a name: which of the known ones was meant, or all of them."""
     near = nearest(name, known)
-    if "." in name and not near:
-        return ": pass lookup=import_reward, which imports dotted names"
     return f": did you mean {near}?" if near else f": use one of {', '.join(known)}, or a dotted name"
