@@ -421,9 +421,10 @@ def test_a_blank_reference_is_none(tmp_path):
 def test_a_split_that_is_not_used_is_told(tmp_path, caplog):
     rows = [{"prompt": f"q{i}", "split": "train" if i < 20 else "valid"} for i in range(30)]
     path = write(tmp_path / "a.jsonl", rows)
-    load_prompts(path)
-    assert "has no split 'test', and ['valid'] are not used: name one as test_split" in caplog.text
-    caplog.clear()
+    for options in ({}, {"streaming": True, "max_test": 5}):
+        load_prompts(path, **options)
+        assert "has no split 'test', and ['valid'] are not used: name one as test_split" in caplog.text
+        caplog.clear()
     assert len(load_prompts(path, test_split="valid")["test"]) == 10
     assert "not used" not in caplog.text
 

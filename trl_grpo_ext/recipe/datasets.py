@@ -122,12 +122,12 @@ def load_prompts(
     if train_split not in splits:
         raise ValueError(f"{name!r} has no split {train_split!r}, only {sorted(splits)}: name one of them")
     train, test = splits[train_split], splits.get(test_split)
+    left = sorted(set(splits) - {train_split})
+    if test is None and left:
+        logger.warning("%r has no split %r, and %s are not used: name one as test_split", name, test_split, left)
     if streaming:
         return _stream(rows, train, test, max_test)
     if test is None:
-        if len(splits) > 1:
-            left = sorted(set(splits) - {train_split})
-            logger.warning("%r has no split %r, and %s are not used: name one as test_split", name, test_split, left)
         train, test = _hold_out(train)
     seen: set[str] = set()
     held_out = rows.distinct(rows.convert(test), seen)
