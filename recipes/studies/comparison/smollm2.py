@@ -53,15 +53,9 @@ class SmolTask:
     def policy(self) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
 
-    def measure(self, model: PreTrainedModel) -> float:
-        """Not measured on the way, which would cost as much as the training."""
-        return float("nan")
-
-    held_out_reward = measure
-
     def look(self, model: PreTrainedModel) -> tuple[float, float]:
-        """Held-out helpfulness and reward, as they are measured on the way."""
-        return self.measure(model), self.held_out_reward(model)
+        """Held-out helpfulness and reward on the way: not measured, which would cost as much as the training."""
+        return float("nan"), float("nan")
 
     def held_out(self) -> Dataset:
         return load_prompts("helpful")["test"]
@@ -77,7 +71,7 @@ class SmolTask:
 
 
 class RecipeTask(SmolTask):
-    """The prompts of a recipe. `measure` is of greedy answers, which say enough on the way."""
+    """The prompts of a recipe. Greedy answers say enough on the way."""
 
     splits: dict[str, Dataset]
 
@@ -86,9 +80,6 @@ class RecipeTask(SmolTask):
 
     def held_out(self) -> Dataset:
         return self.splits["test"]
-
-    def held_out_reward(self, model: PreTrainedModel) -> float:
-        return float("nan")
 
 
 class HelpfulTask(RecipeTask):
@@ -106,8 +97,8 @@ class HelpfulTask(RecipeTask):
         self.reward = recipe.reward_of(arguments, self.max_completion_length)
         self.helpfulness = self.reward  # so levels and learning rates are those of the reward
 
-    def measure(self, model: PreTrainedModel) -> float:
-        return self.final(model)["reward"]
+    def look(self, model: PreTrainedModel) -> tuple[float, float]:
+        return self.final(model)["reward"], float("nan")
 
 
 class AnswerTask(RecipeTask):
