@@ -151,14 +151,14 @@ class SavingGRPOTrainer(LeanGRPOTrainer):
             "Adapter": card.adapter_section(self._adapter()),
             "Command": card.command_section(sys.argv),
         }
-        # Not at each checkpoint, which a picture would hold up.
-        wants_picture = after is not None and not self._is_saving
-        if wants_picture and card.draw(self.state.log_history, path.with_name(card.PICTURE)):
+        # Not at each checkpoint: a picture would hold it up, and reading a row may draw random numbers of the training.
+        is_last = after is not None and not self._is_saving
+        if is_last and card.draw(self.state.log_history, path.with_name(card.PICTURE)):
             sections["Held-out results"] += f"\n\n![Reward over completions]({card.PICTURE})"
+        system = card.system_of(self.eval_dataset) if is_last else None
         name = self.hub_model_id or Path(self.args.output_dir).name
         asked = None if after is None or not after.questions else after.questions[0]
         text = path.read_text(encoding="utf-8")
-        system = card.system_of(self.eval_dataset)
         text = card.completed(text, sections, name, asked, self.args.max_completion_length, system)
         path.write_text(text, encoding="utf-8")
 
